@@ -1,0 +1,205 @@
+"""``ParallelConfig``: everything that decides how a model is spread, as plain data.
+
+Standard library only (YAML text is parsed with PyYAML when asked for), so a config can be read, checked and
+compared on a machine without torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from math import prod
+from typing import Any
+
+from shardwright.errors import ConfigError
+
+ENGINES = ("fsdp2", "megatron_fsdp")
+CHECKPOINTING_MODES = ("none", "full", "selective")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Dtypes of a training step.
+
+    Attributes:
+        param: dtype in which parameters are gathered and computed with.
+        reduce: dtype in which gradients are summed over the data-parallel ranks.
+        output: dtype of what the model returns.
+    """
+
+    param: str = "float32"
+    reduce: str = "float32"
+    output: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("param", "reduce", "output"):
+            value = getattr(self, name)
+            if value not in DTYPES:
+                raise ConfigError(f"precision.{name} is {value!r}; it must be one of {', '.join(DTYPES)}.")
+
+
+BF16_MIXED = Precision(param="bfloat16", reduce="float32", output="float32")
+PRECISIONS = {"float32": Precision(), "bf16": BF16_MIXED}
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """How many ranks each mesh axis has, all known. ``world_size`` is their product."""
+
+    dp_replicate: int
+    dp_shard: int
+    cp: int
+    tp: int
+
+    @property
+    def world_size(self) -> int:
+        return self.dp_replicate * self.dp_shard * self.cp * self.tp
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How a model is spread over the ranks.
+
+    Attributes:
+        dp_replicate: replicas of the sharded model (HSDP when > 1).
+        dp_shard: ranks the parameters, gradients and optimizer state are sharded over; -1 takes what is left.
+        cp: context-parallel ranks (each holds a part of every sequence).
+        tp: tensor-parallel ranks (each holds a part of every matrix).
+        sequence_parallel: keep the residual stream split along the sequence over the ``tp`` ranks.
+        engine: ``"fsdp2"`` or ``"megatron_fsdp"``.
+        precision: dtypes of a step; ``"float32"`` and ``"bf16"`` are accepted as short forms.
+        activation_checkpointing: ``"none"``, ``"full"`` (recompute every block) or ``"selective"`` (save the
+            matrix products, recompute the rest).
+        compile: compile every block on its own with ``torch.compile``.
+        plan: a tensor-parallel plan to use instead of the one Shardwright would choose: a YAML file written by
+            ``shardwright plan --save``, or a dotted path to a dict or a function. None: choose.
+
+    Raises:
+        ConfigError: a value that can never work, whatever the world size.
+    """
+
+    dp_replicate: int = 1
+    dp_shard: int = -1
+    cp: int = 1
+    tp: int = 1
+    sequence_parallel: bool = False
+    engine: str = "fsdp2"
+    precision: Precision = field(default_factory=Precision)
+    activation_checkpointing: str = "none"
+    compile: bool = False
+    plan: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("dp_replicate", "dp_shard", "cp", "tp"):
+            value = getattr(self, name)
+            least = -1 if name == "dp_shard" else 1
+            if isinstance(value, bool) or not isinstance(value, int) or value < least or value == 0:
+                allowed = "a whole number >= 1, or -1 for what is left" if least == -1 else "a whole number >= 1"
+                raise ConfigError(f"{name} is {value!r}; it must be {allowed}.")
+        for name in ("sequence_parallel", "compile"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be true or false.")
+        _one_of("engine", self.engine, ENGINES)
+        _one_of("activation_checkpointing", self.activation_checkpointing, CHECKPOINTING_MODES)
+        if self.plan is not None and not isinstance(self.plan, str):
+            raise ConfigError(f"plan is {self.plan!r}; it must be a path, a dotted name, or left out.")
+        object.__setattr__(self, "precision", _precision(self.precision))
+
+    def degrees(self, world_size: int) -> Degrees:
+        """The size of every axis for ``world_size`` ranks.
+
+        Raises:
+            ConfigError: the product of the degrees cannot be ``world_size``; the message shows every factor.
+        """
+        fixed = self.dp_replicate * self.cp * self.tp
+        dp_shard = self.dp_shard
+        if dp_shard == -1:
+            dp_shard, rest = divmod(world_size, fixed)
+            if rest or dp_shard == 0:
+                raise ConfigError(
+                    f"dp_replicate ({self.dp_replicate}) x cp ({self.cp}) x tp ({self.tp}) = {fixed} does not divide "
+                    f"the world size {world_size}, so no dp_shard fits. Start a multiple of {fixed} ranks, or change "
+                    "one of the three."
+                )
+        if fixed * dp_shard != world_size:
+            raise ConfigError(
+                f"dp_replicate ({self.dp_replicate}) x dp_shard ({dp_shard}) x cp ({self.cp}) x tp ({self.tp}) = "
+                f"{fixed * dp_shard}, but the world size is {world_size}. Set dp_shard to -1 to take what is left, "
+                f"or start {fixed * dp_shard} ranks."
+            )
+        return Degrees(self.dp_replicate, dp_shard, self.cp, self.tp)
+
+    @property
+    def least_world_size(self) -> int:
+        """The smallest number of ranks this config can run on."""
+        return prod((self.dp_replicate, max(self.dp_shard, 1), self.cp, self.tp))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    def to_yaml(self) -> str:
+        import yaml
+
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ParallelConfig:
+        """The config described by ``data``; raises ConfigError on a key that does not exist."""
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"A parallel config must be a mapping of keys to values, not {data!r}.")
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(data) - known, key=str)
+        if unknown:
+            raise ConfigError(f"Unknown key(s) {', '.join(map(repr, unknown))}. Known: {', '.join(sorted(known))}.")
+        return cls(**data)
+
+    @classmethod
+    def from_json(cls, text: str) -> ParallelConfig:
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"Not valid JSON: {error}.") from error
+        return cls.from_dict(data)
+
+    @classmethod
+    def from_yaml(cls, text: str) -> ParallelConfig:
+        import yaml
+
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"Not valid YAML: {error}") from error
+        return cls.from_dict({} if data is None else data)
+
+    def with_(self, **changes: Any) -> ParallelConfig:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}.")
+
+
+def _precision(value: Any) -> Precision:
+    if isinstance(value, Precision):
+        return value
+    if isinstance(value, str):
+        if value not in PRECISIONS:
+            raise ConfigError(
+                f"precision is {value!r}; it must be one of {', '.join(PRECISIONS)}, or a mapping with the keys "
+                "param, reduce and output."
+            )
+        return PRECISIONS[value]
+    if isinstance(value, Mapping):
+        known = {f.name for f in fields(Precision)}
+        unknown = sorted(set(value) - known, key=str)
+        if unknown:
+            raise ConfigError(f"Unknown key(s) {unknown} in precision. Known: {', '.join(sorted(known))}.")
+        return Precision(**value)
+    raise ConfigError(f"precision is {value!r}; it must be a name or a mapping.")

@@ -1,0 +1,52 @@
+"""From degrees to a ``DeviceMesh``."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from shardwright.distributed.config import Degrees, ParallelConfig
+from shardwright.errors import ConfigError
+
+AXES = ("dp_replicate", "dp_shard", "cp", "tp")
+# Name of a flattened axis -> the axes it is made of.
+FLATTENED = {
+    "dp": ("dp_replicate", "dp_shard"),
+    "dp_shard_cp": ("dp_shard", "cp"),
+    "dp_cp": ("dp_replicate", "dp_shard", "cp"),
+}
+
+
+def default_device_type() -> str:
+    """``"cuda"`` where torch can use a GPU, else ``"cpu"``."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def make_mesh(config: ParallelConfig | Degrees, device_type: str | None = None) -> DeviceMesh:
+    """The mesh ``dp_replicate x dp_shard x cp x tp`` with the flattened axes ``dp``, ``dp_shard_cp`` and ``dp_cp``.
+
+    ``torch.distributed`` must be initialised (a world of one rank will do). Neighbouring ranks share a ``tp`` group,
+    which puts tensor parallelism inside a node under torchrun's numbering.
+
+    Args:
+        config: degrees; ``dp_shard=-1`` is filled from the world size.
+        device_type: ``"cuda"`` or ``"cpu"``; None takes the GPU where there is one.
+
+    Raises:
+        ConfigError: the degrees do not multiply to the world size, or torch.distributed is not initialised.
+    """
+    if not dist.is_initialized():
+        raise ConfigError(
+            "torch.distributed is not initialised. Start the script with torchrun and call "
+            "torch.distributed.init_process_group() before making a mesh."
+        )
+    world_size = dist.get_world_size()
+    degrees = config.degrees(world_size) if isinstance(config, ParallelConfig) else config
+    if degrees.world_size != world_size:
+        raise ConfigError(f"{degrees} multiply to {degrees.world_size}, but the world size is {world_size}.")
+    sizes = tuple(getattr(degrees, axis) for axis in AXES)
+    mesh = init_device_mesh(device_type or default_device_type(), sizes, mesh_dim_names=AXES)
+    for name, axes in FLATTENED.items():
+        mesh[axes]._flatten(mesh_dim_name=name)  # the only way torch 2.11 to 2.13 has; the original module's way too
+    return mesh

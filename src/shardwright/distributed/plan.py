@@ -1,0 +1,135 @@
+"""``ParallelPlan``: which style every module gets, as plain data.
+
+Standard library only, so that a plan can be printed, compared, saved and edited on any machine. Whether it fits a
+model is decided later, by :mod:`shardwright.distributed.models.resolve`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from shardwright.errors import PlanError
+
+_KEYS = ("styles", "optional", "source", "notes")
+
+
+@dataclass(frozen=True)
+class ParallelPlan:
+    """Styles for the modules and bare parameters of a model.
+
+    Attributes:
+        styles: glob over module (or parameter) names -> style name. ``*`` stands for one name between two dots. Where
+            several globs match one module, the last one wins. ``replicate`` declares a module whole on purpose.
+        optional: the globs among ``styles`` that may match nothing; any other glob that does is an error.
+        source: where the plan comes from, for reports (``"custom"``, ``"optimized: qwen3"``, ``"huggingface"``, ...).
+        notes: sentences for the reader of a report, for example what falls back to a gather and what that costs.
+    """
+
+    styles: Mapping[str, str]
+    optional: frozenset[str] = frozenset()
+    source: str = "custom"
+    notes: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.styles, Mapping):
+            raise PlanError(f"styles must be a mapping of globs to style names, not {type(self.styles).__name__}.")
+        for glob, style in self.styles.items():
+            if not isinstance(glob, str) or not glob or glob != glob.strip():
+                raise PlanError(f"{glob!r} is not a glob over module names.")
+            if not isinstance(style, str) or not style:
+                raise PlanError(f"The style of {glob!r} is {style!r}; it must be a style name.")
+        _require_strings("optional", self.optional)
+        _require_strings("notes", self.notes)
+        stray = sorted(set(self.optional) - set(self.styles))
+        if stray:
+            raise PlanError(f"optional names {', '.join(map(repr, stray))}, which styles does not have.")
+        if not isinstance(self.source, str):
+            raise PlanError(f"source is {self.source!r}; it must be a string.")
+        object.__setattr__(self, "styles", dict(self.styles))
+        object.__setattr__(self, "optional", frozenset(self.optional))
+        object.__setattr__(self, "notes", tuple(self.notes))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "source": self.source,
+            "styles": dict(self.styles),
+            "optional": sorted(self.optional),
+            "notes": list(self.notes),
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    def to_yaml(self) -> str:
+        import yaml
+
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ParallelPlan:
+        """The plan described by ``data``; raises PlanError on a key or a value that does not fit."""
+        if not isinstance(data, Mapping):
+            raise PlanError(f"A plan must be a mapping with the keys {', '.join(_KEYS)}, not {type(data).__name__}.")
+        unknown = sorted(set(data) - set(_KEYS), key=str)
+        if unknown:
+            raise PlanError(f"Unknown key(s) {', '.join(map(repr, unknown))} in a plan. Known: {', '.join(_KEYS)}.")
+        if "styles" not in data:
+            raise PlanError("A plan needs the key 'styles': a mapping of globs over module names to style names.")
+        return cls(**data)
+
+    @classmethod
+    def from_json(cls, text: str) -> ParallelPlan:
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise PlanError(f"Not valid JSON: {error}.") from error
+        return cls.from_dict(data)
+
+    @classmethod
+    def from_yaml(cls, text: str) -> ParallelPlan:
+        import yaml
+
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise PlanError(f"Not valid YAML: {error}") from error
+        return cls.from_dict(data)
+
+    def diff(self, other: ParallelPlan) -> list[str]:
+        """One line per glob on which the two plans differ: ``- glob: style`` is here only, ``+ glob: style`` there."""
+        lines = []
+        for glob in dict.fromkeys([*self.styles, *other.styles]):
+            here, there = self.styles.get(glob), other.styles.get(glob)
+            if here == there:
+                continue
+            if here is not None:
+                lines.append(f"- {glob}: {here}")
+            if there is not None:
+                lines.append(f"+ {glob}: {there}")
+        return lines
+
+    def __str__(self) -> str:
+        width = max((len(glob) for glob in self.styles), default=0)
+        lines = [f"plan from {self.source}"]
+        lines += [f"  {glob:<{width}}  {style}" for glob, style in self.styles.items()]
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+
+def _require_strings(name: str, values: Iterable[Any]) -> None:
+    if isinstance(values, str) or not all(isinstance(value, str) for value in values):
+        raise PlanError(f"{name} must be a list of strings, not {values!r}.")
+
+
+def glob_to_regex(glob: str) -> re.Pattern[str]:
+    """The regular expression of a glob over dotted names. ``*`` never crosses a dot."""
+    return re.compile(r"[^.]*".join(re.escape(part) for part in glob.split("*")))
+
+
+def match_names(glob: str, names: Iterable[str]) -> list[str]:
+    """The ``names`` that ``glob`` matches, in their order."""
+    pattern = glob_to_regex(glob)
+    return [name for name in names if pattern.fullmatch(name)]

@@ -1,0 +1,20 @@
+"""The errors Shardwright raises. All derive from :class:`ShardwrightError`, so one ``except`` catches them."""
+
+
+class ShardwrightError(Exception):
+    """Base of every error that Shardwright raises on purpose."""
+
+
+class ConfigError(ShardwrightError, ValueError):
+    """A configuration (degrees, keys, values, files) that cannot work."""
+
+
+class PlanError(ShardwrightError, AssertionError, ValueError):
+    """A plan that does not fit the model or the mesh.
+
+    It is an ``AssertionError`` as well because code written for the original module catches that.
+    """
+
+
+class UnsupportedError(ShardwrightError, NotImplementedError):
+    """Something Shardwright knows about and does not do; the message names it."""

@@ -1,0 +1,273 @@
+"""Ranks on this machine: a pool of gloo workers that stays alive between calls.
+
+Starting a rank the usual way costs five seconds of imports. Here one server process imports torch and transformers
+once and every rank is a fork of it (multiprocessing's ``forkserver``), so a pool starts in well under a second and a
+call costs what the function itself costs. One process group serves every call of a pool: DTensor keeps meshes in
+process-wide caches, and groups that come and go make it use meshes of the dead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import gc
+import multiprocessing
+import os
+import pickle
+import queue
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from shardwright.distributed.config import Degrees, ParallelConfig
+from shardwright.distributed.mesh import make_mesh
+from shardwright.errors import ConfigError, ShardwrightError
+
+_PRELOADED = (
+    "torch.distributed.tensor.parallel",
+    "torch.distributed.fsdp",
+    "torch.distributed._composable",
+    "transformers.modeling_utils",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.llama.modeling_llama",
+    "shardwright.verify.ranks",
+)
+_GRACE = 2.0  # seconds that the other ranks get to answer once one has failed
+
+
+class RankError(ShardwrightError, RuntimeError):
+    """A rank died, did not answer in time, or raised something that cannot be sent to this process."""
+
+
+@dataclass
+class _Worker:
+    process: Any
+    connection: Connection
+    stacks: Path  # where the worker writes the stacks of its threads when it is asked for them
+
+
+class RankPool:
+    """``world_size`` gloo ranks on the CPU of this machine, with torch.distributed initialised on each.
+
+    >>> with RankPool(2) as pool:
+    ...     pool.run(my_function, 1, 2)  # [my_function(1, 2) on rank 0, on rank 1]
+
+    The ranks start with the first :meth:`run`. As with all of Python's multiprocessing, a script that uses a pool
+    keeps its own work under ``if __name__ == "__main__":``.
+
+    Args:
+        world_size: number of ranks.
+        timeout: seconds that one :meth:`run` may take.
+    """
+
+    def __init__(self, world_size: int, timeout: float = 120.0) -> None:
+        if world_size < 1:
+            raise ConfigError(f"A pool needs at least one rank, not {world_size}.")
+        self.world_size = world_size
+        self.timeout = timeout
+        self._workers: list[_Worker] = []
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float | None = None) -> list[Any]:
+        """Call ``function(*args)`` on every rank at once.
+
+        Args:
+            function: importable by name (defined at the top level of a module).
+            args: the same for every rank; sent by pickle. The function learns its rank from ``dist.get_rank()``.
+            timeout: seconds for this call, instead of the pool's.
+
+        Returns:
+            What each rank returned, by rank. Sent by pickle: return plain tensors, not DTensors.
+
+        Raises:
+            RankError: a rank died or was too slow. The pool starts anew with the next call.
+            Exception: what the first rank to fail raised, with that rank's traceback as a note.
+        """
+        task = pickle.dumps((sys.path, pickle.dumps((function, args))))
+        if not self._workers:
+            self._start()
+        for worker in self._workers:
+            # A worker that died between two calls is found out below, by its silence.
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                worker.connection.send_bytes(task)
+        answers = self._collect(self.timeout if timeout is None else timeout)
+        return [value for _, value in sorted(answers.items())]
+
+    def close(self) -> None:
+        """Stop the ranks; the next :meth:`run` would start them again."""
+        for worker in self._workers:
+            worker.connection.close()
+            worker.process.kill()
+        for worker in self._workers:
+            worker.process.join()
+            worker.process.close()
+        self._workers = []
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(_PRELOADED))
+        self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
+        folder = Path(self._folder.name)
+        for rank in range(self.world_size):
+            here, there = context.Pipe()
+            stacks = folder / f"stacks-{rank}"
+            args = (rank, self.world_size, str(folder / "store"), str(stacks), there)
+            process = context.Process(target=_serve, args=args, daemon=True, name=f"rank-{rank}")
+            process.start()
+            there.close()
+            self._workers.append(_Worker(process, here, stacks))
+
+    def _collect(self, timeout: float) -> dict[int, Any]:
+        """The answers by rank; raises what went wrong first, after the other ranks had their chance to answer."""
+        waiting = {worker.connection: rank for rank, worker in enumerate(self._workers)}
+        answers: dict[int, Any] = {}
+        failures: dict[int, BaseException] = {}
+        deadline = time.monotonic() + timeout
+        while waiting:
+            ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            for connection in ready:
+                rank = waiting.pop(connection)  # type: ignore[call-overload]
+                value, failure = self._answer(rank)
+                if failure is None:
+                    answers[rank] = value
+                    continue
+                failures[rank] = failure
+                deadline = min(deadline, time.monotonic() + _GRACE)
+        if not waiting and not failures:
+            return answers
+        alike = len({(type(failure), str(failure)) for failure in failures.values()}) == 1
+        error = next(iter(failures.values())) if failures else self._too_slow(sorted(waiting.values()), timeout)
+        if waiting or answers or not alike or isinstance(error, RankError):
+            self.close()  # some ranks are ahead of others: no telling what the next collective would meet
+        raise error
+
+    def _answer(self, rank: int) -> tuple[Any, BaseException | None]:
+        worker = self._workers[rank]
+        try:
+            return pickle.loads(worker.connection.recv_bytes())
+        except (EOFError, ConnectionResetError):
+            worker.process.join(_GRACE)
+            return None, RankError(f"Rank {rank} of {self.world_size} died (exit code {worker.process.exitcode}).")
+
+    def _too_slow(self, ranks: list[int], timeout: float) -> RankError:
+        for rank in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._workers[rank].process.pid, signal.SIGUSR1)
+        time.sleep(0.3)
+        stacks = "\n".join(f"rank {rank}:\n{self._workers[rank].stacks.read_text()}" for rank in ranks)
+        error = RankError(f"Rank(s) {ranks} of {self.world_size} did not answer within {timeout:g} seconds.")
+        error.add_note(stacks)
+        return error
+
+
+class _Outcome:
+    """Holds what a block of code ends with: a value set by the block, or the error that left it."""
+
+    value: Any = None
+    error: BaseException | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
+        self.error = error
+        return True
+
+
+def _serve(rank: int, world_size: int, store: str, stacks: str, connection: Connection) -> None:
+    """The life of one worker: join the process group, then answer calls until the other end of the pipe closes."""
+    faulthandler.register(signal.SIGUSR1, file=open(stacks, "w"), all_threads=True)  # noqa: SIM115 (open for life)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes the pipe
+    tasks: queue.Queue[bytes] = queue.Queue()
+    threading.Thread(target=_read_tasks, args=(connection, tasks), daemon=True).start()
+    torch.set_num_threads(1)
+    # The parent's own time limit comes first; this one only ends a worker that lost its parent in a strange way.
+    limit = timedelta(hours=1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=limit)
+    gc.freeze()  # what was imported stays: collecting between calls need not look at it again
+    while True:
+        answer = _call(rank, tasks.get())
+        connection.send_bytes(answer)
+        del answer
+        gc.collect()
+
+
+def _read_tasks(connection: Connection, tasks: queue.Queue[bytes]) -> None:
+    """Feed the worker; end it, even in the middle of a collective, when the parent is gone."""
+    while True:
+        try:
+            tasks.put(connection.recv_bytes())
+        except (EOFError, OSError):
+            os._exit(1)
+
+
+def _call(rank: int, task: bytes) -> bytes:
+    """Run one task and pickle ``(value, error)``."""
+    path, call = pickle.loads(task)
+    sys.path[:] = path  # a test module's folder joins the path only when pytest comes to it
+    torch.manual_seed(0)
+    outcome, packed = _Outcome(), _Outcome()
+    with outcome:
+        function, args = pickle.loads(call)
+        outcome.value = function(*args)
+    with packed:
+        packed.value = pickle.dumps((outcome.value, _portable(rank, outcome.error)))
+    if packed.error is not None:
+        packed.value = pickle.dumps((None, _portable(rank, packed.error)))
+    return packed.value
+
+
+def _portable(rank: int, error: BaseException | None) -> BaseException | None:
+    """``error`` with its traceback as a note, in a form that survives a pickle."""
+    if error is None:
+        return None
+    text = f"On rank {rank}:\n" + "".join(traceback.format_exception(error))
+    copy = _Outcome()
+    with copy:
+        error.add_note(text)
+        copy.value = pickle.loads(pickle.dumps(error))
+    if isinstance(copy.value, type(error)):
+        return error.with_traceback(None)
+    plain = RankError(f"{type(error).__name__}: {error}")
+    plain.add_note(text)
+    return plain
+
+
+def shared_mesh(config: ParallelConfig | Degrees) -> DeviceMesh:
+    """The mesh for ``config`` in this process, made once per set of degrees.
+
+    Call it with the same configs in the same order on every rank: making a mesh is a collective. Every mesh holds
+    process groups, so code that runs many cases in one process shares them.
+    """
+    return _mesh_of(config.degrees(dist.get_world_size()) if isinstance(config, ParallelConfig) else config)
+
+
+@cache
+def _mesh_of(degrees: Degrees) -> DeviceMesh:
+    return make_mesh(degrees, "cpu")

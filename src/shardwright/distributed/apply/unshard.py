@@ -1,0 +1,139 @@
+"""Whole FSDP2 parameters for a while: :func:`unshard_fsdp2_model`.
+
+FSDP2 has no public way to read its settings back, so this file reads its private state; torch 2.11 to 2.13 agree on
+the names used here, but for the one in :func:`_groups_of`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+
+
+@contextmanager
+def unshard_fsdp2_model(model: nn.Module) -> Generator[None, None, None]:
+    """Gather every FSDP2 parameter of ``model`` on entry, keep them gathered inside, shard them again on exit.
+
+    Inside, FSDP2 communicates nothing, so every rank may run the model as often as it likes: log-probabilities of
+    its own batches, ``generate()`` of its own length. Collectives of tensor parallelism still run, so the ranks of
+    one ``tp`` group must do the same. Entering is a collective over the data-parallel ranks; leaving is not.
+
+    Prefetch and reshard settings are those from before on exit, also when the body raises, and so is what FSDP2
+    remembers of earlier forwards: a training step after it does what it would have done without it. The contexts
+    nest, on one model or on parts of it; the parameters are sharded again when the outermost one ends. What is written
+    into a gathered parameter inside is lost, and an optimizer step inside does not reach the gathered copies. A
+    model without FSDP2 parameters is left as it is.
+
+    Args:
+        model: parameters (any dtype, any shape) are gathered in the compute dtype of FSDP2's precision policy; with
+            tensor parallelism they are then DTensors over ``tp`` alone.
+
+    Raises:
+        RuntimeError: from FSDP2, when ``model`` still has parameters on the meta device.
+    """
+    states = _states_of(model)
+    for state in states:
+        if state._is_root is None:
+            state._lazy_init()  # outermost first; otherwise a forward inside would choose a root of its own
+    held = [_Held.of(group) for state in states for group in _groups_of(state) if not _stays_gathered(group)]
+    solo = [module for module in _outside_units(model) if _generates_in_step(module)] if states else []
+    try:
+        # A tensor made in inference mode could never be trained with, and FSDP2 keeps its buffers for life.
+        with torch.inference_mode(mode=False):
+            for item in held:
+                item.gather()
+        for module in solo:
+            _set_generates_in_step(module, False)
+        yield
+    finally:
+        for module in solo:
+            _set_generates_in_step(module, True)
+        if held:
+            _forget_unfinished_pass(states)
+        for item in held:
+            item.release()
+
+
+@dataclass
+class _Held:
+    """A parameter group and its settings from before."""
+
+    group: Any
+    post_forward_mesh_info: Any
+    reshard_after_backward: bool
+    passes: int  # forwards of this group that a backward may still come to
+    order: int  # the same for all groups that share a root
+
+    @classmethod
+    def of(cls, group: Any) -> _Held:
+        order, passes = len(group.comm_ctx.post_forward_order), len(group._post_forward_indices)
+        return cls(group, group.post_forward_mesh_info, group.reshard_after_backward, passes, order)
+
+    def gather(self) -> None:
+        self.group.lazy_init()  # refuses parameters on meta
+        self.group.reshard()  # a root stays gathered after a forward: it may be older than the last optimizer step
+        self.group.post_forward_mesh_info = None
+        self.group.reshard_after_backward = False
+        self.group.unshard()
+        self.group.wait_for_unshard()
+
+    def release(self) -> None:
+        self.group.post_forward_mesh_info = self.post_forward_mesh_info
+        self.group.reshard_after_backward = self.reshard_after_backward
+        # FSDP2 prefetches along the recorded order of forwards. Ranks ran different numbers of them inside: left in
+        # the record, they would make the next backward gather different units on different ranks.
+        del self.group._post_forward_indices[self.passes :]
+        del self.group.comm_ctx.post_forward_order[self.order :]
+        self.group.reshard()
+
+
+def _states_of(model: nn.Module) -> list[Any]:
+    """The FSDP2 states in ``model``, outermost first, each once (one state may own several modules)."""
+    found = (module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule))
+    return list(dict.fromkeys(found))
+
+
+def _groups_of(state: Any) -> list[Any]:
+    if torch.torch_version.TorchVersion(torch.__version__) >= (2, 12):
+        return list(state._fsdp_param_groups)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+
+
+def _stays_gathered(group: Any) -> bool:
+    """Whether nothing but its owner would shard ``group`` again: it is in an outer context, or the user keeps it."""
+    return group.is_unsharded and not group._reshard_after_forward and not group.reshard_after_backward
+
+
+def _forget_unfinished_pass(states: list[Any]) -> None:
+    """Clear what a forward or backward cut short by an error leaves behind; accumulated gradients stay."""
+    for state in states:
+        state._training_state = TrainingState.IDLE
+        state._modules_to_run_forward.clear()
+        state._state_ctx.iter_forward_root = None
+        state._state_ctx.post_backward_final_callback_queued = False
+        for group in _groups_of(state):
+            group._training_state = TrainingState.IDLE
+
+
+def _outside_units(module: nn.Module) -> Iterator[nn.Module]:
+    """``module`` and what is below it down to, and without, the FSDP2 units inside it."""
+    yield module
+    for child in module.children():
+        if not isinstance(child, FSDPModule):
+            yield from _outside_units(child)
+
+
+def _generates_in_step(module: nn.Module) -> bool:
+    """Whether ``generate()`` would keep all ranks in step: it agrees with the world, token by token, under FSDP."""
+    return vars(module).get("_is_fsdp_managed_module", False)
+
+
+def _set_generates_in_step(module: nn.Module, value: bool) -> None:
+    vars(module)["_is_fsdp_managed_module"] = value

@@ -18,3 +18,11 @@ class PlanError(ShardwrightError, AssertionError, ValueError):
 
 class UnsupportedError(ShardwrightError, NotImplementedError):
     """Something Shardwright knows about and does not do; the message names it."""
+
+
+class RunError(ShardwrightError, RuntimeError):
+    """A run that started and could not go on: a rank that died, a loss that is no number."""
+
+
+class ParityError(ShardwrightError, AssertionError):
+    """A sharded model that does not compute what the same model computes in one process."""

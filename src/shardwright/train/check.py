@@ -1,0 +1,150 @@
+"""The first step of a run against the same step of the unsharded model in one process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from shardwright.errors import ConfigError, ParityError
+from shardwright.train.config import TrainConfig
+from shardwright.train.dataset import IGNORE, TokenRows
+from shardwright.train.loop import Trainer, whole
+from shardwright.train.model import build_model
+from shardwright.train.optim import make_optimizer, make_schedule
+
+TOLERANCE = 1e-5
+# A gradient this small beside the norm of all gradients is float32 rounding noise: zero in exact arithmetic (the key
+# bias of attention is the usual case). AdamW divides it by itself, so the weight it moves says nothing.
+_NOISE = 1e-7
+# The smallest norm, as a share of the norm of all gradients, that an error is measured against.
+_FLOOR = 1e-3
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Relative differences between the sharded step and one process: ``|a - b| / |b|`` with 2-norms, per tensor.
+
+    Attributes:
+        loss: of the loss.
+        gradient: the largest of any gradient, which is that of ``gradient_name``.
+        weight: the largest of any updated weight, which is that of ``weight_name``.
+        tensors: how many gradients were compared.
+    """
+
+    loss: float
+    gradient: float
+    gradient_name: str
+    weight: float
+    weight_name: str
+    tensors: int
+
+    def __str__(self) -> str:
+        return (
+            f"loss {self.loss:.1e}, gradients {self.gradient:.1e} (worst of {self.tensors}: {self.gradient_name}), "
+            f"updated weights {self.weight:.1e} (worst: {self.weight_name})"
+        )
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A step of the unsharded model: mean loss, gradients before clipping and weights after the update, by name."""
+
+    loss: float
+    gradients: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    gradient_norm: float
+
+
+def require_float32(config: TrainConfig) -> None:
+    """Raises ConfigError where "equal" would have no meaning: rounding hides a mistake below float32."""
+    precision = config.sharding.precision
+    if {config.model.dtype, precision.param, precision.reduce, precision.output} != {"float32"}:
+        raise ConfigError(
+            "check_first_step compares in float32, but model.dtype or sharding.precision is lower. Set both to "
+            "float32 for a run that checks, then train without the check."
+        )
+
+
+def reference_step(config: TrainConfig, model_config: PreTrainedConfig, data: TokenRows, rows: np.ndarray) -> Reference:
+    """The first step written down as plainly as possible: no mesh, no shards, one process on the CPU."""
+    model = build_model(config.model, model_config, config.seed)
+    optimizer = make_optimizer(model, config.optimizer)
+    make_schedule(optimizer, config.schedule, config.steps)
+    targets = data.targets(rows)
+    loss = 0.0
+    for part in rows.reshape(config.accumulation, -1):
+        batch = data.batch(part)
+        logits = model(input_ids=batch.input_ids, use_cache=False).logits
+        share = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE, reduction="sum")
+        (share / targets).backward()
+        loss += share.item() / targets
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    norm = nn.utils.get_total_norm(list(gradients.values())).item()
+    if config.clip_norm is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+    optimizer.step()
+    return Reference(loss, gradients, {name: p.detach() for name, p in model.named_parameters()}, norm)
+
+
+def checked_step(trainer: Trainer, rows: np.ndarray, reference: Reference | None) -> tuple[Tensor, Tensor, Difference]:
+    """A training step like any other, compared with ``reference`` (rank 0 has it) on the way.
+
+    Returns:
+        The loss, the gradient norm and the difference, on every rank.
+
+    Raises:
+        ParityError: a difference above 1e-5, on every rank.
+    """
+    loss = trainer.backward(rows)
+    gradients = _worst(trainer.model, reference, of_gradients=True)
+    norm = trainer.update()
+    weights = _worst(trainer.model, reference, of_gradients=False)
+    found: list[Difference | None] = [None]
+    if reference is not None:
+        loss_error = abs(loss.item() - reference.loss) / abs(reference.loss)
+        found = [Difference(loss_error, *gradients, *weights, len(reference.gradients))]
+    dist.broadcast_object_list(found, src=0)
+    difference = found[0]
+    assert difference is not None, "rank 0 has a reference"
+    errors = (difference.loss, difference.gradient, difference.weight)
+    if not all(error <= TOLERANCE for error in errors):  # written so that NaN fails too
+        raise ParityError(
+            f"The first step differs from one process by more than {TOLERANCE:.0e}: {difference}. Nothing was trained. "
+            "Dropout makes the two differ; set it to 0 in the model's config. Otherwise this is a mistake in the "
+            "parallel plan or in Shardwright: please report it with this config."
+        )
+    return loss, norm, difference
+
+
+def _worst(model: nn.Module, reference: Reference | None, of_gradients: bool) -> tuple[float, str]:
+    """The largest relative error and whose it is; gathers one tensor after the other, on every rank."""
+    worst, name_of_worst = 0.0, "none"
+    for name, parameter in model.named_parameters():
+        tensor = parameter.grad if of_gradients else parameter.detach()
+        full = None if tensor is None else whole(tensor).cpu()
+        if reference is None:
+            continue
+        expected = reference.gradients.get(name)
+        if full is None or expected is None:
+            error = float("inf") if of_gradients and (full is None) != (expected is None) else 0.0
+        elif of_gradients:
+            error = relative_error(full, expected, _FLOOR * reference.gradient_norm)
+        else:
+            told = expected.abs() > _NOISE * reference.gradient_norm
+            error = relative_error(full[told], reference.weights[name][told], 0.0)
+        if not error <= worst:
+            worst, name_of_worst = error, name
+    return worst, name_of_worst
+
+
+def relative_error(value: Tensor, expected: Tensor, floor: float) -> float:
+    """``|value - expected| / max(|expected|, floor)`` with 2-norms in float64; 0 for two zeros."""
+    distance = torch.linalg.vector_norm((value - expected).double()).item()
+    size = max(torch.linalg.vector_norm(expected.double()).item(), floor)
+    return 0.0 if distance == 0 else distance / size if size else float("inf")

@@ -1,0 +1,141 @@
+"""From tokens to batches: the same global batch at every step, whatever the mesh.
+
+A *row* is ``sequence_length + 1`` tokens: the model reads all but the last, and each position's target is the token
+after it. Rows of packed text overlap by that one token, so every token is a target once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IGNORE = -100  # a target that is not counted, torch's convention
+_PADDING = -1
+TOKENS = "tokens.bin"
+_SHAPE = "tokens.json"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How rows lie in the flat file of tokens."""
+
+    sequences: int
+    sequence_length: int
+    stride: int
+
+
+def write_packed(token_lists: Iterable[list[int]], folder: Path, sequence_length: int) -> tuple[Shape, int]:
+    """All texts one after the other in one file; the tokens after the last whole sequence are not used.
+
+    Returns:
+        The shape (its ``sequences`` may be 0) and the number of tokens written.
+    """
+    total = 0
+    with (folder / TOKENS).open("wb") as file:
+        for tokens in token_lists:
+            np.asarray(tokens, dtype=np.int32).tofile(file)
+            total += len(tokens)
+    return _write_shape(folder, Shape(max(total - 1, 0) // sequence_length, sequence_length, sequence_length)), total
+
+
+def write_separate(token_lists: Iterable[list[int]], folder: Path, sequence_length: int) -> tuple[Shape, int]:
+    """Every text in rows of its own, the last one padded; returns what :func:`write_packed` does."""
+    total = rows = 0
+    width = sequence_length + 1
+    with (folder / TOKENS).open("wb") as file:
+        for tokens in token_lists:
+            total += len(tokens)
+            for start in range(0, len(tokens) - 1, sequence_length):
+                row = np.full(width, _PADDING, dtype=np.int32)
+                part = tokens[start : start + width]
+                row[: len(part)] = part
+                row.tofile(file)
+                rows += 1
+    return _write_shape(folder, Shape(rows, sequence_length, width)), total
+
+
+def _write_shape(folder: Path, shape: Shape) -> Shape:
+    (folder / _SHAPE).write_text(json.dumps(asdict(shape)))
+    return shape
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows ready for the model.
+
+    Attributes:
+        input_ids: tokens, ``[rows, sequence_length]``, int64.
+        labels: the token after each, or ``IGNORE``; same shape.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.input_ids.to(device), self.labels.to(device))
+
+
+class TokenRows:
+    """The rows that :func:`write_packed` or :func:`write_separate` left in ``folder``, read from disk as needed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.shape = Shape(**json.loads((folder / _SHAPE).read_text()))
+        self._tokens = np.memmap(folder / TOKENS, dtype=np.int32, mode="r")
+
+    def __len__(self) -> int:
+        return self.shape.sequences
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        """The rows with these numbers; -1 stands for a row of nothing but padding."""
+        offsets = np.maximum(rows, 0)[:, None] * self.shape.stride + np.arange(self.shape.sequence_length + 1)
+        tokens = torch.from_numpy(np.asarray(self._tokens[offsets], dtype=np.int64))
+        tokens[torch.from_numpy(rows < 0)] = _PADDING
+        labels = tokens[:, 1:].clone()
+        labels[labels == _PADDING] = IGNORE
+        return Batch(tokens[:, :-1].clamp(min=0), labels)
+
+    def targets(self, rows: np.ndarray) -> int:
+        """How many positions of these rows have a target: what the loss is divided by."""
+        return int((self.batch(rows).labels != IGNORE).sum())
+
+
+class Order:
+    """Which rows make up the global batch of every step: all of them, shuffled, then all of them shuffled anew.
+
+    Held-out rows are drawn by the seed and never trained on.
+    """
+
+    def __init__(self, rows: int, batch_size: int, held_out: int, seed: int) -> None:
+        drawn = np.random.default_rng([seed]).permutation(rows)
+        self.held_out = np.sort(drawn[:held_out])
+        self._rows = np.sort(drawn[held_out:])
+        self._batch_size = batch_size
+        self._seed = seed
+        self._cached: tuple[int, np.ndarray] = (-1, self._rows)
+
+    def _epoch(self, number: int) -> np.ndarray:
+        if self._cached[0] != number:
+            shuffled = np.random.default_rng([self._seed, number + 1]).permutation(self._rows)
+            self._cached = (number, shuffled)
+        return self._cached[1]
+
+    def rows(self, step: int) -> np.ndarray:
+        """The row numbers of the global batch of ``step`` (from 0), ``[batch_size]``."""
+        position = step * self._batch_size
+        taken: list[np.ndarray] = []
+        while (missing := self._batch_size - sum(map(len, taken))) > 0:
+            epoch, offset = divmod(position, len(self._rows))
+            taken.append(self._epoch(epoch)[offset : offset + missing])
+            position += len(taken[-1])
+        return np.concatenate(taken)
+
+
+def deal(rows: np.ndarray, dp_rank: int, dp_size: int, accumulation: int) -> np.ndarray:
+    """One data-parallel rank's share of a global batch, ``[accumulation, batch_size / (accumulation * dp_size)]``."""
+    return rows.reshape(accumulation, dp_size, -1)[:, dp_rank]

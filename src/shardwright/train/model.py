@@ -1,0 +1,130 @@
+"""The model of a run: its transformers config, checked, and the model itself, equal on every rank."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+
+from shardwright.errors import ConfigError, UnsupportedError
+from shardwright.train.config import ModelSettings
+from shardwright.train.settings import unknown_key
+
+# Keys that transformers still takes although they are no fields of its configs any more.
+_OLDER_KEYS = ("rope_theta", "rope_scaling", "torch_dtype")
+
+
+def model_config(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """The transformers config that ``settings`` describe.
+
+    A config given as a mapping takes its vocabulary size and special tokens from the tokenizer, where it leaves them
+    out; its keys are checked, because transformers takes any key and ignores those it does not know.
+
+    Raises:
+        ConfigError: no such folder or file, an unknown model type or key, or values that do not go together.
+        UnsupportedError: a model type that is no causal language model.
+    """
+    source = settings.path if settings.path is not None else settings.config
+    config = _from_mapping(source, tokenizer) if isinstance(source, dict) else _from_files(Path(str(source)), settings)
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UnsupportedError(
+            f"{config.model_type} is no causal language model in transformers; only those train here."
+        )
+    return config
+
+
+def _from_files(path: Path, settings: ModelSettings) -> PreTrainedConfig:
+    key = "model.path" if settings.path is not None else "model.config"
+    if not path.exists():
+        raise ConfigError(f"There is no {path}, which {key} names (looked from {Path.cwd()}).")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ConfigError(f"The folder {path}, which {key} names, has no config.json, so it is no checkpoint.")
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise ConfigError(f"transformers cannot read the model config in {path}: {_one_line(error)}") from None
+
+
+def _from_mapping(data: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    values = dict(data)
+    model_type = values.pop("model_type", None)
+    if model_type not in CONFIG_MAPPING:
+        near = get_close_matches(str(model_type), list(CONFIG_MAPPING), n=3)
+        hint = f"Did you mean {' or '.join(near)}?" if near else "It is the model_type in a config.json, such as llama."
+        raise ConfigError(f"model.config.model_type is {model_type!r}, which transformers does not know. {hint}")
+    known = _known_keys(model_type)
+    for key in values:
+        if key not in known:
+            raise ConfigError(unknown_key(f"model.config.{key}", key, known))
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    if "vocab_size" in known:
+        special["vocab_size"] = len(tokenizer)
+    try:
+        return AutoConfig.for_model(model_type, **{**special, **values})
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        raise ConfigError(f"transformers refuses this {model_type} config: {_one_line(error)}") from None
+
+
+def _known_keys(model_type: str) -> set[str]:
+    default = CONFIG_MAPPING[model_type]()
+    return {*default.to_dict(), *default.attribute_map, *_OLDER_KEYS}
+
+
+def check_fit(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> None:
+    """Whether the model can take every token and every position it will be given.
+
+    Raises:
+        ConfigError: it cannot; the message has both sizes.
+    """
+    text = config.get_text_config().to_dict()
+    if len(tokenizer) > text["vocab_size"]:
+        raise ConfigError(
+            f"The tokenizer has {len(tokenizer):,} tokens, but the model's vocabulary is {text['vocab_size']:,}. Use "
+            "the tokenizer that belongs to the model, or (from scratch) leave vocab_size out of model.config."
+        )
+    positions = text.get("max_position_embeddings")
+    if positions is not None and sequence_length > positions:
+        raise ConfigError(
+            f"data.sequence_length is {sequence_length}, but the model has {positions} positions "
+            "(max_position_embeddings). Lower the one or raise the other."
+        )
+
+
+def build_model(settings: ModelSettings, config: PreTrainedConfig, seed: int) -> nn.Module:
+    """The model on the CPU, in training mode; the same weights on every rank, at any number of ranks.
+
+    From scratch, the weights follow from ``seed`` alone, because they are drawn before anything is sharded.
+    """
+    torch.manual_seed(seed)
+    dtype = getattr(torch, settings.dtype)
+    if settings.path is None:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    else:
+        model = _load(settings.path, dtype)
+    return model.train()
+
+
+def _load(path: str, dtype: torch.dtype) -> nn.Module:
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"transformers cannot load the checkpoint in {path}: {_one_line(error)}") from None
+    model, report = loaded
+    if report["missing_keys"]:
+        names = sorted(report["missing_keys"])
+        raise ConfigError(
+            f"The checkpoint in {path} lacks {len(names)} of the model's weights (first: {names[0]}); they would "
+            "start at random. Use a whole checkpoint of this model type."
+        )
+    return model
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

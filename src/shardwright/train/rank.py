@@ -1,0 +1,152 @@
+"""What one rank does, from the job folder to the saved model."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.logging import RichHandler
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedConfig
+
+from shardwright.api import parallelize
+from shardwright.distributed.mesh import AXES, default_device_type, make_mesh
+from shardwright.train.check import checked_step, reference_step
+from shardwright.train.config import TrainConfig
+from shardwright.train.dataset import Order, TokenRows
+from shardwright.train.export import export_model
+from shardwright.train.loop import Trainer
+from shardwright.train.model import build_model, model_config
+from shardwright.train.optim import make_optimizer, make_schedule
+from shardwright.train.output import MODEL
+from shardwright.train.place import Place
+from shardwright.train.prepare import TOKENIZER
+from shardwright.train.progress import show_curve
+from shardwright.train.recorder import Recorder
+from shardwright.train.tokenizer import load_tokenizer
+
+
+def device_of(config: TrainConfig, place: Place) -> torch.device:
+    """The device of a rank: its own GPU, or the CPU."""
+    kind = default_device_type() if config.device == "auto" else config.device
+    return torch.device(kind, place.local_rank) if kind == "cuda" else torch.device(kind)
+
+
+@contextmanager
+def process_group(place: Place, device: torch.device) -> Iterator[None]:
+    """The ranks joined: NCCL between GPUs (gloo for objects on the CPU), gloo otherwise; cores shared out evenly."""
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(max((os.cpu_count() or 1) // place.local_world_size, 1))
+    dist.init_process_group(
+        backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        init_method=place.init_method,
+        rank=place.rank,
+        world_size=place.world_size,
+        device_id=device if on_gpu else None,
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def train(config: TrainConfig, job: Path, place: Place) -> None:
+    """Train in this rank; every rank calls this, inside :func:`process_group`.
+
+    Args:
+        job: the folder that :func:`shardwright.train.prepare.prepare` filled.
+
+    Raises:
+        ShardwrightError: the same on every rank; before anything is written where the config cannot work.
+    """
+    console = _console(place)
+    device = device_of(config, place)
+    mesh = make_mesh(config.sharding, device.type)
+    tokenizer = load_tokenizer(str(job / TOKENIZER))
+    architecture = model_config(config.model, tokenizer)
+    data = TokenRows(job)
+    order = Order(len(data), config.batch_size, config.data.validation, config.seed)
+    trainer = _trainer(config, architecture, mesh, data, device)
+    _say(console, _headline(trainer, mesh, device, config.sharding.sequence_parallel))
+
+    # One stream of dropout for each data-parallel rank, the same on the ranks that share its rows.
+    torch.manual_seed(int(np.random.SeedSequence([config.seed, mesh["dp"].get_local_rank()]).generate_state(1)[0]))
+    first = None
+    if config.check_first_step:
+        reference = reference_step(config, architecture, data, order.rows(0)) if place.rank == 0 else None
+        *first, difference = checked_step(trainer, order.rows(0), reference)
+        _say(console, f"[green]The first step equals one process.[/] Relative differences: {difference}")
+    losses = _train_all(config, trainer, order, console, device, tuple(first) if first else None)
+
+    folder = Path(config.output.dir) / MODEL
+    export_model(trainer.model, architecture, tokenizer, folder)
+    show_curve(console, losses)
+    _say(console, f"Saved [bold]{folder}[/] for AutoModelForCausalLM.from_pretrained.")
+
+
+def _console(place: Place) -> Console:
+    """The terminal, for rank 0; the others stay silent. Shardwright's log goes to it too."""
+    console = Console(quiet=place.rank != 0)
+    log = logging.getLogger("shardwright")
+    log.setLevel(logging.INFO if place.rank == 0 else logging.ERROR)
+    log.handlers = [RichHandler(console=console, show_time=False, show_level=False, show_path=False)]
+    return console
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True)
+
+
+def _trainer(
+    config: TrainConfig, architecture: PreTrainedConfig, mesh: DeviceMesh, data: TokenRows, device: torch.device
+) -> Trainer:
+    model = build_model(config.model, architecture, config.seed).to(device)
+    parallelize(model, config.sharding, mesh)
+    optimizer = make_optimizer(model, config.optimizer)
+    schedule = make_schedule(optimizer, config.schedule, config.steps)
+    return Trainer(model, optimizer, schedule, mesh, data, device, config.accumulation, config.clip_norm)
+
+
+def _headline(trainer: Trainer, mesh: DeviceMesh, device: torch.device, sequence_parallel: bool) -> str:
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    axes = " x ".join(f"{axis}={mesh[axis].size()}" for axis in AXES if mesh[axis].size() > 1) or "nothing sharded"
+    name = type(trainer.model).__name__.removeprefix("FSDP")  # FSDP2 renames the class of what it shards
+    return (
+        f"{name}, {parameters / 1e6:.1f}M parameters, on {mesh.size()} {device.type} rank{'s' * (mesh.size() > 1)}: "
+        f"{axes}{', sequence parallel' * sequence_parallel}"
+    )
+
+
+def _train_all(
+    config: TrainConfig,
+    trainer: Trainer,
+    order: Order,
+    console: Console,
+    device: torch.device,
+    first: tuple[torch.Tensor, ...] | None,
+) -> list[float]:
+    """All steps; ``first`` is the loss and gradient norm of step 0 where that has been taken. Returns the losses."""
+    rows_at_once = config.batch_size // (config.accumulation * trainer.dp_size)
+    with Recorder(config, console, device) as recorder:
+        for step in range(config.steps):
+            lr = trainer.learning_rate
+            if step == 0 and first is not None:
+                loss, norm = first
+            else:
+                loss = trainer.backward(order.rows(step))
+                norm = trainer.update()
+            held_out = None
+            if recorder.validates(step):
+                held_out = trainer.validate(order.held_out, rows_at_once)
+            recorder.record(step, loss, norm, lr, held_out)
+    return recorder.losses

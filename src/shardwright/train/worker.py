@@ -1,0 +1,32 @@
+"""One rank as a process of its own: ``python -m shardwright.train.worker JOB_FOLDER``, started by ``launch``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from shardwright.errors import ShardwrightError
+from shardwright.train.config import load_config
+from shardwright.train.launch import REFUSED
+from shardwright.train.place import place_from_environment
+from shardwright.train.prepare import CONFIG
+from shardwright.train.rank import device_of, process_group, train
+
+
+@record  # leaves the error where the launcher finds it
+def _work(job: Path) -> None:
+    config = load_config(job / CONFIG)
+    place = place_from_environment(os.environ)
+    assert place is not None, "torch's launcher sets RANK and its companions"
+    with process_group(place, device_of(config, place)):
+        train(config, job, place)
+
+
+if __name__ == "__main__":
+    try:
+        _work(Path(sys.argv[1]))
+    except ShardwrightError:
+        sys.exit(REFUSED)

@@ -1,0 +1,331 @@
+"""Running a hollow model: once in full, then rank by rank."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from shardwright.distributed.models.dataflow.cuts import Cut
+from shardwright.distributed.models.dataflow.hollow import Hollow
+from shardwright.distributed.models.dataflow.tape import CODE_ERRORS, FullRun, Idle, Mismatch, RankRun, Tape, same
+
+@dataclass(frozen=True)
+class Inputs:
+    """Arguments of the model's forward."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ArgumentCut:
+    """A tensor argument that is cut before a module sees it (an ALiBi bias with an entry per head).
+
+    The dim holds groups of ``group`` entries, one per head; of each group, a rank gets its share.
+    """
+
+    argument: str
+    dim: int
+    group: int
+
+    def take(self, x: Tensor, rank: int, size: int) -> Tensor:
+        groups = x.unflatten(self.dim, (x.shape[self.dim] // self.group, self.group))
+        share = self.group // size
+        return groups.narrow(self.dim + 1, rank * share, share).flatten(self.dim, self.dim + 1)
+
+
+@dataclass
+class Sharding:
+    """One way to run the model on slices. All names are hollow names.
+
+    Attributes:
+        cuts_in: stub -> how its input is cut.
+        cuts_out: stub -> how its output is cut.
+        parameters: parameter -> how its dim 0 is cut.
+        attributes: (module, attribute) -> divided by the number of ranks.
+        arguments: module -> arguments that are cut.
+    """
+
+    cuts_in: dict[str, Cut] = field(default_factory=dict)
+    cuts_out: dict[str, Cut] = field(default_factory=dict)
+    parameters: dict[str, Cut] = field(default_factory=dict)
+    attributes: set[tuple[str, str]] = field(default_factory=set)
+    arguments: dict[str, tuple[ArgumentCut, ...]] = field(default_factory=dict)
+
+    def with_(self, other: Sharding) -> Sharding:
+        return Sharding(
+            self.cuts_in | other.cuts_in,
+            self.cuts_out | other.cuts_out,
+            self.parameters | other.parameters,
+            self.attributes | other.attributes,
+            self.arguments | other.arguments,
+        )
+
+
+@dataclass
+class Record:
+    """What the full run left behind.
+
+    Attributes:
+        run: the tape.
+        outputs: the model's output tensors.
+        output_grads: the gradients that backward started from; None for outputs without one.
+        param_grads: gradient of every parameter that is not a stub's.
+        reads: (module, attribute) -> integer that the forward read there.
+        arguments: module -> shapes of its tensor arguments that need no gradient.
+    """
+
+    run: FullRun
+    outputs: list[Tensor]
+    output_grads: list[Tensor | None]
+    param_grads: dict[str, Tensor]
+    reads: dict[tuple[str, str], int]
+    arguments: dict[str, dict[str, torch.Size]]
+
+
+@dataclass
+class Finding:
+    """What rank runs showed of a sharding that is exact.
+
+    Attributes:
+        partial_parameters: whole parameters whose gradient is a sum over the ranks.
+        partial_outputs: stub -> the features of its whole output whose gradient is a sum over the ranks.
+    """
+
+    partial_parameters: set[str] = field(default_factory=set)
+    partial_outputs: dict[str, Tensor] = field(default_factory=dict)
+
+
+def full_run(hollow: Hollow, inputs: Inputs) -> Record:
+    """Run the model in full, forward and backward, and write everything down."""
+    run = FullRun()
+    reads: dict[tuple[str, str], int] = {}
+    arguments: dict[str, dict[str, torch.Size]] = {}
+    with _reading(hollow.model, reads), _listening(hollow.model, arguments):
+        outputs = _forward(hollow, run, inputs)
+    generator = torch.Generator().manual_seed(2)
+    grads = [torch.randn(o.shape, generator=generator).to(o.dtype) if o.requires_grad else None for o in outputs]
+    _clear_grads(hollow.model)
+    _backward(outputs, grads, retain=True)
+    return Record(run, outputs, grads, _param_grads(hollow), reads, arguments)
+
+
+def rank_runs(hollow: Hollow, record: Record, inputs: Inputs, sharding: Sharding, size: int) -> Finding:
+    """Play every rank of ``size``.
+
+    Raises:
+        Mismatch: some tensor or gradient is not what it must be.
+        CODE_ERRORS: the model's code does not run on slices.
+    """
+    runs = []
+    for rank in range(size):
+        run = RankRun(record.run, rank, size, sharding.cuts_in, sharding.cuts_out)
+        with _sharded(hollow.model, sharding, rank, size):
+            outputs = _forward(hollow, run, inputs)
+            if len(outputs) != len(record.outputs):
+                raise Mismatch("output")
+            for mine, whole in zip(outputs, record.outputs, strict=True):
+                if not same(mine, whole):
+                    raise Mismatch("output")
+            _clear_grads(hollow.model)
+            _backward(outputs, record.output_grads, retain=False)
+            runs.append((run, _param_grads(hollow)))
+    return _compare_gradients(record, sharding, runs, size)
+
+
+def _compare_gradients(
+    record: Record, sharding: Sharding, runs: list[tuple[RankRun, dict[str, Tensor]]], size: int
+) -> Finding:
+    finding = Finding()
+    for key, call in record.run.calls.items():
+        grads = [run.grads.get(key) for run, _ in runs]
+        whole = call.output_grad
+        if whole is None and all(grad is None or not bool(grad.any()) for grad in grads):
+            continue
+        if whole is None or any(grad is None for grad in grads):
+            raise Mismatch(call.name)
+        cut = sharding.cuts_out.get(call.name)
+        if cut is not None:
+            _require_sum(call.name, whole, grads, cut, -1, size)
+        elif not all(same(grad, whole) for grad in grads):  # type: ignore[arg-type]
+            features = _partial_features(call.name, whole, grads)  # type: ignore[arg-type]
+            finding.partial_outputs[call.name] = features
+    for name, whole in record.param_grads.items():
+        grads = [params.get(name, torch.zeros(())) for _, params in runs]
+        if name in sharding.parameters:
+            _require_sum(name, whole, grads, sharding.parameters[name], 0, size)
+        elif not all(same(grad, whole) for grad in grads):
+            if any(grad.shape != whole.shape for grad in grads) or not same(sum(grads), whole):  # type: ignore[arg-type]
+                raise Mismatch(name)
+            finding.partial_parameters.add(name)
+    return finding
+
+
+def _require_sum(name: str, whole: Tensor, grads: list[Any], cut: Cut, dim: int, size: int) -> None:
+    """The ranks' gradients, each put back where its slice came from, must add up to the whole one."""
+    total = torch.zeros_like(whole)
+    for rank, grad in enumerate(grads):
+        total.index_add_(dim, cut.indices(whole.shape[dim], rank, size), grad)
+    if not same(total, whole):
+        raise Mismatch(name)
+
+
+def _partial_features(name: str, whole: Tensor, grads: list[Tensor]) -> Tensor:
+    """The features of a whole output whose gradient is the sum over the ranks; the others must be complete."""
+    if any(grad.shape != whole.shape for grad in grads):
+        raise Mismatch(name)
+    scale = whole.abs().max()
+    complete = torch.stack([(grad - whole).abs().flatten(0, -2).amax(0) for grad in grads]).amax(0) <= 1e-3 * scale
+    summed = (sum(grads) - whole).abs().flatten(0, -2).amax(0) <= 1e-3 * scale  # type: ignore[union-attr]
+    if not bool((complete | summed).all()):
+        raise Mismatch(name)
+    return ~complete
+
+
+def _forward(hollow: Hollow, tape: Tape, inputs: Inputs) -> list[Tensor]:
+    hollow.tape = tape
+    torch.manual_seed(0)
+    try:
+        with torch.enable_grad():
+            output = hollow.model(*_fresh(inputs.args), **_fresh(dict(inputs.kwargs)))
+    finally:
+        hollow.tape = Idle()
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _fresh(values: Any) -> Any:
+    """The same arguments, so that code that changes them in place does so on a copy."""
+    if isinstance(values, Tensor):
+        return values.clone()
+    if isinstance(values, dict):
+        return {k: _fresh(v) for k, v in values.items()}
+    if isinstance(values, (tuple, list)):
+        return type(values)(_fresh(v) for v in values)
+    return values
+
+
+def _backward(outputs: list[Tensor], grads: list[Tensor | None], *, retain: bool) -> None:
+    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+    if pairs:
+        torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs], retain_graph=retain)
+
+
+def _clear_grads(model: nn.Module) -> None:
+    for param in model.parameters():
+        param.grad = None
+
+
+def _param_grads(hollow: Hollow) -> dict[str, Tensor]:
+    """Gradients by hollow name, of what is not a stub's."""
+    return {
+        f"{owner}.{name}" if owner else name: param.grad
+        for owner, module in hollow.model.named_modules()
+        if owner not in hollow.stubs
+        for name, param in module._parameters.items()
+        if param is not None and param.grad is not None
+    }
+
+
+@contextmanager
+def _sharded(model: nn.Module, sharding: Sharding, rank: int, size: int) -> Iterator[None]:
+    """The model as this rank has it: parameters cut, attributes divided, arguments cut."""
+    with ExitStack() as stack:
+        for name, cut in sharding.parameters.items():
+            owner_name, _, own = name.rpartition(".")
+            owner = model.get_submodule(owner_name)
+            param = owner._parameters[own]
+            assert param is not None
+            local = nn.Parameter(cut.take(param.detach(), 0, rank, size), requires_grad=param.requires_grad)
+            stack.callback(owner._parameters.__setitem__, own, param)
+            owner._parameters[own] = local
+        for module_name, attribute in sharding.attributes:
+            module = model.get_submodule(module_name)
+            value = module.__dict__[attribute]
+            stack.callback(module.__dict__.__setitem__, attribute, value)
+            module.__dict__[attribute] = value // size
+        for module_name, cuts in sharding.arguments.items():
+            module = model.get_submodule(module_name)
+            hook = module.register_forward_pre_hook(_argument_hook(cuts, rank, size), with_kwargs=True)
+            stack.callback(hook.remove)
+        yield
+
+
+def _argument_hook(cuts: tuple[ArgumentCut, ...], rank: int, size: int) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        bound = _bind(module, args, kwargs)
+        for cut in cuts:
+            value = bound.arguments.get(cut.argument, kwargs.get(cut.argument))
+            if isinstance(value, Tensor):
+                local = cut.take(value, rank, size)
+                if cut.argument in bound.arguments:
+                    bound.arguments[cut.argument] = local
+                else:
+                    bound.kwargs[cut.argument] = local
+        return bound.args, bound.kwargs
+
+    return hook
+
+
+def _bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
+    return inspect.signature(module.forward).bind(*args, **kwargs)
+
+
+@contextmanager
+def _listening(model: nn.Module, found: dict[str, dict[str, torch.Size]]) -> Iterator[None]:
+    """Note the tensor arguments of every module that need no gradient."""
+    hooks = []
+    for name, module in model.named_modules():
+
+        def hook(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+            try:
+                bound = _bind(module, args, kwargs)
+            except TypeError:
+                return
+            tensors = dict(bound.arguments)
+            tensors |= tensors.pop("kwargs", {})
+            shapes = found.setdefault(name, {})
+            for key, value in tensors.items():
+                if isinstance(value, Tensor) and not value.requires_grad and value.ndim > 1:
+                    shapes[key] = value.shape
+
+        hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+@contextmanager
+def _reading(model: nn.Module, reads: dict[tuple[str, str], int]) -> Iterator[None]:
+    """Note which integer attributes of which module are read."""
+    names = {id(module): name for name, module in model.named_modules()}
+    classes = {id(module): (module, module.__class__) for module in model.modules()}
+    for module, cls in classes.values():
+        module.__class__ = _reader(cls)
+        module.__dict__["_on_read"] = lambda owner, key, value: reads.setdefault((names[id(owner)], key), value)
+    try:
+        yield
+    finally:
+        for module, cls in classes.values():
+            module.__class__ = cls
+            del module.__dict__["_on_read"]
+
+
+@cache
+def _reader(cls: type[nn.Module]) -> type[nn.Module]:
+    def getattribute(self: nn.Module, key: str) -> Any:
+        value = cls.__getattribute__(self, key)
+        if type(value) is int and key in self.__dict__:
+            self.__dict__["_on_read"](self, key, value)
+        return value
+
+    return type(cls.__name__, (cls,), {"__getattribute__": getattribute, "__module__": cls.__module__})

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from shardwright.distributed.config import Degrees, ParallelConfig
-from shardwright.errors import ConfigError
+from shardwright.errors import ConfigError, UnsupportedError
 
 AXES = ("dp_replicate", "dp_shard", "cp", "tp")
 # Name of a flattened axis -> the axes it is made of.
@@ -50,3 +50,36 @@ def make_mesh(config: ParallelConfig | Degrees, device_type: str | None = None) 
     for name, axes in FLATTENED.items():
         mesh[axes]._flatten(mesh_dim_name=name)  # the only way torch 2.11 to 2.13 has; the original module's way too
     return mesh
+
+
+def axis(mesh: DeviceMesh, name: str) -> DeviceMesh:
+    """The one-dimensional submesh of an axis, or of axes that were flattened into one.
+
+    Raises:
+        ConfigError: the mesh has no such axis.
+    """
+    try:
+        return mesh[name]
+    except KeyError as error:
+        raise ConfigError(
+            f"The mesh {mesh} has no axis {name!r}. Make it with shardwright.make_mesh, or pass the names that yours has."
+        ) from error
+
+
+def data_parallel_mesh(mesh: DeviceMesh, replicate: str, shard: str) -> DeviceMesh:
+    """The mesh FSDP2 works on: ``shard`` alone where nothing is replicated, else ``replicate x shard`` (HSDP)."""
+    shards = axis(mesh, shard)
+    if axis(mesh, replicate).size() == 1:
+        return shards
+    return mesh[replicate, shard]
+
+
+def refuse_context_parallel(mesh: DeviceMesh, name: str = "cp") -> None:
+    """Raise UnsupportedError where the mesh splits sequences over ranks, which is not built yet."""
+    names = mesh.mesh_dim_names or ()
+    size = mesh.size(names.index(name)) if name in names else 1
+    if size > 1:
+        raise UnsupportedError(
+            f"The mesh has {name}={size}. Context parallelism is not supported yet; use {name}=1 and give those ranks to "
+            "tp (with sequence parallelism, which also splits activations along the sequence) or to dp_shard."
+        )

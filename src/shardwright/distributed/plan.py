@@ -14,7 +14,7 @@ from typing import Any
 
 from shardwright.errors import PlanError
 
-_KEYS = ("styles", "optional", "source", "notes")
+_KEYS = ("styles", "optional", "local_attributes", "source", "notes")
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,16 @@ class ParallelPlan:
         styles: glob over module (or parameter) names -> style name. ``*`` stands for one name between two dots. Where
             several globs match one module, the last one wins. ``replicate`` declares a module whole on purpose.
         optional: the globs among ``styles`` that may match nothing; any other glob that does is an error.
+        local_attributes: glob over module names -> names of integer attributes that the module's code reads as sizes (a
+            head count, a width) and that become rank-local: they are divided by the tensor-parallel size, on the
+            instance, never in the shared config.
         source: where the plan comes from, for reports (``"custom"``, ``"optimized: qwen3"``, ``"huggingface"``, ...).
         notes: sentences for the reader of a report, for example what falls back to a gather and what that costs.
     """
 
     styles: Mapping[str, str]
     optional: frozenset[str] = frozenset()
+    local_attributes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     source: str = "custom"
     notes: tuple[str, ...] = field(default=())
 
@@ -51,6 +55,12 @@ class ParallelPlan:
             raise PlanError(f"source is {self.source!r}; it must be a string.")
         object.__setattr__(self, "styles", dict(self.styles))
         object.__setattr__(self, "optional", frozenset(self.optional))
+        if not isinstance(self.local_attributes, Mapping):
+            raise PlanError("local_attributes must be a mapping of globs over module names to lists of attributes.")
+        for glob, names in self.local_attributes.items():
+            _require_strings(f"local_attributes of {glob!r}", names)
+        attributes = {glob: tuple(names) for glob, names in self.local_attributes.items()}
+        object.__setattr__(self, "local_attributes", attributes)
         object.__setattr__(self, "notes", tuple(self.notes))
 
     def to_dict(self) -> dict[str, Any]:
@@ -58,6 +68,7 @@ class ParallelPlan:
             "source": self.source,
             "styles": dict(self.styles),
             "optional": sorted(self.optional),
+            "local_attributes": {glob: list(names) for glob, names in self.local_attributes.items()},
             "notes": list(self.notes),
         }
 
@@ -102,8 +113,8 @@ class ParallelPlan:
     def diff(self, other: ParallelPlan) -> list[str]:
         """One line per glob on which the two plans differ: ``- glob: style`` is here only, ``+ glob: style`` there."""
         lines = []
-        for glob in dict.fromkeys([*self.styles, *other.styles]):
-            here, there = self.styles.get(glob), other.styles.get(glob)
+        for glob in dict.fromkeys([*self.styles, *other.styles, *self.local_attributes, *other.local_attributes]):
+            here, there = self._entry(glob), other._entry(glob)
             if here == there:
                 continue
             if here is not None:
@@ -112,10 +123,16 @@ class ParallelPlan:
                 lines.append(f"+ {glob}: {there}")
         return lines
 
+    def _entry(self, glob: str) -> str | None:
+        attributes = self.local_attributes.get(glob, ())
+        parts = [self.styles.get(glob), f"local {', '.join(attributes)}" if attributes else None]
+        return "; ".join(part for part in parts if part) or None
+
     def __str__(self) -> str:
-        width = max((len(glob) for glob in self.styles), default=0)
+        globs = list(dict.fromkeys([*self.styles, *self.local_attributes]))
+        width = max((len(glob) for glob in globs), default=0)
         lines = [f"plan from {self.source}"]
-        lines += [f"  {glob:<{width}}  {style}" for glob, style in self.styles.items()]
+        lines += [f"  {glob:<{width}}  {self._entry(glob)}" for glob in globs]
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 

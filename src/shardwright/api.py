@@ -1,0 +1,41 @@
+"""``shardwright.parallelize``: one call for users who do not know the functions under it."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from shardwright.distributed.config import ParallelConfig, Precision
+from shardwright.distributed.mesh import make_mesh
+from shardwright.distributed.parallelizer import parallelize_model
+
+
+def parallelize(model: nn.Module, config: ParallelConfig, mesh: DeviceMesh | None = None) -> nn.Module:
+    """Spread ``model`` over the ranks as ``config`` says, in place.
+
+    Start the ranks (``torchrun``), build the same model on each (on a device or on ``meta``), call this, then make an
+    optimizer and train as on one GPU: ``loss.backward()`` is all that is needed.
+
+    Args:
+        mesh: a mesh from :func:`shardwright.make_mesh` to use; None makes one from ``config``.
+
+    Returns:
+        The same model; parameter names do not change, parameters are DTensors.
+
+    Raises:
+        ConfigError: the degrees do not fit the world size.
+        PlanError: the plan does not fit the model or the mesh; the ranks hold different models.
+        UnsupportedError: something that Shardwright does not do yet (context parallelism).
+    """
+    mesh = make_mesh(config) if mesh is None else mesh
+    return parallelize_model(model, mesh, config, mp_policy=mixed_precision(config.precision))
+
+
+def mixed_precision(precision: Precision) -> MixedPrecisionPolicy:
+    """FSDP2's policy for ``precision``; float32 throughout is no policy at all, and casts nothing."""
+    if precision == Precision():
+        return MixedPrecisionPolicy()
+    dtypes = (getattr(torch, name) for name in (precision.param, precision.reduce, precision.output))
+    return MixedPrecisionPolicy(*dtypes)

@@ -1,0 +1,131 @@
+"""FSDP2: which modules are units, and ``fully_shard`` on each.
+
+A *unit* is gathered and freed as one. Blocks are units; what lies outside of them belongs to the root's.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from shardwright.distributed.models.structure import block_names, owns_parameters
+from shardwright.errors import PlanError
+
+
+def shard_blocks(
+    module: nn.Module,
+    mesh: DeviceMesh,
+    mp_policy: MixedPrecisionPolicy | None,
+    offload_policy: OffloadPolicy | None = None,
+) -> None:
+    """Make every repeated block of ``module`` an FSDP2 unit, in place.
+
+    All blocks of a list reshard after forward except the last, whose parameters backward needs at once. A block that
+    several lists share is one unit.
+    """
+    names = [name for name in block_names(module) if not isinstance(module.get_submodule(name), FSDPModule)]
+    lists: dict[str, str] = {}
+    for name in names:
+        lists[name.rpartition(".")[0]] = name
+    last = set(lists.values())
+    for name in names:
+        block = module.get_submodule(name)
+        _shard(block, mesh, mp_policy, offload_policy, reshard_after_forward=name not in last)
+
+
+def shard_root(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    mp_policy: MixedPrecisionPolicy | None,
+    offload_policy: OffloadPolicy | None = None,
+) -> None:
+    """Make ``model`` the root unit, with every parameter that no other unit has."""
+    _shard(model, mesh, mp_policy, offload_policy, reshard_after_forward=False)
+
+
+def _shard(
+    module: nn.Module,
+    mesh: DeviceMesh,
+    mp_policy: MixedPrecisionPolicy | None,
+    offload_policy: OffloadPolicy | None,
+    *,
+    reshard_after_forward: bool,
+) -> None:
+    policy = mp_policy or MixedPrecisionPolicy()
+    offload = offload_policy or OffloadPolicy()
+    options = {"mesh": mesh, "mp_policy": policy, "offload_policy": offload, "shard_placement_fn": _placement(mesh)}
+    for part in _parts_of_other_dtype(module):
+        fully_shard(part, reshard_after_forward=reshard_after_forward, **options)
+    fully_shard(module, reshard_after_forward=reshard_after_forward, **options)
+
+
+def _placement(mesh: DeviceMesh):  # type: ignore[no-untyped-def]
+    """FSDP2 cuts dim 0; a packed weight, whose dim 0 tensor parallelism cuts piece by piece, is cut along its other."""
+    size = mesh.size(mesh.ndim - 1)
+
+    def place(param: nn.Parameter) -> Shard | None:
+        strided = isinstance(param, DTensor) and any(
+            isinstance(placement, _StridedShard) and placement.dim == 0 for placement in param.placements
+        )
+        if not strided:
+            return None
+        if param.ndim < 2 or param.shape[1] % size:
+            raise PlanError(
+                f"A packed parameter of shape {tuple(param.shape)} cannot be sharded over {size} data-parallel ranks "
+                "beside its tensor-parallel cut: its second dim must be a multiple of that."
+            )
+        return Shard(1)
+
+    return place
+
+
+def _parts_of_other_dtype(module: nn.Module) -> list[nn.Module]:
+    """Submodules to shard as units of their own, because FSDP2 wants one dtype among a unit's trained parameters."""
+    counts: Counter[torch.dtype] = Counter()
+    for param in _managed(module):
+        counts[param.dtype] += param.numel()
+    if len(counts) < 2:
+        return []
+    main = counts.most_common(1)[0][0]
+    parts: list[nn.Module] = []
+    for part in _unsharded_modules(module):
+        dtypes = {param.dtype for param in part._parameters.values() if param is not None and param.requires_grad}
+        if len(dtypes) > 1 or (dtypes - {main} and part is module):
+            raise PlanError(
+                f"{type(part).__name__} owns trained parameters of several dtypes ({_names(dtypes | {main})}), which "
+                "FSDP2 cannot put into one unit. Convert the model to one dtype, or freeze those parameters."
+            )
+        if dtypes - {main}:
+            parts.append(part)
+    return parts
+
+
+def _names(dtypes: Iterable[torch.dtype]) -> str:
+    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+
+
+def _managed(module: nn.Module) -> list[nn.Parameter]:
+    """The trained parameters that ``fully_shard(module)`` would take: those of no unit below."""
+    unique = {
+        id(param): param
+        for part in _unsharded_modules(module)
+        if owns_parameters(part)
+        for param in part._parameters.values()
+        if param is not None and param.requires_grad
+    }
+    return list(unique.values())
+
+
+def _unsharded_modules(module: nn.Module) -> list[nn.Module]:
+    found = [module]
+    for child in module.children():
+        if not isinstance(child, FSDPModule):
+            found += _unsharded_modules(child)
+    return found

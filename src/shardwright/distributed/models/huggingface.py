@@ -1,0 +1,67 @@
+"""What transformers says about a model: its text config, its heads, its embeddings and its tensor-parallel plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from shardwright.errors import PlanError
+
+
+def text_config(model: nn.Module) -> Any:
+    """The config that describes the text model: a multimodal model's sub-config; None for a model without a config."""
+    config = getattr(model, "config", None)
+    return config.get_text_config() if isinstance(config, PreTrainedConfig) else config
+
+
+def text_model(model: PreTrainedModel) -> tuple[str, PreTrainedModel]:
+    """The inner text model and its name: the model that owns the input embeddings.
+
+    For a model that is its own text model, ``("", model)``.
+    """
+    embeddings = model.get_input_embeddings()
+    owners = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, PreTrainedModel) and any(child is embeddings for child in module.modules())
+    ]
+    return owners[-1] if owners else ("", model)
+
+
+def embedding_name(model: nn.Module) -> str | None:
+    """The name of the input embedding, where the model says which it is."""
+    return _name_of(model, model.get_input_embeddings()) if isinstance(model, PreTrainedModel) else None
+
+
+def head_name(model: nn.Module) -> str | None:
+    """The name of the output head (the layer whose output is the logits), where the model says which it is."""
+    return _name_of(model, model.get_output_embeddings()) if isinstance(model, PreTrainedModel) else None
+
+
+def _name_of(model: nn.Module, module: nn.Module | None) -> str | None:
+    return (
+        next((name for name, found in model.named_modules() if found is module), None) if module is not None else None
+    )
+
+
+def plan_styles(model: nn.Module) -> dict[str, str]:
+    """The plan that the model brings along, as globs over the whole model's module names.
+
+    Class plan, then instance plan, then the inner text model's with its prefix; later ones win.
+
+    Raises:
+        PlanError: the model has none.
+    """
+    styles: dict[str, str] = {}
+    if isinstance(model, PreTrainedModel):
+        prefix, inner = text_model(model)
+        below = {f"{prefix}.{glob}" if prefix else glob: style for glob, style in (inner._tp_plan or {}).items()}
+        styles = {**(type(model)._tp_plan or {}), **(model._tp_plan or {}), **below}
+    if not styles:
+        raise PlanError(
+            f"{type(model).__name__} has no tensor-parallel plan of its own. Pass tp_shard_plan (a dict of globs over "
+            "module names to styles), or use tp=1."
+        )
+    return styles

@@ -1,0 +1,230 @@
+"""From a plan to exact names: matched, checked, and complete, before anything is changed.
+
+Pure: needs no process group, no GPU and no weights.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from shardwright.distributed.models.heads import check_heads, share_key_value_heads
+from shardwright.distributed.models.huggingface import head_name, text_config
+from shardwright.distributed.models.overlay import find_regions, overlay_sequence_parallel
+from shardwright.distributed.models.resolved import SHARDED, ResolvedPlan, StyleUse
+from shardwright.distributed.models.structure import block_names, numbers_to_globs, owns_parameters
+from shardwright.distributed.models.ties import Tie, find_ties
+from shardwright.distributed.plan import ParallelPlan, match_names
+from shardwright.distributed.styles import canonical_style, make_style
+from shardwright.errors import PlanError
+
+SUMMED = ("replicated_with_grad_allreduce", "sequence_parallel", "kv_heads")
+
+
+def resolve(model: nn.Module, plan: ParallelPlan, tp: int, *, sequence_parallel: bool = False) -> ResolvedPlan:
+    """What ``plan`` means for ``model`` on ``tp`` ranks.
+
+    Raises:
+        PlanError: a glob that matches nothing, an unknown style, a style that does not fit its module, heads or widths
+            that ``tp`` does not divide, tied parameters with styles that contradict each other.
+    """
+    resolved = ResolvedPlan(plan.source, tp, sequence_parallel, ties=find_ties(model), notes=list(plan.notes))
+    modules = dict(model.named_modules())
+    _check_plain(model)
+    _match(model, modules, plan, resolved)
+    _specialise(model, modules, resolved)
+    _settle_ties(modules, resolved)
+    if note := check_heads(model, tp):
+        resolved.notes.append(note)
+    _share_key_value_heads(modules, resolved)
+    _localise_attributes(modules, plan, resolved)
+    _cover(modules, resolved)
+    find_regions(modules, resolved)
+    if sequence_parallel:
+        overlay_sequence_parallel(model, modules, resolved)
+    _collect_summed(modules, resolved)
+    _check_styles(modules, resolved)
+    return resolved
+
+
+def _check_plain(model: nn.Module) -> None:
+    for name, param in model.named_parameters():
+        if isinstance(param, DTensor):
+            raise PlanError(f"{name} is a DTensor already: the model has been parallelized. Start from a plain model.")
+
+
+def _match(model: nn.Module, modules: dict[str, nn.Module], plan: ParallelPlan, resolved: ResolvedPlan) -> None:
+    parameters = {
+        f"{name}.{own}" if name else own: (name, own)
+        for name, module in modules.items()
+        for own, param in module._parameters.items()
+        if param is not None
+    }
+    for glob, style in plan.styles.items():
+        canonical_style(style)
+        found = match_names(glob, modules)
+        bare = match_names(glob, parameters)
+        if not found and not bare and glob not in plan.optional:
+            raise PlanError(
+                f"{glob!r} in the plan ({plan.source}) matches no module and no parameter of {type(model).__name__}."
+                + _closest(glob, [*modules, *parameters])
+            )
+        name, options = canonical_style(style)
+        for module in found:
+            resolved.modules[module] = StyleUse(name, options, rule=glob)
+        for parameter in bare:
+            resolved.parameters[parameters[parameter]] = style
+
+
+def _closest(glob: str, names: Iterable[str]) -> str:
+    globs = {numbers_to_globs(name) for name in names if name}
+    close = difflib.get_close_matches(glob, sorted(globs), n=3)
+    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def _specialise(model: nn.Module, modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
+    """Replace general names by what they mean for the module they are on."""
+    head = head_name(model)
+    blocks = tuple(f"{block}." for block in block_names(model))
+    for name, use in list(resolved.modules.items()):
+        module = modules[name]
+        style, options = use.style, dict(use.options)
+        if style == "sequence_parallel" and not owns_parameters(module):
+            del resolved.modules[name]
+            continue
+        if isinstance(module, nn.Embedding):
+            style = {
+                "rowwise": "embedding_rowwise",
+                "rowwise_split_input": "embedding_rowwise",
+                "colwise": "embedding_colwise",
+                "colwise_gather_output": "embedding_colwise",
+            }.get(style, style)
+        elif name == head and style == "colwise":
+            style = "colwise_logits"
+        elif style == "colwise_logits" and name.startswith(blocks):
+            style = "colwise"
+        elif style == "sequence_parallel" and not resolved.sequence_parallel:
+            style = "replicate"
+        elif style == "mla_kv_a_proj":
+            options["rope_dim"] = _rope_dim(model, name)
+        resolved.modules[name] = StyleUse(style, options, rule=use.rule)
+
+
+def _rope_dim(model: nn.Module, name: str) -> int:
+    rope_dim = getattr(text_config(model), "qk_rope_head_dim", None)
+    if not isinstance(rope_dim, int):
+        raise PlanError(f"{name} has the style 'mla_kv_a_proj', but the model's config has no qk_rope_head_dim.")
+    return rope_dim
+
+
+def _settle_ties(modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
+    """Give the other end of a tie the style that keeps it: one tensor can have one layout only."""
+    for tie in resolved.ties:
+        uses = {name: resolved.modules.get(name) for name, _ in tie.places}
+        sharded = {name: use for name, use in uses.items() if use is not None and use.style in SHARDED}
+        if not sharded:
+            continue
+        for name, use in uses.items():
+            if use is None or (use.style == "replicate" and not use.rule):
+                style = "embedding_rowwise" if isinstance(modules[name], nn.Embedding) else "colwise_logits"
+                resolved.modules[name] = StyleUse(style, rule=f"tied to {next(iter(sharded))}")
+        _check_tie(modules, resolved, tie)
+
+
+def _check_tie(modules: dict[str, nn.Module], resolved: ResolvedPlan, tie: Tie) -> None:
+    layouts = {}
+    for name, parameter in tie.places:
+        use = resolved.modules[name]
+        layouts[name] = make_style(use.style, **use.options).placement(modules[name], parameter)
+    if len(set(layouts.values())) > 1:
+        rows = ", ".join(f"{name} ({resolved.modules[name].style}: {layout})" for name, layout in layouts.items())
+        raise PlanError(
+            f"{' and '.join(tie.names)} are one parameter, but their styles lay it out differently: {rows}. Give them "
+            "styles that cut the same dim ('embedding_rowwise' with 'colwise'), or 'replicate' both."
+        )
+
+
+def _share_key_value_heads(modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
+    """Keep key and value projections whole where the ranks do not divide their heads.
+
+    transformers' attention modules state the ratio of query to key-value heads as ``num_key_value_groups`` and call the
+    projections ``k_proj`` and ``v_proj``.
+    """
+    for name, module in modules.items():
+        groups, head_dim = (module.__dict__.get(key) for key in ("num_key_value_groups", "head_dim"))
+        key = resolved.modules.get(f"{name}.k_proj")
+        if not isinstance(groups, int) or not isinstance(head_dim, int) or key is None or key.style != "colwise":
+            continue
+        projections = {part: modules.get(f"{name}.{part}") for part in ("k_proj", "v_proj")}
+        key_value = projections["k_proj"].out_features // head_dim
+        if key_value % resolved.tp == 0:
+            continue
+        share = share_key_value_heads(groups * key_value, key_value, resolved.tp)
+        for part, projection in projections.items():
+            use = resolved.modules.get(f"{name}.{part}")
+            if projection is not None and use is not None and use.style == "colwise":
+                options = {"count": key_value, "heads": share.heads}
+                resolved.modules[f"{name}.{part}"] = StyleUse("kv_heads", options, rule=use.rule)
+        resolved.attributes[name] = {"num_key_value_groups": share.groups}
+
+
+def _localise_attributes(modules: dict[str, nn.Module], plan: ParallelPlan, resolved: ResolvedPlan) -> None:
+    """Divide the sizes that attention code reads from its module, as the plan lists them."""
+    for glob, names in plan.local_attributes.items():
+        for module in match_names(glob, modules):
+            for name in names:
+                value = modules[module].__dict__.get(name)
+                if not isinstance(value, int) or value % resolved.tp:
+                    raise PlanError(
+                        f"{module}.{name} is {value!r}; the plan makes it rank-local, so it must be a whole number "
+                        f"that tp={resolved.tp} divides."
+                    )
+                resolved.attributes.setdefault(module, {})[name] = value // resolved.tp
+
+
+def _cover(modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
+    """Give every module that owns parameters a style: what no rule names is whole."""
+    owners = {name for name, _ in resolved.parameters}
+    for name, module in modules.items():
+        if name in owners and name not in resolved.modules:
+            resolved.modules[name] = StyleUse("local_params", rule="owns parameters with styles")
+        elif owns_parameters(module) and name not in resolved.modules:
+            resolved.modules[name] = StyleUse("replicate", rule="")
+
+
+def _collect_summed(modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
+    for name, use in resolved.modules.items():
+        own = tuple(key for key, param in modules[name]._parameters.items() if param is not None)
+        if use.style in SUMMED and own:
+            resolved.summed[name] = own
+        elif use.style in ("rowwise", "packed_rowwise") and use.sequence and "bias" in own:
+            resolved.summed[name] = ("bias",)
+
+
+def _check_styles(modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
+    for name, use in resolved.modules.items():
+        make_style(use.style, **use.options).check(modules[name], name, resolved.tp)
+    if resolved.tp > 1 and resolved.sequence_parallel and not resolved.blocks:
+        raise PlanError(
+            f"Sequence parallelism was asked for, but no block has tensor-parallel layers under this plan "
+            f"({resolved.source}). Leave sequence_parallel out, or pass a plan that names the blocks' layers."
+        )
+
+
+def sharded_fraction(model: nn.Module, resolved: ResolvedPlan) -> float:
+    """The share of the model's parameters that tensor parallelism cuts."""
+    modules = dict(model.named_modules())
+    counted: dict[int, tuple[int, bool]] = {}
+    for name, module in modules.items():
+        use = resolved.modules.get(name)
+        for own, param in module._parameters.items():
+            if param is None or use is None:
+                continue
+            style = resolved.parameters.get((name, own))
+            made = make_style(style) if style else make_style(use.style, **use.options)
+            counted[id(param)] = (param.numel(), made.placement(module, own).is_replicate() is False)
+    total = sum(count for count, _ in counted.values())
+    return sum(count for count, cut in counted.values() if cut) / total if total else 0.0

@@ -1,0 +1,141 @@
+"""Which plan applies: custom, optimized, Hugging Face, or read off the model's dataflow; in this order, once.
+
+An error in the source that applies is an error: no other source is tried in its place.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor.parallel import ParallelStyle
+from transformers import PreTrainedModel
+
+from shardwright.distributed.models.huggingface import embedding_name, head_name, plan_styles, text_config, text_model
+from shardwright.distributed.models.imports import import_class_from_path
+from shardwright.distributed.models.structure import block_names
+from shardwright.distributed.plan import ParallelPlan, match_names
+from shardwright.distributed.plans import optimized_plans
+from shardwright.distributed.styles.torch_styles import style_name
+from shardwright.errors import PlanError
+
+logger = logging.getLogger(__name__)
+
+CustomPlan = Mapping[str, ParallelStyle | str] | ParallelPlan | str
+
+
+def choose_plan(model: nn.Module, custom: CustomPlan | None = None) -> ParallelPlan:
+    """The tensor-parallel plan of ``model``; says on rank 0 which source it is from and why.
+
+    Args:
+        custom: a dict of globs to styles (torch ``ParallelStyle`` objects or style names), a :class:`ParallelPlan`, a
+            path to a plan in YAML or JSON, or a dotted path to a dict or to a function that returns one.
+
+    Raises:
+        PlanError: ``custom`` is none of these or cannot be read.
+    """
+    if custom is not None:
+        plan, why = custom_plan(model, custom), "it was passed in"
+    elif (optimized := optimized_plan(model)) is not None:
+        plan, why = optimized, "Shardwright has a tuned plan for this model type"
+    elif (huggingface := huggingface_plan(model)) is not None:
+        plan, why = huggingface, "transformers has a plan for this model's blocks"
+    else:
+        from shardwright.distributed.models.dataflow import derive_plan  # not needed by models that have a plan
+
+        plan, why = derive_plan(model), "neither Shardwright nor transformers has a plan for this model's blocks"
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        logger.info("Tensor-parallel plan of %s: %s, because %s.", type(model).__name__, plan.source, why)
+    return plan
+
+
+def custom_plan(model: nn.Module, custom: CustomPlan) -> ParallelPlan:
+    """A plan the user passed, in any of its forms."""
+    if isinstance(custom, ParallelPlan):
+        return custom
+    if isinstance(custom, str):
+        return _named_plan(model, custom)
+    return _plan_from_mapping(custom, "custom: dict")
+
+
+def _named_plan(model: nn.Module, name: str) -> ParallelPlan:
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml", ".json"):
+        if not path.is_file():
+            raise PlanError(f"There is no plan file {name!r}.")
+        text = path.read_text()
+        return ParallelPlan.from_json(text) if path.suffix == ".json" else ParallelPlan.from_yaml(text)
+    found = import_class_from_path(name)
+    if isinstance(found, Callable):  # type: ignore[arg-type]
+        found = found()
+    if isinstance(found, ParallelPlan):
+        return found
+    if not isinstance(found, Mapping):
+        raise PlanError(
+            f"{name!r} is a {type(found).__name__}; a plan must be a dict of globs to styles, or a function returning one."
+        )
+    return _plan_from_mapping(found, f"custom: {name}")
+
+
+def _plan_from_mapping(styles: Mapping[str, Any], source: str) -> ParallelPlan:
+    names = {glob: style if isinstance(style, str) else style_name(glob, style) for glob, style in styles.items()}
+    return ParallelPlan(names, source=source)
+
+
+def optimized_plan(model: nn.Module) -> ParallelPlan | None:
+    """Shardwright's tuned plan for this model type, where there is one."""
+    if not isinstance(model, PreTrainedModel):
+        return None
+    found = optimized_plans().get(text_config(model).model_type)
+    if found is None:
+        return None
+    family, styles = found
+    prefix, _ = text_model(model)
+    named = {f"{prefix}.{glob}" if prefix else glob: style for glob, style in styles.items()}
+    return ParallelPlan(_with_ends(model, named), frozenset(named), source=f"optimized: {family}")
+
+
+def huggingface_plan(model: nn.Module) -> ParallelPlan | None:
+    """The plan that transformers brings along, completed; None where it says nothing about the blocks."""
+    if not isinstance(model, PreTrainedModel):
+        return None
+    try:
+        styles = huggingface_styles(model)
+    except PlanError:
+        return None
+    blocks = block_names(model)
+    inside = [name for name, _ in model.named_modules() if any(name.startswith(f"{block}.") for block in blocks)]
+    inside += [name for name, _ in model.named_parameters() if any(name.startswith(f"{block}.") for block in blocks)]
+    if not any(match_names(glob, inside) for glob in styles):
+        return None
+    # transformers writes one plan for all variants of a model, so some globs match nothing in this one.
+    return ParallelPlan(styles, frozenset(styles), source="huggingface")
+
+
+def huggingface_styles(model: nn.Module) -> dict[str, str]:
+    """The Hugging Face plan as globs to style names, with the embedding added and the head's logits kept sharded.
+
+    Raises:
+        PlanError: the model has no plan.
+    """
+    return _with_ends(model, plan_styles(model))
+
+
+def _with_ends(model: nn.Module, styles: dict[str, str]) -> dict[str, str]:
+    """A plan with the embedding sharded over the vocabulary where it is missing, and the logits left sharded."""
+    head, embedding = head_name(model), embedding_name(model)
+    modules = dict(model.named_modules())
+    styles = dict(styles)
+    if head is not None and isinstance(modules[head], nn.Linear):
+        gathered = {glob: style for glob, style in styles.items() if match_names(glob, [head])}
+        if not gathered or set(gathered.values()) <= {"colwise_gather_output", "colwise_rep", "colwise"}:
+            styles = {glob: style for glob, style in styles.items() if glob not in gathered}
+            styles[head] = "colwise_logits"
+    if embedding is not None and isinstance(modules[embedding], nn.Embedding):
+        if not any(match_names(glob, [embedding]) for glob in styles) and modules[embedding].max_norm is None:
+            styles[embedding] = "embedding_rowwise"
+    return styles

@@ -1,0 +1,76 @@
+"""Repeated blocks, found by structure rather than by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+
+def owns_parameters(module: nn.Module) -> bool:
+    """Whether the module itself (not a child) has parameters."""
+    return any(param is not None for param in module._parameters.values())
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module looks like a norm: a leaf that owns nothing but vectors."""
+    own = [param for param in module._parameters.values() if param is not None]
+    return bool(own) and not list(module.children()) and all(param.ndim <= 1 for param in own)
+
+
+def is_block(module: nn.Module) -> bool:
+    """Whether an entry of a list is a block: it has children that own parameters, not parameters alone."""
+    return any(owns_parameters(child) for child in module.modules() if child is not module)
+
+
+def block_names(model: nn.Module) -> list[str]:
+    """The names of the repeated blocks, in the model's order: of decoders, encoders and towers alike.
+
+    A block is an entry of an ``nn.ModuleList`` (or of an ``nn.ModuleDict`` with numbered entries, as pipeline stages
+    have) that holds more than a single layer. Where the entries are stages made of blocks, the blocks are taken.
+    """
+    names: list[str] = []
+    seen: set[int] = set()
+    _collect(model, "", names, seen)
+    return names
+
+
+def _collect(module: nn.Module, path: str, names: list[str], seen: set[int]) -> None:
+    for name, child in module.named_children():
+        below = f"{path}.{name}" if path else name
+        if not _is_sequence(module) or _is_sequence(child) or _is_stage(child):
+            _collect(child, below, names, seen)
+        elif is_block(child) and id(child) not in seen:
+            seen.add(id(child))
+            names.append(below)
+
+
+def _is_sequence(module: nn.Module) -> bool:
+    if isinstance(module, nn.ModuleList):
+        return True
+    return isinstance(module, nn.ModuleDict) and len(module) > 0 and all(key.isdigit() for key in module)
+
+
+def _is_stage(entry: nn.Module) -> bool:
+    """Whether most of an entry's parameters lie in lists whose own entries have norms: then those are the blocks.
+
+    Experts, which come in lists too, have no norms.
+    """
+    inside = [
+        below
+        for child in entry.modules()
+        if _is_sequence(child)
+        for below in child.children()
+        if is_block(below) and any(is_norm(part) for part in below.modules())
+    ]
+    return bool(inside) and 2 * _size(inside) > _size([entry])
+
+
+def _size(modules: Iterable[nn.Module]) -> int:
+    unique = {id(param): param.numel() for module in modules for param in module.parameters()}
+    return sum(unique.values())
+
+
+def numbers_to_globs(name: str) -> str:
+    """A dotted name with its numbers replaced by ``*``: the glob that repeated modules share."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))

@@ -1,0 +1,236 @@
+"""The public module: what the original ``distributed.parallelizer`` offers, made exact.
+
+Read from top to bottom it is the table of contents: which plan, does it fit, cut the tensors, checkpoint activations,
+shard the data-parallel way.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from shardwright.distributed.apply.activation_checkpointing import apply_activation_checkpointing
+from shardwright.distributed.apply.agreement import check_agreement
+from shardwright.distributed.apply.compile import apply_compile
+from shardwright.distributed.apply.fsdp2 import shard_blocks, shard_root
+from shardwright.distributed.apply.tensor_parallel import apply_tensor_parallel
+from shardwright.distributed.apply.unshard import unshard_fsdp2_model
+from shardwright.distributed.config import ParallelConfig
+from shardwright.distributed.mesh import axis, data_parallel_mesh, refuse_context_parallel
+from shardwright.distributed.models.heads import check_heads
+from shardwright.distributed.models.imports import import_class_from_path, import_classes_from_paths
+from shardwright.distributed.models.resolve import resolve
+from shardwright.distributed.models.resolved import ResolvedPlan
+from shardwright.distributed.models.sources import choose_plan, huggingface_styles
+from shardwright.distributed.models.structure import block_names, numbers_to_globs
+from shardwright.distributed.styles import make_style
+from shardwright.distributed.styles.torch_styles import asks_for_sequence_parallel
+
+logger = logging.getLogger(__name__)
+
+__all__ = [
+    "Axes",
+    "apply_fsdp2_sharding_recursively",
+    "fsdp2_strategy_parallelize",
+    "get_hf_tp_shard_plan",
+    "get_lm_ac_layers",
+    "import_class_from_path",
+    "import_classes_from_paths",
+    "parallelize_model",
+    "translate_to_torch_parallel_style",
+    "unshard_fsdp2_model",
+    "validate_tp_mesh",
+]
+
+
+# Which plan
+
+
+def translate_to_torch_parallel_style(style: str) -> ParallelStyle:
+    """The torch ``ParallelStyle`` of a style string: the original five and every one that transformers' plans use.
+
+    Raises:
+        PlanError: no such style; the message lists the known ones.
+    """
+    return make_style(style)
+
+
+def get_hf_tp_shard_plan(model: nn.Module) -> dict[str, ParallelStyle]:
+    """The Hugging Face tensor-parallel plan of ``model`` as ``{glob over module names: ParallelStyle}``.
+
+    Merges the class's ``_tp_plan``, the instance's and the inner text model's (with its prefix), later ones winning.
+    The input embedding is added, sharded over the vocabulary, where the plan lacks it; a head that would gather its
+    output keeps the logits sharded (a DTensor, ``Shard(-1)``) for loss parallelism.
+
+    Raises:
+        PlanError: the model has no plan.
+    """
+    return {glob: make_style(style) for glob, style in huggingface_styles(model).items()}
+
+
+def _get_parallel_plan(
+    model: nn.Module,
+    sequence_parallel: bool = False,
+    tp_shard_plan: dict[str, ParallelStyle] | str | None = None,
+) -> dict[str, ParallelStyle]:
+    """The plan that applies: ``tp_shard_plan``, or an optimized one, or Hugging Face's, or one derived from dataflow.
+
+    Says (log, rank 0) which source was used and why.
+
+    Args:
+        sequence_parallel: also lay sequence parallelism over the plan: the norms of the residual stream are listed.
+        tp_shard_plan: a dict of globs to styles, or a dotted path to one or to a function that returns one.
+
+    Raises:
+        PlanError: ``tp_shard_plan`` is none of these.
+    """
+    plan = choose_plan(model, tp_shard_plan)
+    styles = {glob: make_style(style) for glob, style in plan.styles.items()}
+    if sequence_parallel:
+        resolved = resolve(model, plan, tp=1, sequence_parallel=True)
+        for name, use in resolved.modules.items():
+            if use.style == "sequence_parallel":
+                styles.setdefault(numbers_to_globs(name), make_style("sequence_parallel"))
+    return styles
+
+
+# Does it fit
+
+
+def validate_tp_mesh(model: nn.Module, tp_mesh: DeviceMesh) -> None:
+    """Check the model's attention heads against the size of ``tp_mesh``, before anything is touched.
+
+    Query heads must divide. Key-value heads need not: where they do not, they are repeated exactly, which is logged.
+    Heads are read from the text model's config, per layer where it states them so.
+
+    Raises:
+        PlanError: with the head counts and the largest tensor-parallel size that works.
+    """
+    if note := check_heads(model, tp_mesh.size()):
+        logger.info("%s: %s", type(model).__name__, note)
+
+
+def get_lm_ac_layers(model: nn.Module) -> list[nn.Module]:
+    """The repeated transformer blocks, of the text model and of vision and audio towers; ``[]`` when there are none."""
+    return [model.get_submodule(name) for name in block_names(model)]
+
+
+# Shard
+
+
+def apply_fsdp2_sharding_recursively(
+    module: nn.Module,
+    mesh: DeviceMesh,
+    mp_policy: MixedPrecisionPolicy | None,
+    offload_policy: OffloadPolicy | None = None,
+) -> None:
+    """Make every repeated block in ``module`` an FSDP2 unit, in place.
+
+    Each list's last block stays gathered after forward, since backward needs it at once. Lists of single layers are
+    left alone; a block that several lists share is one unit.
+
+    Args:
+        mesh: one-dimensional for FSDP, ``replicate x shard`` for HSDP.
+        mp_policy: its ``output_dtype`` is left to the root unit.
+    """
+    shard_blocks(module, mesh, mp_policy, offload_policy)
+
+
+def fsdp2_strategy_parallelize(
+    model: nn.Module,
+    device_mesh: DeviceMesh,
+    mp_policy: MixedPrecisionPolicy | None = None,
+    offload_policy: OffloadPolicy | None = None,
+    sequence_parallel: bool = False,
+    activation_checkpointing: bool = False,
+    tp_shard_plan: dict[str, ParallelStyle] | str | None = None,
+    dp_replicate_mesh_name: str = "dp_replicate",
+    dp_shard_cp_mesh_name: str = "dp_shard_cp",
+    tp_mesh_name: str = "tp",
+) -> nn.Module:
+    """Tensor (and sequence) parallelism, then activation checkpointing, then FSDP2 (HSDP where replicas > 1).
+
+    Loss, logits, gradients and updated weights are those of one process, in any training loop.
+
+    Args:
+        model: on a device, with equal weights on every rank, or on ``meta``.
+        device_mesh: the root mesh; the three names below are axes (or flattened axes) of it.
+        mp_policy: None is bf16 parameters, fp32 reduction, fp32 output.
+        tp_shard_plan: see :func:`_get_parallel_plan`.
+
+    Returns:
+        The same model, its parameter names unchanged.
+
+    Raises:
+        PlanError: the plan or the heads do not fit; the ranks hold different models.
+        ConfigError: an axis that the mesh does not have.
+        UnsupportedError: a mesh with context parallelism.
+    """
+    axes = Axes(dp_replicate_mesh_name, dp_shard_cp_mesh_name, tp_mesh_name)
+    config = ParallelConfig(
+        sequence_parallel=sequence_parallel, activation_checkpointing="full" if activation_checkpointing else "none"
+    )
+    mp_policy = mp_policy or MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.float32)
+    return parallelize_model(
+        model, device_mesh, config, mp_policy=mp_policy, offload_policy=offload_policy, plan=tp_shard_plan, axes=axes
+    )
+
+
+@dataclass(frozen=True)
+class Axes:
+    """What a mesh calls its axes."""
+
+    dp_replicate: str = "dp_replicate"
+    dp_shard_cp: str = "dp_shard_cp"
+    tp: str = "tp"
+
+
+def parallelize_model(
+    model: nn.Module,
+    device_mesh: DeviceMesh,
+    config: ParallelConfig,
+    *,
+    mp_policy: MixedPrecisionPolicy,
+    offload_policy: OffloadPolicy | None = None,
+    plan: dict[str, ParallelStyle] | str | None = None,
+    axes: Axes | None = None,
+) -> nn.Module:
+    """All steps in their order, for a mesh that exists. The degrees of ``config`` are not read: the mesh has them."""
+    axes = axes or Axes()
+    refuse_context_parallel(device_mesh)
+    dp_mesh = data_parallel_mesh(device_mesh, axes.dp_replicate, axes.dp_shard_cp)
+    tp_mesh = axis(device_mesh, axes.tp)
+    resolved = _resolved(model, tp_mesh, plan or config.plan, config.sequence_parallel)
+    check_agreement(model, device_mesh, repr(resolved))
+    blocks = block_names(model)
+    if resolved is not None:
+        apply_tensor_parallel(model, tp_mesh, resolved, scopes=blocks)
+    if config.activation_checkpointing != "none":
+        apply_activation_checkpointing(model, blocks, config.activation_checkpointing)
+    if config.compile:
+        apply_compile(model, blocks)
+    apply_fsdp2_sharding_recursively(model, dp_mesh, mp_policy, offload_policy)
+    shard_root(model, dp_mesh, mp_policy, offload_policy)
+    return model
+
+
+def _resolved(
+    model: nn.Module,
+    tp_mesh: DeviceMesh,
+    tp_shard_plan: dict[str, ParallelStyle] | str | None,
+    sequence_parallel: bool,
+) -> ResolvedPlan | None:
+    """The plan for this model and mesh, checked; None where there is one tensor-parallel rank."""
+    if tp_mesh.size() == 1:
+        return None
+    validate_tp_mesh(model, tp_mesh)
+    if isinstance(tp_shard_plan, dict):
+        sequence_parallel |= asks_for_sequence_parallel(tp_shard_plan.values())
+    plan = choose_plan(model, tp_shard_plan)
+    return resolve(model, plan, tp_mesh.size(), sequence_parallel=sequence_parallel)

@@ -1,0 +1,176 @@
+"""The differentiable collectives that tensor and sequence parallelism are made of.
+
+Each changes how one tensor is laid out over a group of ranks, and its backward is the transpose of that change. The
+names are Megatron-LM's (Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models").
+
+Words: a *replicated* tensor is whole and equal on every rank, and so is its gradient. A *sequence shard* is this rank's
+chunk, in ``torch.chunk``'s sizes, so lengths that the ranks do not divide work. A gradient is *partial* when the true
+one is the sum over the ranks.
+
+This is the one file that calls torch's functional collectives, which are not public. Tested with torch 2.11 and 2.13.
+They are what DTensor itself issues, so tracers, ``torch.compile`` and ``CommDebugMode`` know them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.functional import pad
+
+_functional = torch.ops._c10d_functional
+
+
+@dataclass(frozen=True)
+class Group:
+    """One axis of a mesh as the collectives see it. Hashable and free of handles, so it can be copied with a model."""
+
+    name: str
+    size: int
+    rank: int
+
+    @classmethod
+    def of(cls, mesh: DeviceMesh) -> Group:
+        """The group of a one-dimensional mesh."""
+        return cls(mesh.get_group().group_name, mesh.size(), mesh.get_local_rank())
+
+    def bounds(self, length: int) -> tuple[int, int]:
+        """Start and end of this rank's chunk of ``length`` items."""
+        chunk = -(-length // self.size)
+        return min(self.rank * chunk, length), min((self.rank + 1) * chunk, length)
+
+
+def all_reduce(x: Tensor, group: Group, op: str = "sum") -> Tensor:
+    """The sum (or ``max``) of ``x`` over the ranks, as a new tensor; not differentiable."""
+    return _functional.wait_tensor(_functional.all_reduce(x.contiguous(), op, group.name))
+
+
+def all_gather(x: Tensor, dim: int, length: int, group: Group) -> Tensor:
+    """The ranks' chunks put together along ``dim``, which is ``length`` long in all; not differentiable."""
+    chunk = -(-length // group.size)
+    missing = chunk - x.size(dim)
+    if missing:
+        x = pad(x, _padding(x, dim, missing))
+    x = x.movedim(dim, 0).contiguous()
+    whole = _functional.wait_tensor(_functional.all_gather_into_tensor(x, group.size, group.name))
+    return whole.narrow(0, 0, length).movedim(0, dim).contiguous()
+
+
+def reduce_scatter(x: Tensor, dim: int, group: Group) -> Tensor:
+    """This rank's chunk along ``dim`` of the sum of ``x`` over the ranks; not differentiable."""
+    length = x.size(dim)
+    missing = -(-length // group.size) * group.size - length
+    if missing:
+        x = pad(x, _padding(x, dim, missing))
+    x = x.movedim(dim, 0).contiguous()
+    mine = _functional.wait_tensor(_functional.reduce_scatter_tensor(x, "sum", group.size, group.name))
+    start, end = group.bounds(length)
+    return mine.narrow(0, 0, end - start).movedim(0, dim).contiguous()
+
+
+def local_chunk(x: Tensor, dim: int, group: Group) -> Tensor:
+    """This rank's chunk of ``x`` along ``dim``."""
+    start, end = group.bounds(x.size(dim))
+    return x.narrow(dim, start, end - start).contiguous()
+
+
+def _padding(x: Tensor, dim: int, amount: int) -> list[int]:
+    """``torch.nn.functional.pad``'s argument for ``amount`` zeros at the end of ``dim``."""
+    after = x.ndim - 1 - dim % x.ndim
+    return [0, 0] * after + [0, amount]
+
+
+class _CopyToRegion(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return all_reduce(grad, ctx.group), None
+
+
+class _ReduceFromRegion(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        return all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, length: int, group: Group, partial_grad: bool) -> Tensor:
+        ctx.dim, ctx.group, ctx.partial_grad = dim, group, partial_grad
+        return all_gather(x, dim, length, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        back = reduce_scatter if ctx.partial_grad else local_chunk
+        return back(grad, ctx.dim, ctx.group), None, None, None, None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, group: Group, partial: bool) -> Tensor:
+        ctx.dim, ctx.group, ctx.length = dim, group, x.size(dim)
+        return (reduce_scatter if partial else local_chunk)(x, dim, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return all_gather(grad, ctx.dim, ctx.length, ctx.group), None, None, None
+
+
+def copy_to_region(x: Tensor, group: Group) -> Tensor:
+    """A replicated tensor for rank-local work: unchanged; backward sums the ranks' partial gradients."""
+    return _CopyToRegion.apply(x, group)
+
+
+def reduce_from_region(x: Tensor, group: Group) -> Tensor:
+    """The replicated sum of the ranks' partial results; backward hands the replicated gradient to each."""
+    return _ReduceFromRegion.apply(x, group)
+
+
+def gather(x: Tensor, dim: int, length: int, group: Group, *, partial_grad: bool) -> Tensor:
+    """The whole of what the ranks hold in chunks along ``dim`` (``length`` in all).
+
+    Args:
+        partial_grad: True where what follows is rank-local work, whose gradients are partial (backward is a
+            reduce-scatter); False where every rank does the same work (backward takes this rank's chunk).
+    """
+    return _Gather.apply(x, dim, length, group, partial_grad)
+
+
+def scatter(x: Tensor, dim: int, group: Group) -> Tensor:
+    """This rank's chunk of a replicated tensor; backward gathers the chunks' gradients."""
+    return _Scatter.apply(x, dim, group, False)
+
+
+def reduce_scatter_from_region(x: Tensor, dim: int, group: Group) -> Tensor:
+    """This rank's chunk of the sum of the ranks' partial results; backward gathers."""
+    return _Scatter.apply(x, dim, group, True)
+
+
+class _SumGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: Group, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.group = group
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # Summed in float32: the buffers are small, and bf16 sums of many ranks lose what FSDP's fp32 reduction keeps.
+        flat = all_reduce(torch.cat([grad.reshape(-1).float() for grad in grads]), ctx.group)
+        pieces = flat.split([grad.numel() for grad in grads])
+        return None, *(piece.view_as(grad).to(grad.dtype) for piece, grad in zip(pieces, grads, strict=True))
+
+
+def sum_gradients(tensors: list[Tensor], group: Group) -> list[Tensor]:
+    """The same tensors; backward sums their partial gradients over the ranks, all of them in one collective."""
+    return list(_SumGradients.apply(group, *tensors))

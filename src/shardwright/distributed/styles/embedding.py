@@ -1,0 +1,93 @@
+"""Embeddings cut over the vocabulary or over the features."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+from torch.distributed.tensor.placement_types import Placement
+
+from shardwright.distributed.styles import collectives as c
+from shardwright.distributed.styles.base import Style
+from shardwright.distributed.styles.forward import Around, Forward, attributes_as, local_parameters, parameters_as
+from shardwright.errors import PlanError
+
+
+def _require_embedding(module: nn.Module, name: str, style: str) -> nn.Embedding:
+    if not isinstance(module, nn.Embedding):
+        raise PlanError(f"{style!r} is for embeddings, but {name} is a {type(module).__name__}.")
+    if module.max_norm is not None:
+        raise PlanError(f"{name} renormalises its vectors in forward (max_norm); declare it 'replicate'.")
+    return module
+
+
+class _VocabularyForward(Around):
+    def __init__(self, vocabulary: int, mesh: DeviceMesh) -> None:
+        self.group = c.Group.of(mesh)
+        self.vocabulary = vocabulary
+
+    def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        ids, *others = args if args else (kwargs.pop("input"),)
+        start, end = self.group.bounds(self.vocabulary)
+        elsewhere = (ids < start) | (ids >= end)
+        padding = module.padding_idx
+        here = padding - start if isinstance(padding, int) and start <= padding < end else None
+        with parameters_as(module, local_parameters(module)), attributes_as(module, {"padding_idx": here}):
+            vectors = forward((ids - start).masked_fill(elsewhere, 0), *others, **kwargs)
+        return c.reduce_from_region(vectors.masked_fill(elsewhere.unsqueeze(-1), 0), self.group)
+
+
+class EmbeddingRowwise(Style, RowwiseParallel):
+    """Each rank holds a slice of the vocabulary; the lookups are summed."""
+
+    name = "embedding_rowwise"
+
+    def __init__(self) -> None:
+        RowwiseParallel.__init__(self, input_layouts=Replicate())
+
+    def check(self, module: nn.Module, name: str, size: int) -> None:
+        rows = _require_embedding(module, name, self.name).num_embeddings
+        if (size - 1) * -(-rows // size) >= rows:
+            raise PlanError(f"{name} has {rows} rows, too few for {size} tensor-parallel ranks to hold some each.")
+
+    def placement(self, module: nn.Module, parameter: str) -> Placement:
+        return Shard(0)
+
+    def around(self, module: nn.Module, mesh: DeviceMesh) -> Around:
+        weight = module._parameters["weight"]
+        assert weight is not None
+        return _VocabularyForward(weight.shape[0], mesh)
+
+
+class _FeatureForward(Around):
+    def __init__(self, width: int, mesh: DeviceMesh) -> None:
+        self.group = c.Group.of(mesh)
+        self.width = width
+
+    def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with parameters_as(module, local_parameters(module)):
+            vectors = forward(*args, **kwargs)
+        return c.gather(vectors, vectors.ndim - 1, self.width, self.group, partial_grad=False)
+
+
+class EmbeddingColwise(Style, ColwiseParallel):
+    """Each rank holds a slice of every vector; the slices are gathered."""
+
+    name = "embedding_colwise"
+
+    def __init__(self) -> None:
+        ColwiseParallel.__init__(self, output_layouts=Replicate())
+
+    def check(self, module: nn.Module, name: str, size: int) -> None:
+        _require_embedding(module, name, self.name)
+
+    def placement(self, module: nn.Module, parameter: str) -> Placement:
+        return Shard(1)
+
+    def around(self, module: nn.Module, mesh: DeviceMesh) -> Around:
+        weight = module._parameters["weight"]
+        assert weight is not None
+        return _FeatureForward(weight.shape[1], mesh)

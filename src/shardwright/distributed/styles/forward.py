@@ -1,0 +1,107 @@
+"""How a style gets around a module's ``forward`` without renaming, moving or copying the module.
+
+``wrap_forward`` gives the instance a subclass of its own class (as FSDP2 does) whose ``forward`` runs a chain of
+``Around`` objects with the original ``forward`` in the middle. Module hooks, ``named_modules`` and ``isinstance`` stay
+as they were; what FSDP2 and activation checkpointing add later goes outside. An ``Around`` refers to no module, so a
+deep copy of the model is a model of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+Forward = Callable[..., Any]
+
+
+class Around:
+    """Something that happens around one module's forward."""
+
+    def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        raise NotImplementedError
+
+
+def wrap_forward(module: nn.Module, around: Around) -> None:
+    """Put ``around`` outside of everything that already wraps ``module``'s forward."""
+    state = module.__dict__
+    if "_around" not in state:
+        state["_around"] = ()
+        state["_own_forward"] = state.pop("forward", None)  # a forward someone set on the instance stays in the middle
+        module.__class__ = _wrapped(type(module))
+    state["_around"] = (around, *state["_around"])
+
+
+def arounds(module: nn.Module) -> tuple[Around, ...]:
+    """What wraps ``module``'s forward, outermost first."""
+    return module.__dict__.get("_around", ())
+
+
+@cache
+def _wrapped(cls: type[nn.Module]) -> type[nn.Module]:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        innermost = self._own_forward or super(wrapped, self).forward
+        return _run(self, self._around, innermost, args, kwargs)
+
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        # The subclass is made at run time: rebuild it from the original class.
+        return _rebuild, (cls,), self.__dict__
+
+    names = {"forward": forward, "__reduce_ex__": reduce, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    wrapped = type(cls.__name__, (cls,), names)
+    wrapped.__qualname__ = cls.__qualname__
+    return wrapped
+
+
+def _rebuild(cls: type[nn.Module]) -> nn.Module:
+    wrapped = _wrapped(cls)
+    return wrapped.__new__(wrapped)
+
+
+def _run(
+    module: nn.Module, chain: tuple[Around, ...], innermost: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    if not chain:
+        return innermost(*args, **kwargs)
+
+    def rest(*args: Any, **kwargs: Any) -> Any:
+        return _run(module, chain[1:], innermost, args, kwargs)
+
+    return chain[0](module, rest, args, kwargs)
+
+
+@contextmanager
+def parameters_as(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
+    """``module.<name>`` is ``tensors[name]`` inside."""
+    registered = module._parameters
+    before = {name: registered[name] for name in tensors}
+    registered.update(tensors)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        registered.update(before)
+
+
+def local_parameters(module: nn.Module) -> dict[str, Tensor]:
+    """This rank's part of the module's own DTensor parameters, differentiable."""
+    summed = module.__dict__.get("_summed_parameters")  # set by styles.gradient_sum
+    return {
+        name: summed.local(name, param) if summed is not None and name in summed.names else param.to_local()
+        for name, param in module._parameters.items()
+        if isinstance(param, DTensor)
+    }
+
+
+@contextmanager
+def attributes_as(module: nn.Module, values: dict[str, Any]) -> Iterator[None]:
+    """Plain attributes of ``module`` have these values inside."""
+    before = {name: module.__dict__[name] for name in values}
+    module.__dict__.update(values)
+    try:
+        yield
+    finally:
+        module.__dict__.update(before)

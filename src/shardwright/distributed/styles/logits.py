@@ -1,0 +1,235 @@
+"""Logits that stay sharded on the vocabulary, and losses computed on the shards.
+
+A column-parallel head returns :class:`ShardedLogits`, a DTensor that standard loss code can use as it is:
+``F.cross_entropy``, ``log_softmax`` and ``gather`` run on the shards, without ever making a full-vocabulary tensor,
+and their backward needs no context manager. Anything else is done by DTensor, which gathers where it must; results that
+no longer depend on the vocabulary come back as plain tensors, equal on every rank.
+
+The loss is Megatron-LM's vocabulary-parallel cross-entropy (Shoeybi et al. 2019, section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from shardwright.distributed.styles import collectives as c
+
+
+class ShardedLogits(DTensor):
+    """A DTensor sharded on its last dim, the vocabulary."""
+
+    __slots__ = ()
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        on_shards = _ON_SHARDS.get(func)
+        if on_shards is not None:
+            result = on_shards(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        mesh = next(x.device_mesh for x in _tensors((args, kwargs)) if isinstance(x, DTensor))
+        with torch._C.DisableTorchFunctionSubclass():
+            return _returned(func(*_distributed(args, mesh), **_distributed(kwargs, mesh)))
+
+
+def sharded_logits(local: Tensor, vocabulary: int, mesh: DeviceMesh) -> ShardedLogits:
+    """This rank's slice ``[..., vocabulary / tp]`` as logits of the whole vocabulary."""
+    shape = (*local.shape[:-1], vocabulary)
+    stride = [1] * len(shape)
+    for dim in range(len(shape) - 2, -1, -1):
+        stride[dim] = stride[dim + 1] * shape[dim + 1]
+    logits = DTensor.from_local(
+        local.contiguous(), mesh, [Shard(local.ndim - 1)], run_check=False, shape=shape, stride=tuple(stride)
+    )
+    return _as_logits(logits)
+
+
+def _as_logits(x: DTensor) -> ShardedLogits:
+    # The class, not a copy: the tensor keeps its place in the autograd graph. The layouts of the two are the same.
+    x.__class__ = ShardedLogits
+    return x  # type: ignore[return-value]
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (tuple, list)):
+        return []
+    return [x for item in value for x in _tensors(item)]
+
+
+def _distributed(value: Any, mesh: DeviceMesh) -> Any:
+    """``value`` with its plain tensors, which are equal on every rank, as replicated DTensors."""
+    if isinstance(value, Tensor) and not isinstance(value, DTensor):
+        return DTensor.from_local(value, mesh, [Replicate()], run_check=False)
+    if isinstance(value, dict):
+        return {key: _distributed(item, mesh) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_distributed(item, mesh) for item in value)
+    return value
+
+
+def _returned(value: Any) -> Any:
+    """What the caller gets: logits where the vocabulary is still sharded, plain tensors otherwise."""
+    if isinstance(value, DTensor):
+        if _vocabulary_sharded(value):
+            return _as_logits(value)
+        return value.full_tensor()
+    if type(value) in (tuple, list):
+        return type(value)(_returned(item) for item in value)
+    if isinstance(value, tuple):  # a named tuple, such as torch.max's
+        return type(value)([_returned(item) for item in value])
+    return value
+
+
+def _vocabulary_sharded(x: DTensor) -> bool:
+    return len(x.placements) == 1 and x.placements[0].is_shard(x.ndim - 1)
+
+
+def _local(x: ShardedLogits) -> tuple[Tensor, c.Group, int]:
+    """This rank's slice, the ranks, and the first vocabulary entry of the slice."""
+    group = c.Group.of(x.device_mesh)
+    return x.to_local(), group, group.bounds(x.shape[-1])[0]
+
+
+class _TokenLoss(torch.autograd.Function):
+    """Cross-entropy per token. ``logits`` [tokens, local vocabulary], ``target`` [tokens] in the whole vocabulary."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, group: c.Group, start: int, vocabulary: int, smoothing: float
+    ) -> Tensor:
+        highest = logits.amax(-1) if logits.shape[-1] else logits.new_full(logits.shape[:1], -torch.inf)
+        highest = c.all_reduce(highest, group, "max")
+        shifted = logits - highest.unsqueeze(-1)
+        index, mine = _local_index(target, start, logits.shape[-1])
+        picked = _pick(shifted, index, mine)
+        total = shifted.sum(-1) if smoothing else torch.zeros_like(picked)
+        exponentials = shifted.exp_()
+        normaliser, picked, total = c.all_reduce(torch.stack([exponentials.sum(-1), picked, total]), group).unbind(0)
+        probabilities = exponentials.div_(normaliser.unsqueeze(-1))
+        ctx.save_for_backward(probabilities, index, mine)
+        ctx.vocabulary, ctx.smoothing = vocabulary, smoothing
+        loss = normaliser.log() - (1 - smoothing) * picked
+        return loss - total * (smoothing / vocabulary) if smoothing else loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        probabilities, index, mine = ctx.saved_tensors
+        result = probabilities - ctx.smoothing / ctx.vocabulary
+        if result.shape[-1]:
+            hit = torch.where(mine, ctx.smoothing - 1.0, 0.0).to(result.dtype)
+            result.scatter_add_(-1, index.unsqueeze(-1), hit.unsqueeze(-1))
+        return result.mul_(grad.unsqueeze(-1)), None, None, None, None, None
+
+
+def _local_index(target: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
+    """Where ``target`` lies in a slice of ``width`` entries from ``start``, and whether it does at all."""
+    mine = (target >= start) & (target < start + width)
+    return torch.where(mine, target - start, 0), mine
+
+
+def _pick(x: Tensor, index: Tensor, mine: Tensor) -> Tensor:
+    """``x[..., index]`` where it is this rank's, else 0."""
+    if not x.shape[-1]:
+        return x.new_zeros(index.shape)
+    return torch.where(mine, x.gather(-1, index.unsqueeze(-1)).squeeze(-1), 0)
+
+
+def _cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Any:
+    if not isinstance(input, ShardedLogits) or input.ndim > 2 or target.is_floating_point():
+        return NotImplemented
+    if size_average is not None or reduce is not None or (weight is not None and label_smoothing):
+        return NotImplemented
+    if isinstance(target, DTensor):
+        target = target.full_tensor()
+    logits, group, start = _local(input)
+    tokens = target.reshape(-1)
+    kept = tokens != ignore_index
+    outside = kept & ((tokens < 0) | (tokens >= input.shape[-1]))
+    if not torch.compiler.is_compiling() and bool(outside.any()):
+        raise IndexError(f"A target is outside the vocabulary of {input.shape[-1]}: {int(tokens[outside][0])}.")
+    losses = _TokenLoss.apply(
+        logits.reshape(-1, logits.shape[-1]), tokens, group, start, input.shape[-1], label_smoothing
+    )
+    weights = kept.to(losses.dtype)
+    if weight is not None:
+        weights = weights * weight[tokens.where(kept, 0)].to(losses.dtype)
+    losses = torch.where(kept, losses * weights, 0)
+    if reduction == "none":
+        return losses.view(target.shape)
+    return losses.sum() / weights.sum() if reduction == "mean" else losses.sum()
+
+
+class _LogSoftmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, group: c.Group) -> Tensor:
+        highest = logits.amax(-1) if logits.shape[-1] else logits.new_full(logits.shape[:-1], -torch.inf)
+        shifted = logits - c.all_reduce(highest, group, "max").unsqueeze(-1)
+        result = shifted - c.all_reduce(shifted.exp().sum(-1), group).log().unsqueeze(-1)
+        ctx.save_for_backward(result)
+        ctx.group = group
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (result,) = ctx.saved_tensors
+        return grad - result.exp() * c.all_reduce(grad.sum(-1), ctx.group).unsqueeze(-1), None
+
+
+def _log_softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Any:
+    if not isinstance(input, ShardedLogits) or dim not in (-1, input.ndim - 1):
+        return NotImplemented
+    logits, group, _ = _local(input)
+    return sharded_logits(
+        _LogSoftmax.apply(logits if dtype is None else logits.to(dtype), group), input.shape[-1], input.device_mesh
+    )
+
+
+def _gather(input: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Any:
+    if not isinstance(input, ShardedLogits) or isinstance(index, DTensor) or dim not in (-1, input.ndim - 1):
+        return NotImplemented
+    logits, group, start = _local(input)
+    local, mine = _local_index(index, start, logits.shape[-1])
+    if not logits.shape[-1]:
+        picked = index.new_zeros(index.shape, dtype=logits.dtype) + logits.sum(-1, keepdim=True)
+    else:
+        leading = tuple(slice(0, n) for n in index.shape[:-1])
+        picked = torch.where(mine, logits[leading].gather(-1, local), 0)
+    return c.reduce_from_region(picked, group)
+
+
+_ON_SHARDS: dict[Any, Callable[..., Any]] = {
+    F.cross_entropy: _cross_entropy,
+    F.log_softmax: _log_softmax,
+    torch.gather: _gather,
+    Tensor.gather: _gather,
+}
+
+
+def _tensor_log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Any:
+    return _log_softmax(input, dim, dtype=dtype)
+
+
+_ON_SHARDS |= {torch.log_softmax: _tensor_log_softmax, Tensor.log_softmax: _tensor_log_softmax}

@@ -1,0 +1,188 @@
+"""Regions: the stretch between the layers that read the residual stream and the layer that writes back into it.
+
+A *region* is a module such as an attention or an MLP whose children hold column-parallel readers and a row-parallel
+writer. Without sequence parallelism all that is needed there is that readers of one input share one backward
+reduction (:class:`SharedInput`). With it, the residual stream outside is split along the sequence:
+
+- a :class:`SequenceBlock` (one transformer layer) takes and returns the stream as a DTensor sharded along the
+  sequence, so that code between the blocks sees its true length, and works on the local chunk inside;
+- a :class:`SequenceRegion` gathers its input and leaves the result split again. In a *direct* region everything between
+  the readers and its one writer is rank-local work, so the gather's backward and the writer's forward are
+  reduce-scatters. In any other region some work is done alike on every rank; there the readers reduce for themselves,
+  the writers all-reduce, and the region's result is cut.
+
+Sequence parallelism: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models".
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from shardwright.distributed.styles import collectives as c
+from shardwright.distributed.styles.forward import Around, Forward
+from shardwright.errors import PlanError
+
+SEQUENCE_DIM = 1  # [batch, sequence, features]
+
+
+class SharedInput:
+    """One input that several column-parallel layers read, so that its gradient is summed over the ranks once.
+
+    Works by identity: readers that are handed the same tensor share the copy that was made for the first. Only inside
+    the region's forward, so that no activation outlives it.
+    """
+
+    def __init__(self) -> None:
+        self.active = False
+        self.direct = False
+        self.written = False
+        self._source: Tensor | None = None
+        self._copy: Tensor | None = None
+
+    def copy(self, x: Tensor, group: c.Group) -> Tensor:
+        """``x``, which is whole, for rank-local work."""
+        if self.active and self.direct:
+            if self.written:
+                raise PlanError(
+                    "A column-parallel layer runs after the row-parallel layer of the same region, which sequence "
+                    "parallelism cannot tell from a reader of the region's input. Put the two into modules of their "
+                    "own, or use this plan without sequence parallelism."
+                )
+            return x
+        return self._once(x, lambda: c.copy_to_region(x, group))
+
+    def gathered(self, x: Tensor, length: int, group: c.Group) -> Tensor:
+        """``x``, which is this rank's chunk of the sequence, whole and for rank-local work."""
+        return self._once(x, lambda: c.gather(x, SEQUENCE_DIM, length, group, partial_grad=True))
+
+    def _once(self, x: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        if not self.active:
+            return make()
+        if self._source is not x or self._copy is None:
+            self._source, self._copy = x, make()
+        return self._copy
+
+    def open(self, *, direct: bool) -> None:
+        self.active, self.direct, self.written = True, direct, False
+
+    def close(self) -> None:
+        self.active = False
+        self._source = self._copy = None
+
+
+class Region(Around):
+    """A region whose input is whole."""
+
+    def __init__(self, shared: SharedInput) -> None:
+        self.shared = shared
+
+    def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.shared.open(direct=False)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self.shared.close()
+
+
+class SequenceLength:
+    """The full sequence length of the block that is running; its block sets it, its regions read it."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+
+class SequenceRegion(Around):
+    """A region whose input and output are this rank's chunk of the sequence."""
+
+    def __init__(
+        self, module: nn.Module, shared: SharedInput, length: SequenceLength, mesh: DeviceMesh, *, direct: bool
+    ) -> None:
+        self.shared = shared
+        self.length = length
+        self.group = c.Group.of(mesh)
+        self.direct = direct
+        self.first = first_argument(module)
+
+    def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        length = self.length.value
+
+        def whole(x: Tensor) -> Tensor:
+            return c.gather(x, SEQUENCE_DIM, length, self.group, partial_grad=self.direct)
+
+        args, kwargs = on_first_tensor(whole, self.first, args, kwargs)
+        self.shared.open(direct=self.direct)
+        try:
+            result = forward(*args, **kwargs)
+        finally:
+            self.shared.close()
+        return result if self.direct else on_result(self._cut, result)
+
+    def _cut(self, x: Tensor) -> Tensor:
+        return c.scatter(x, SEQUENCE_DIM, self.group)
+
+
+class SequenceBlock(Around):
+    """One transformer layer between whose ends the residual stream is split along the sequence."""
+
+    def __init__(self, module: nn.Module, length: SequenceLength, mesh: DeviceMesh) -> None:
+        self.length = length
+        self.mesh = mesh
+        self.group = c.Group.of(mesh)
+        self.first = first_argument(module)
+
+    def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        args, kwargs = on_first_tensor(self._enter, self.first, args, kwargs)
+        result = forward(*args, **kwargs)
+        length = self.length.value
+
+        def leave(x: Tensor) -> Tensor:
+            return sequence_sharded(x, length, self.mesh)
+
+        return on_result(leave, result)
+
+    def _enter(self, x: Tensor) -> Tensor:
+        self.length.value = x.shape[SEQUENCE_DIM]
+        return x.to_local() if isinstance(x, DTensor) else c.scatter(x, SEQUENCE_DIM, self.group)
+
+
+def sequence_sharded(local: Tensor, length: int, mesh: DeviceMesh) -> DTensor:
+    """This rank's chunk as a DTensor that knows the whole length."""
+    shape = (local.shape[0], length, *local.shape[2:])
+    stride = [1] * len(shape)
+    for dim in range(len(shape) - 2, -1, -1):
+        stride[dim] = stride[dim + 1] * shape[dim + 1]
+    return DTensor.from_local(
+        local.contiguous(), mesh, [Shard(SEQUENCE_DIM)], run_check=False, shape=shape, stride=tuple(stride)
+    )
+
+
+def first_argument(module: nn.Module) -> str:
+    """The name of the first argument of the module's forward: the residual stream, or what was read from it."""
+    parameters = list(inspect.signature(type(module).forward).parameters)
+    return parameters[1] if len(parameters) > 1 else ""
+
+
+def on_first_tensor(
+    change: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Apply ``change`` to the first argument, wherever the caller put it."""
+    if args:
+        return (change(args[0]), *args[1:]), kwargs
+    if name not in kwargs:
+        raise PlanError(f"Expected the residual stream as the first argument or as {name!r}; got {sorted(kwargs)}.")
+    return args, {**kwargs, name: change(kwargs[name])}
+
+
+def on_result(change: Any, result: Any) -> Any:
+    """Apply ``change`` to a tensor, or to the first item of a tuple or list."""
+    if isinstance(result, Tensor):
+        return change(result)
+    if isinstance(result, (tuple, list)) and result and isinstance(result[0], Tensor):
+        return type(result)((change(result[0]), *result[1:]))
+    raise PlanError(f"Expected a tensor, or a tuple that begins with one; got {type(result).__name__}.")

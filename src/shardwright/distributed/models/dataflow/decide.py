@@ -35,12 +35,26 @@ MOST_ATTRIBUTES = 3
 
 @dataclass
 class Group:
-    """Regions of one kind, one for each block that has it; what is decided holds for all."""
+    """Regions that are decided together: those with the same layers in all blocks.
 
-    regions: list[Region] = field(default_factory=list)
+    Attributes:
+        kinds: the regions, by what kinds of layers they have; what is decided for one holds for all of its kind.
+        sharding: how they run on slices; None where they do not.
+        finding: what the ranks showed.
+        reason: why they do not run on slices.
+    """
+
+    kinds: list[list[Region]]
     sharding: Sharding | None = None
     finding: Finding | None = None
     reason: str = ""
+
+    @property
+    def regions(self) -> list[Region]:
+        return [region for regions in self.kinds for region in regions]
+
+    def apart(self) -> list[Group]:
+        return [Group([regions]) for regions in self.kinds]
 
 
 @dataclass
@@ -51,6 +65,7 @@ class Study:
         size: number of ranks.
         sharding: all that has been found exact.
         finding: what the last exact rank runs showed.
+        error: how the last attempt failed.
     """
 
     hollow: Hollow
@@ -59,80 +74,140 @@ class Study:
     size: int
     sharding: Sharding = field(default_factory=Sharding)
     finding: Finding = field(default_factory=Finding)
+    error: str = ""
 
     def kind(self, hollow_name: str) -> str:
         return self.hollow.repeats.kind_of(self.hollow.repeats.original_name(hollow_name))
+
+    def usable(self, hollow_name: str) -> bool:
+        """Whether all that touches the stub's weight is its own forward."""
+        return hollow_name not in self.record.exposed
 
     def attempt(self, extra: Sharding) -> Finding | None:
         """What the ranks show when ``extra`` is added to what has been decided; None where it is not exact."""
         try:
             finding = rank_runs(self.hollow, self.record, self.inputs, self.sharding.with_(extra), self.size)
-        except (Mismatch, *CODE_ERRORS):
+        except Mismatch as error:
+            self.error = f"{self.kind(str(error)) if str(error) in self.hollow.stubs else error} gets other values"
+            return None
+        except CODE_ERRORS as error:
+            self.error = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             return None
         return finding if self._has_styles(finding) else None
 
     def _has_styles(self, finding: Finding) -> bool:
-        """Whether there is a style for every gradient that is a sum: so far, for whole parameters."""
-        return not finding.partial_outputs
+        """Whether there is a style for every gradient that is a sum."""
+        for name, features in finding.partial_outputs.items():
+            # MLA's rotary key: the last features of a layer that is whole.
+            if self.hollow.stubs[name].kind != "linear" or not bool(features[-int(features.sum()) :].all()):
+                return False
+        owners = {name.rpartition(".")[0] for name in finding.partial_parameters}
+        own = {
+            f"{owner}.{name}" if owner else name
+            for owner in owners
+            for name, param in self.hollow.model.get_submodule(owner)._parameters.items()
+            if param is not None
+        }
+        return own <= finding.partial_parameters
 
 
 def decide(study: Study, regions: list[Region]) -> list[Group]:
     """Find a sharding for every group of regions that has one, the last ones of the forward first."""
-    groups: dict[tuple[frozenset[str], frozenset[str]], Group] = {}
+    decided: list[Group] = []
+    # A layer can be a writer of one region and a reader of the next; the reader's part wins (it feeds heads).
+    for together in reversed(_groups(study, regions)):
+        for group in [together] if _settle(study, together) or len(together.kinds) == 1 else together.apart():
+            if group is not together:
+                _settle(study, group)
+            decided.insert(0, group)
+    return decided
+
+
+def _groups(study: Study, regions: list[Region]) -> list[Group]:
+    by_kind: dict[tuple[frozenset[str], frozenset[str]], list[Region]] = {}
     for region in regions:
         key = frozenset(study.kind(n) for n, _ in region.outs), frozenset(study.kind(n) for n, _ in region.ins)
-        groups.setdefault(key, Group()).regions.append(region)
-    # A layer can be a writer of one region and a reader of the next; the reader's part wins (it feeds heads).
-    for group in reversed(list(groups.values())):
-        if any(region.is_stream for region in group.regions):
-            group.reason = "the residual stream"
-            continue
-        for sharding in _candidates(study, group):
-            finding = study.attempt(sharding)
-            if finding is not None:
-                group.sharding, group.finding = sharding, finding
-                study.sharding, study.finding = study.sharding.with_(sharding), finding
-                break
-    return list(groups.values())
+        by_kind.setdefault(key, []).append(region)
+    together: dict[tuple[frozenset[str], frozenset[str]], Group] = {}
+    for (outs, ins), alike in by_kind.items():
+        names = frozenset(map(_without_indices, outs)), frozenset(map(_without_indices, ins))
+        together.setdefault(names, Group([])).kinds.append(alike)
+    return list(together.values())
+
+
+def _without_indices(kind: str) -> str:
+    return ".".join("*" if part.isdigit() or part.startswith("{") else part for part in kind.split("."))
+
+
+def _settle(study: Study, group: Group) -> bool:
+    """Find a sharding for one group, and add it to what has been decided."""
+    if any(region.is_stream for region in group.regions):
+        group.reason = "it is the residual stream"
+        return False
+    for sharding in _candidates(study, group):
+        finding = study.attempt(sharding)
+        if finding is not None:
+            group.sharding, group.finding = sharding, finding
+            study.sharding, study.finding = study.sharding.with_(sharding), finding
+            return True
+        group.reason = group.reason or f"its code does not run on slices ({study.error})"
+    return False
 
 
 def _candidates(study: Study, group: Group) -> Iterator[Sharding]:
     """Ways to cut the group's regions, the simplest first."""
-    for base in _cuts(study, group):
-        yield base
-        attributes = _attributes(study, group)
-        arguments = _arguments(study, group, attributes)
-        for count in range(MOST_ATTRIBUTES + 1):
-            for chosen in itertools.combinations(attributes, count):
-                divided = {place for places in chosen for place in places}
-                if chosen:
-                    yield base.with_(Sharding(attributes=divided))
-                if count <= 2:
-                    for argument in arguments:
-                        yield base.with_(Sharding(attributes=divided, arguments=argument))
+    for pieces in (1, 2, 3):
+        base = Sharding()
+        for regions in group.kinds:
+            cuts = _cuts(study, group, regions, pieces)
+            if cuts is None:
+                break
+            base = base.with_(cuts)
+        else:
+            yield base
+            yield from _with_local_sizes(study, group, base)
 
 
-def _cuts(study: Study, group: Group) -> Iterator[Sharding]:
-    """Cuts of readers, writers and parameters that the dependencies allow."""
-    region = group.regions[0]
+def _with_local_sizes(study: Study, group: Group, base: Sharding) -> Iterator[Sharding]:
+    attributes = _attributes(study, group)
+    arguments = _arguments(study, group, attributes)
+    for count in range(MOST_ATTRIBUTES + 1):
+        for chosen in itertools.combinations(attributes, count):
+            divided = {place for places in chosen for place in places}
+            if chosen:
+                yield base.with_(Sharding(attributes=divided))
+            if count <= 2:
+                for argument in arguments:
+                    yield base.with_(Sharding(attributes=divided, arguments=argument))
+
+
+def _cuts(study: Study, group: Group, regions: list[Region], pieces: int) -> Sharding | None:
+    """Cuts of readers, writers and parameters of regions of one kind that the dependencies allow.
+
+    Args:
+        pieces: the writers' inputs are packed of so many blocks.
+    """
+    region = regions[0]
     pinned = set(study.sharding.cuts_out)
     outs, ins = {name for name, _ in region.outs}, {name for name, _ in region.ins}
-    whole_ins = (outs & ins) | pinned | {n for n in ins if study.hollow.stubs[n].kind != "linear"}
+    stubs = study.hollow.stubs
+    whole_ins = (outs & ins) | pinned | {n for n in ins if stubs[n].kind != "linear" or not study.usable(n)}
     writers = [key for key in region.ins if key[0] not in whole_ins]
     upstream = {source for key in region.ins if key[0] in whole_ins for source in region.feeds[key]}
-    readers = [key for key in region.outs if key not in upstream and study.hollow.stubs[key[0]].kind != "opaque"]
+    readers = [key for key in region.outs if key not in upstream]
+    if any(stubs[name].kind == "opaque" or not study.usable(name) for name, _ in readers):
+        group.reason = "a weight in it is used outside of its layer"
+        return None
     if not writers or not readers:
-        group.reason = "no layer reads what these write, or none writes what these read"
-        return
-    for pieces in (1, 2, 3):
-        cut = _writer_cut(study, pieces)
-        shares = [_share(cut, rank, study) for rank in range(study.size)]
-        if any(not _divides(study, key, pieces) for key in writers):
-            continue
-        masks = dependencies(study.hollow, study.record, region, writers, shares)
-        sharding = _from_masks(study, group, masks, writers, readers, cut)
-        if sharding is not None:
-            yield sharding
+        group.reason = "its layers follow one another"
+        return None
+    if any(not _divides(study, key, pieces) for key in writers):
+        group.reason = group.reason or "its width is not divisible"
+        return None
+    cut = _writer_cut(study, pieces)
+    shares = [_share(cut, rank, study) for rank in range(study.size)]
+    masks = dependencies(study.hollow, study.record, region, writers, shares)
+    return _from_masks(study, group, regions, masks, writers, readers, cut)
 
 
 def _divides(study: Study, key: Key, pieces: int) -> bool:
@@ -155,6 +230,7 @@ def _share(cut: Callable[[str], Cut], rank: int, study: Study) -> Callable[[Key]
 def _from_masks(
     study: Study,
     group: Group,
+    regions: list[Region],
     masks: list[dict],  # type: ignore[type-arg]
     writers: list[Key],
     readers: list[Key],
@@ -164,14 +240,14 @@ def _from_masks(
     for key in readers:
         cut = cut_from_masks([m[key] for m in masks])
         if cut is None:
-            group.reason = f"the features of {study.kind(key[0])} mix across slices"
+            group.reason = group.reason or f"features of {key[0].rpartition('.')[2]} mix across slices"
             return None
         by_kind[study.kind(key[0])] = cut
     if all(pieces == 1 for cut in by_kind.values() for _, pieces in cut.blocks):
-        group.reason = "every slice depends on all features"
+        group.reason = group.reason or "every slice depends on all features"
         return None
     parameters: dict[str, Cut] = {}
-    for name in group.regions[0].parameters:
+    for name in regions[0].parameters:
         per_entry = [m[name].reshape(m[name].shape[0], -1).any(1) if m[name].ndim else m[name] for m in masks]
         if per_entry[0].ndim and per_entry[0].numel() >= study.size:
             cut = cut_from_masks(per_entry, equal_only=True)
@@ -179,14 +255,14 @@ def _from_masks(
                 parameters[study.kind(name)] = cut
     writer_kinds = {study.kind(name) for name, _ in writers}
     sharding = Sharding()
-    names = {name for region in group.regions for name, _ in (*region.outs, *region.ins)}
+    names = {name for region in regions for name, _ in (*region.outs, *region.ins)}
     for name in sorted(names):
         kind = study.kind(name)
-        if kind in by_kind and any(key[0] == name for region in group.regions for key in region.outs):
+        if kind in by_kind and any(key[0] == name for region in regions for key in region.outs):
             sharding.cuts_out[name] = by_kind[kind]
         if kind in writer_kinds:
             sharding.cuts_in[name] = writer_cut(name)
-    for name in {name for region in group.regions for name in region.parameters}:
+    for name in {name for region in regions for name in region.parameters}:
         if study.kind(name) in parameters:
             sharding.parameters[name] = parameters[study.kind(name)]
     return sharding
@@ -208,7 +284,7 @@ def _arguments(
 ) -> list[dict[str, tuple[ArgumentCut, ...]]]:
     """Tensor arguments of the region's own modules with a dim that holds an entry per head."""
     counts = {study.record.reads[place] for places in attributes for place in places}
-    owners = _owners(group)
+    owners = _owners(group.regions)
     options: dict[tuple[str, int, int], dict[str, tuple[ArgumentCut, ...]]] = {}
     for owner in owners:
         for argument, shape in study.record.arguments.get(owner, {}).items():
@@ -220,10 +296,10 @@ def _arguments(
     return list(options.values())
 
 
-def _owners(group: Group) -> set[str]:
+def _owners(regions: list[Region]) -> set[str]:
     """The innermost module around each region."""
     owners = set()
-    for region in group.regions:
+    for region in regions:
         paths = [name.split(".")[:-1] for name, _ in (*region.outs, *region.ins)]
         common = list(itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False)))
         owners.add(".".join(parts[0] for parts in common))
@@ -233,7 +309,7 @@ def _owners(group: Group) -> set[str]:
 def _modules(study: Study, group: Group) -> set[str]:
     """The modules whose code runs in the region: around its layers, and around the parameters that take part."""
     names = set()
-    for region, owner in ((region, owner) for region in group.regions for owner in _owners(Group([region]))):
+    for region, owner in ((region, owner) for region in group.regions for owner in _owners([region])):
         leaves = [name for name, _ in (*region.outs, *region.ins)]
         leaves += [name.rpartition(".")[0] + ".parameter" for name in region.parameters]
         for leaf in leaves:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -15,7 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 from shardwright.distributed.models.dataflow.cuts import Cut
 from shardwright.distributed.models.dataflow.hollow import Hollow
-from shardwright.distributed.models.dataflow.tape import CODE_ERRORS, FullRun, Idle, Mismatch, RankRun, Tape, same
+from shardwright.distributed.models.dataflow.local import is_config, local_values, watched_view
+from shardwright.distributed.models.dataflow.tape import FullRun, Idle, Mismatch, RankRun, Tape, same
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -50,7 +52,7 @@ class Sharding:
         cuts_in: stub -> how its input is cut.
         cuts_out: stub -> how its output is cut.
         parameters: parameter -> how its dim 0 is cut.
-        attributes: (module, attribute) -> divided by the number of ranks.
+        attributes: (module, attribute) that are divided by the number of ranks; ``config.name`` for a config's.
         arguments: module -> arguments that are cut.
     """
 
@@ -59,6 +61,13 @@ class Sharding:
     parameters: dict[str, Cut] = field(default_factory=dict)
     attributes: set[tuple[str, str]] = field(default_factory=set)
     arguments: dict[str, tuple[ArgumentCut, ...]] = field(default_factory=dict)
+
+    def local_values(self, model: nn.Module, size: int) -> dict[str, dict[str, Any]]:
+        """Module -> what its attributes are on a rank."""
+        by_module: dict[str, list[str]] = {}
+        for module, attribute in sorted(self.attributes):
+            by_module.setdefault(module, []).append(attribute)
+        return {m: local_values(model.get_submodule(m), names, size) for m, names in by_module.items()}
 
     def with_(self, other: Sharding) -> Sharding:
         return Sharding(
@@ -81,6 +90,7 @@ class Record:
         param_grads: gradient of every parameter that is not a stub's.
         reads: (module, attribute) -> integer that the forward read there.
         arguments: module -> shapes of its tensor arguments that need no gradient.
+        exposed: stubs whose weight is used by other code than their own forward, too.
     """
 
     run: FullRun
@@ -89,6 +99,7 @@ class Record:
     param_grads: dict[str, Tensor]
     reads: dict[tuple[str, str], int]
     arguments: dict[str, dict[str, torch.Size]]
+    exposed: frozenset[str]
 
 
 @dataclass
@@ -115,7 +126,8 @@ def full_run(hollow: Hollow, inputs: Inputs) -> Record:
     grads = [torch.randn(o.shape, generator=generator).to(o.dtype) if o.requires_grad else None for o in outputs]
     _clear_grads(hollow.model)
     _backward(outputs, grads, retain=True)
-    return Record(run, outputs, grads, _param_grads(hollow), reads, arguments)
+    exposed = {n for n in hollow.stubs if any(p.grad is not None for p in hollow.model.get_submodule(n).parameters())}
+    return Record(run, outputs, grads, _param_grads(hollow), reads, arguments, frozenset(exposed))
 
 
 def rank_runs(hollow: Hollow, record: Record, inputs: Inputs, sharding: Sharding, size: int) -> Finding:
@@ -246,11 +258,10 @@ def _sharded(model: nn.Module, sharding: Sharding, rank: int, size: int) -> Iter
             local = nn.Parameter(cut.take(param.detach(), 0, rank, size), requires_grad=param.requires_grad)
             stack.callback(owner._parameters.__setitem__, own, param)
             owner._parameters[own] = local
-        for module_name, attribute in sharding.attributes:
-            module = model.get_submodule(module_name)
-            value = module.__dict__[attribute]
-            stack.callback(module.__dict__.__setitem__, attribute, value)
-            module.__dict__[attribute] = value // size
+        for module_name, values in sharding.local_values(model, size).items():
+            own = model.get_submodule(module_name).__dict__
+            stack.callback(own.update, {key: own[key] for key in values})
+            own.update(values)
         for module_name, cuts in sharding.arguments.items():
             module = model.get_submodule(module_name)
             hook = module.register_forward_pre_hook(_argument_hook(cuts, rank, size), with_kwargs=True)
@@ -306,18 +317,25 @@ def _listening(model: nn.Module, found: dict[str, dict[str, torch.Size]]) -> Ite
 
 @contextmanager
 def _reading(model: nn.Module, reads: dict[tuple[str, str], int]) -> Iterator[None]:
-    """Note which integer attributes of which module are read."""
-    names = {id(module): name for name, module in model.named_modules()}
-    classes = {id(module): (module, module.__class__) for module in model.modules()}
-    for module, cls in classes.values():
-        module.__class__ = _reader(cls)
-        module.__dict__["_on_read"] = lambda owner, key, value: reads.setdefault((names[id(owner)], key), value)
+    """Note which integers every module reads from its attributes and its config."""
+    undo: list[Callable[[], Any]] = []
+    for name, module in model.named_modules():
+        own = module.__dict__
+        for holder, config in [(k, v) for k, v in own.items() if is_config(v)]:
+
+            def note(key: str, value: int, name: str = name, holder: str = holder) -> None:
+                reads.setdefault((name, f"{holder}.{key}"), value)
+
+            undo.append(partial(own.__setitem__, holder, config))
+            own[holder] = watched_view(config, note)
+        undo += [partial(setattr, module, "__class__", type(module)), partial(own.pop, "_on_read")]
+        own["_on_read"] = lambda key, value, name=name: reads.setdefault((name, key), value)
+        module.__class__ = _reader(type(module))
     try:
         yield
     finally:
-        for module, cls in classes.values():
-            module.__class__ = cls
-            del module.__dict__["_on_read"]
+        for restore in undo:
+            restore()
 
 
 @cache
@@ -325,7 +343,7 @@ def _reader(cls: type[nn.Module]) -> type[nn.Module]:
     def getattribute(self: nn.Module, key: str) -> Any:
         value = cls.__getattribute__(self, key)
         if type(value) is int and key in self.__dict__:
-            self.__dict__["_on_read"](self, key, value)
+            self.__dict__["_on_read"](key, value)
         return value
 
     return type(cls.__name__, (cls,), {"__getattribute__": getattribute, "__module__": cls.__module__})

@@ -30,7 +30,7 @@ CODE_ERRORS = (
 )  # fmt: skip
 
 
-class Mismatch(Exception):  # noqa: N818 - a result of the search, not an error
+class Mismatch(Exception):
     """A rank's tensor is not what the full run says it should be. Names the stub (or ``output``)."""
 
 

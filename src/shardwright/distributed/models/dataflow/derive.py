@@ -1,0 +1,64 @@
+"""``derive_plan``: a tensor-parallel plan read off the model's own code."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch import nn
+
+from shardwright.distributed.models.dataflow.decide import Group, Study, decide
+from shardwright.distributed.models.dataflow.emit import make_plan
+from shardwright.distributed.models.dataflow.hollow import Hollow, hollow_copy
+from shardwright.distributed.models.dataflow.inputs import candidate_inputs
+from shardwright.distributed.models.dataflow.play import Inputs, Record, full_run
+from shardwright.distributed.models.dataflow.regions import find_regions
+from shardwright.distributed.models.dataflow.tape import CODE_ERRORS, Mismatch
+from shardwright.distributed.plan import ParallelPlan
+
+logger = logging.getLogger(__name__)
+
+
+def derive_plan(model: nn.Module, example_inputs: Any = None, *, tp: int = 2, check: bool = False) -> ParallelPlan:
+    """The tensor-parallel plan that ``model``'s own code allows.
+
+    The model is copied without its weights and run once in full and once as every rank of a sharded model; nothing of
+    the model's size is allocated, and ``model``, which may be on meta, is not changed. See ``docs/dataflow.md``.
+
+    Args:
+        model: any module.
+        example_inputs: what to call it with: a tensor, a tuple of arguments or a dict of keyword arguments, whose
+            values do not matter (meta tensors will do). None: made from a transformers model's config, or guessed from
+            the first layer.
+        tp: the number of tensor-parallel ranks that the plan is for.
+        check: run it all a second time, with other values and inputs of another shape, and drop what does not hold.
+
+    Returns:
+        A plan whose styles are exact. Where nothing can be said about the model, a plan without styles whose note says
+        why.
+    """
+    attempt = _first_run(model, example_inputs)
+    if isinstance(attempt, str):
+        return ParallelPlan({}, source=f"dataflow (tp={tp})", notes=(attempt,))
+    hollow, inputs, record = attempt
+    study = Study(hollow, record, inputs, tp)
+    groups = decide(study, find_regions(hollow, record))
+    return make_plan(model, study, groups)
+
+
+def _first_run(model: nn.Module, example_inputs: Any) -> tuple[Hollow, Inputs, Record] | str:
+    """Find inputs that the model runs with: on a copy with two blocks of each kind, or, failing that, with all."""
+    reason = "no tensor parallelism: this model's inputs could not be guessed; pass example_inputs to derive_plan."
+    for whole in (False, True):
+        hollow = hollow_copy(model, whole=whole)
+        for inputs in candidate_inputs(model, example_inputs):
+            try:
+                return hollow, inputs, full_run(hollow, inputs)
+            except (Mismatch, *CODE_ERRORS) as error:
+                message = str(error).partition("\n")[0]
+                reason = f"no tensor parallelism: {type(model).__name__} did not run ({type(error).__name__}: {message})."
+                logger.debug("derive_plan: %s", reason)
+    return reason
+
+
+__all__ = ["Group", "derive_plan"]

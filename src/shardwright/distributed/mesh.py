@@ -62,7 +62,8 @@ def axis(mesh: DeviceMesh, name: str) -> DeviceMesh:
         return mesh[name]
     except KeyError as error:
         raise ConfigError(
-            f"The mesh {mesh} has no axis {name!r}. Make it with shardwright.make_mesh, or pass the names that yours has."
+            f"The mesh {mesh} has no axis {name!r}. Make it with shardwright.make_mesh, or pass the names that yours "
+            "has."
         ) from error
 
 
@@ -80,6 +81,6 @@ def refuse_context_parallel(mesh: DeviceMesh, name: str = "cp") -> None:
     size = mesh.size(names.index(name)) if name in names else 1
     if size > 1:
         raise UnsupportedError(
-            f"The mesh has {name}={size}. Context parallelism is not supported yet; use {name}=1 and give those ranks to "
-            "tp (with sequence parallelism, which also splits activations along the sequence) or to dp_shard."
+            f"The mesh has {name}={size}. Context parallelism is not supported yet; use {name}=1 and give those ranks "
+            "to tp (with sequence parallelism, which also splits activations along the sequence) or to dp_shard."
         )

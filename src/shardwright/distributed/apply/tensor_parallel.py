@@ -13,6 +13,7 @@ from shardwright.distributed.styles import make_style
 from shardwright.distributed.styles.base import Style, distribute_parameter
 from shardwright.distributed.styles.forward import wrap_forward
 from shardwright.distributed.styles.gradient_sum import sum_gradients_of
+from shardwright.distributed.styles.local_view import LocalAttributes
 from shardwright.distributed.styles.outputs import PlainOutputs
 from shardwright.distributed.styles.regions import Region, SequenceBlock, SequenceLength, SequenceRegion, SharedInput
 
@@ -39,7 +40,7 @@ def apply_tensor_parallel(
         _make(use, shared, lengths, _block_of(name, lengths))._apply(model.get_submodule(name), mesh)
     restore_ties(model, resolved.ties)
     for name, values in resolved.attributes.items():
-        model.get_submodule(name).__dict__.update(values)
+        wrap_forward(model.get_submodule(name), LocalAttributes(values))
     _wrap_regions(model, mesh, resolved, shared, lengths)
     _sum_gradients(model, mesh, resolved, list(scopes))
     wrap_forward(model, PlainOutputs())

@@ -11,14 +11,16 @@ from collections.abc import Iterable
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from shardwright.distributed.models.heads import check_heads, share_key_value_heads
+from shardwright.distributed.models.heads import check_heads
 from shardwright.distributed.models.huggingface import head_name, text_config
+from shardwright.distributed.models.key_values import share_projections
 from shardwright.distributed.models.overlay import find_regions, overlay_sequence_parallel
-from shardwright.distributed.models.resolved import SHARDED, ResolvedPlan, StyleUse
+from shardwright.distributed.models.resolved import READERS, SHARDED, ResolvedPlan, StyleUse
 from shardwright.distributed.models.structure import block_names, numbers_to_globs, owns_parameters
 from shardwright.distributed.models.ties import Tie, find_ties
 from shardwright.distributed.plan import ParallelPlan, match_names
 from shardwright.distributed.styles import canonical_style, make_style
+from shardwright.distributed.styles.local_view import CONFIG
 from shardwright.errors import PlanError
 
 SUMMED = ("replicated_with_grad_allreduce", "sequence_parallel", "kv_heads")
@@ -37,9 +39,9 @@ def resolve(model: nn.Module, plan: ParallelPlan, tp: int, *, sequence_parallel:
     _match(model, modules, plan, resolved)
     _specialise(model, modules, resolved)
     _settle_ties(modules, resolved)
-    if note := check_heads(model, tp):
+    if any(use.style in READERS for use in resolved.modules.values()) and (note := check_heads(model, tp)):
         resolved.notes.append(note)
-    _share_key_value_heads(modules, resolved)
+    share_projections(model, modules, resolved)
     _localise_attributes(modules, plan, resolved)
     _cover(modules, resolved)
     find_regions(modules, resolved)
@@ -147,42 +149,27 @@ def _check_tie(modules: dict[str, nn.Module], resolved: ResolvedPlan, tie: Tie) 
         )
 
 
-def _share_key_value_heads(modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
-    """Keep key and value projections whole where the ranks do not divide their heads.
-
-    transformers' attention modules state the ratio of query to key-value heads as ``num_key_value_groups`` and call the
-    projections ``k_proj`` and ``v_proj``.
-    """
-    for name, module in modules.items():
-        groups, head_dim = (module.__dict__.get(key) for key in ("num_key_value_groups", "head_dim"))
-        key = resolved.modules.get(f"{name}.k_proj")
-        if not isinstance(groups, int) or not isinstance(head_dim, int) or key is None or key.style != "colwise":
-            continue
-        projections = {part: modules.get(f"{name}.{part}") for part in ("k_proj", "v_proj")}
-        key_value = projections["k_proj"].out_features // head_dim
-        if key_value % resolved.tp == 0:
-            continue
-        share = share_key_value_heads(groups * key_value, key_value, resolved.tp)
-        for part, projection in projections.items():
-            use = resolved.modules.get(f"{name}.{part}")
-            if projection is not None and use is not None and use.style == "colwise":
-                options = {"count": key_value, "heads": share.heads}
-                resolved.modules[f"{name}.{part}"] = StyleUse("kv_heads", options, rule=use.rule)
-        resolved.attributes[name] = {"num_key_value_groups": share.groups}
-
-
 def _localise_attributes(modules: dict[str, nn.Module], plan: ParallelPlan, resolved: ResolvedPlan) -> None:
     """Divide the sizes that attention code reads from its module, as the plan lists them."""
     for glob, names in plan.local_attributes.items():
         for module in match_names(glob, modules):
+            own = resolved.attributes.setdefault(module, {})
             for name in names:
-                value = modules[module].__dict__.get(name)
+                if name in own:
+                    continue
+                value = _attribute(modules[module], name)
                 if not isinstance(value, int) or value % resolved.tp:
                     raise PlanError(
                         f"{module}.{name} is {value!r}; the plan makes it rank-local, so it must be a whole number "
                         f"that tp={resolved.tp} divides."
                     )
-                resolved.attributes.setdefault(module, {})[name] = value // resolved.tp
+                own[name] = value // resolved.tp
+
+
+def _attribute(module: nn.Module, name: str) -> object:
+    if name.startswith(CONFIG):
+        return getattr(module.__dict__.get("config"), name[len(CONFIG) :], None)
+    return module.__dict__.get(name)
 
 
 def _cover(modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:

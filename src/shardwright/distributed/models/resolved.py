@@ -1,4 +1,4 @@
-"""``ResolvedPlan``: exact names in place of globs, everything decided: what the apply step executes and reports show."""
+"""``ResolvedPlan``: exact names in place of globs, all decided. The apply step executes it, reports show it."""
 
 from __future__ import annotations
 

@@ -76,7 +76,8 @@ def _named_plan(model: nn.Module, name: str) -> ParallelPlan:
         return found
     if not isinstance(found, Mapping):
         raise PlanError(
-            f"{name!r} is a {type(found).__name__}; a plan must be a dict of globs to styles, or a function returning one."
+            f"{name!r} is a {type(found).__name__}; a plan must be a dict of globs to styles, or a function that "
+            "returns one."
         )
     return _plan_from_mapping(found, f"custom: {name}")
 
@@ -93,10 +94,11 @@ def optimized_plan(model: nn.Module) -> ParallelPlan | None:
     found = optimized_plans().get(text_config(model).model_type)
     if found is None:
         return None
-    family, styles = found
-    prefix, _ = text_model(model)
-    named = {f"{prefix}.{glob}" if prefix else glob: style for glob, style in styles.items()}
-    return ParallelPlan(_with_ends(model, named), frozenset(named), source=f"optimized: {family}")
+    prefix = f"{name}." if (name := text_model(model)[0]) else ""
+    styles = {prefix + glob: style for glob, style in found.styles.items()}
+    attributes = {prefix + glob: names for glob, names in found.local_attributes.items()}
+    source = f"optimized: {found.family}"
+    return ParallelPlan(_with_ends(model, styles), frozenset(styles), attributes, source=source)
 
 
 def huggingface_plan(model: nn.Module) -> ParallelPlan | None:
@@ -135,7 +137,7 @@ def _with_ends(model: nn.Module, styles: dict[str, str]) -> dict[str, str]:
         if not gathered or set(gathered.values()) <= {"colwise_gather_output", "colwise_rep", "colwise"}:
             styles = {glob: style for glob, style in styles.items() if glob not in gathered}
             styles[head] = "colwise_logits"
-    if embedding is not None and isinstance(modules[embedding], nn.Embedding):
-        if not any(match_names(glob, [embedding]) for glob in styles) and modules[embedding].max_norm is None:
-            styles[embedding] = "embedding_rowwise"
+    named = embedding is None or any(match_names(glob, [embedding]) for glob in styles)
+    if not named and isinstance(modules[embedding], nn.Embedding) and modules[embedding].max_norm is None:
+        styles[embedding] = "embedding_rowwise"
     return styles

@@ -9,3 +9,6 @@ STYLES = {
     "layers.*.mlp.gate_up_proj": "packed_colwise",
     "layers.*.mlp.down_proj": "rowwise",
 }
+
+# The attention splits its fused projection by these.
+LOCAL_ATTRIBUTES = {"layers.*.self_attn": ("config.num_attention_heads", "num_key_value_heads")}

@@ -41,6 +41,11 @@ def arounds(module: nn.Module) -> tuple[Around, ...]:
     return module.__dict__.get("_around", ())
 
 
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class a module had before its forward was wrapped."""
+    return type(module).__dict__.get("_wraps", type(module))
+
+
 @cache
 def _wrapped(cls: type[nn.Module]) -> type[nn.Module]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -51,7 +56,13 @@ def _wrapped(cls: type[nn.Module]) -> type[nn.Module]:
         # The subclass is made at run time: rebuild it from the original class.
         return _rebuild, (cls,), self.__dict__
 
-    names = {"forward": forward, "__reduce_ex__": reduce, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    names = {
+        "_wraps": cls,
+        "forward": forward,
+        "__reduce_ex__": reduce,
+        "__module__": cls.__module__,
+        "__doc__": cls.__doc__,
+    }
     wrapped = type(cls.__name__, (cls,), names)
     wrapped.__qualname__ = cls.__qualname__
     return wrapped

@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from shardwright.distributed.styles import collectives as c
-from shardwright.distributed.styles.forward import Around, Forward
+from shardwright.distributed.styles.forward import Around, Forward, original_class
 from shardwright.errors import PlanError
 
 SEQUENCE_DIM = 1  # [batch, sequence, features]
@@ -164,7 +164,7 @@ def sequence_sharded(local: Tensor, length: int, mesh: DeviceMesh) -> DTensor:
 
 def first_argument(module: nn.Module) -> str:
     """The name of the first argument of the module's forward: the residual stream, or what was read from it."""
-    parameters = list(inspect.signature(type(module).forward).parameters)
+    parameters = list(inspect.signature(original_class(module).forward).parameters)
     return parameters[1] if len(parameters) > 1 else ""
 
 

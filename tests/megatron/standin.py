@@ -1,0 +1,52 @@
+"""What a CPU build of torch lacks of ``torch.cuda``, so that the real megatron-fsdp trains on gloo ranks.
+
+Everything runs on one thread in the order it is written, so streams have nothing to order and events nothing to wait
+for. Lives in the tests only: production code refuses a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from shardwright.distributed.apply.megatron_fsdp import availability
+
+
+class Event:
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def wait(self, *_: Any) -> None: ...
+
+    def record(self, *_: Any) -> None: ...
+
+
+class Stream:
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def wait_stream(self, _: Any) -> None: ...
+
+    def record_event(self, *_: Any) -> Event:
+        return Event()
+
+
+@contextmanager
+def cuda_standin() -> Iterator[None]:
+    """Let megatron-fsdp run on CPU tensors inside; everything is as before on exit."""
+    stream = Stream()
+    replaced: dict[str, Any] = {
+        "current_device": lambda: 0,
+        "Stream": Stream,
+        "current_stream": lambda *_: stream,
+        "stream": lambda _: nullcontext(),
+        "synchronize": lambda *_: None,
+    }
+    with ExitStack() as stack:
+        for name, value in replaced.items():
+            stack.enter_context(patch.object(torch.cuda, name, value))
+        stack.enter_context(patch.object(torch.Tensor, "cuda", lambda self, *_, **__: self))
+        stack.enter_context(patch.object(availability, "DEVICE_TYPES", ("cpu",)))
+        yield

@@ -18,7 +18,6 @@ from torch import Tensor
 from shardwright.distributed.models.dataflow.cuts import Cut, contiguous, cut_from_masks, packed
 from shardwright.distributed.models.dataflow.hollow import Hollow
 from shardwright.distributed.models.dataflow.play import (
-    CODE_ERRORS,
     ArgumentCut,
     Finding,
     Inputs,
@@ -27,7 +26,7 @@ from shardwright.distributed.models.dataflow.play import (
     rank_runs,
 )
 from shardwright.distributed.models.dataflow.regions import Key, Region, dependencies
-from shardwright.distributed.models.dataflow.tape import Mismatch
+from shardwright.distributed.models.dataflow.tape import CODE_ERRORS, Mismatch
 
 # Sets of attributes are tried smallest first, up to this many in a set.
 MOST_ATTRIBUTES = 3
@@ -309,7 +308,8 @@ def _owners(regions: list[Region]) -> set[str]:
 def _modules(study: Study, group: Group) -> set[str]:
     """The modules whose code runs in the region: around its layers, and around the parameters that take part."""
     names = set()
-    for region, owner in ((region, owner) for region in group.regions for owner in _owners([region])):
+    for region in group.regions:
+        (owner,) = _owners([region])
         leaves = [name for name, _ in (*region.outs, *region.ins)]
         leaves += [name.rpartition(".")[0] + ".parameter" for name in region.parameters]
         for leaf in leaves:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from shardwright.distributed.models.dataflow.decide import Group, Study, decide
+from shardwright.distributed.models.dataflow.decide import Study, decide
 from shardwright.distributed.models.dataflow.emit import make_plan
 from shardwright.distributed.models.dataflow.hollow import Hollow, hollow_copy
 from shardwright.distributed.models.dataflow.inputs import candidate_inputs
@@ -55,10 +55,7 @@ def _first_run(model: nn.Module, example_inputs: Any) -> tuple[Hollow, Inputs, R
             try:
                 return hollow, inputs, full_run(hollow, inputs)
             except (Mismatch, *CODE_ERRORS) as error:
-                message = str(error).partition("\n")[0]
-                reason = f"no tensor parallelism: {type(model).__name__} did not run ({type(error).__name__}: {message})."
+                message = f"{type(error).__name__}: {error}".partition("\n")[0]
+                reason = f"no tensor parallelism: {type(model).__name__} did not run ({message})."
                 logger.debug("derive_plan: %s", reason)
     return reason
-
-
-__all__ = ["Group", "derive_plan"]

@@ -96,7 +96,8 @@ def _gather(study: Study, found: Answers) -> None:
     stubs = study.hollow.stubs
     called = {name for name, _ in study.record.run.calls if stubs[name].kind == "linear" and study.usable(name)}
     sizes = {name: stubs[name].width_in * stubs[name].width_out for name in called}
-    largest = max((size for name, size in sizes.items() if found.styles.get(study.kind(name)) != "colwise_logits"), default=0)
+    inner = [size for name, size in sizes.items() if found.styles.get(study.kind(name)) != "colwise_logits"]
+    largest = max(inner, default=0)
     for name in sorted(called):
         kind, stub = study.kind(name), stubs[name]
         if kind in found.styles or sizes[name] < WORTH_CUTTING * largest or name in study.finding.partial_outputs:
@@ -104,7 +105,7 @@ def _gather(study: Study, found: Answers) -> None:
         # Features moved per token in forward and backward; an all-reduce moves each of them twice.
         as_reader = stub.width_out + 2 * stub.width_in
         as_writer = 2 * stub.width_out + stub.width_in
-        if min(stub.width_in if as_writer < as_reader else stub.width_out, largest) < study.size:
+        if min(stub.width_in, stub.width_out) < study.size:
             continue
         found.styles[kind] = "colwise_gather_output" if as_reader <= as_writer else "rowwise_split_input"
         found.gathered[kind] = min(as_reader, as_writer)
@@ -139,12 +140,12 @@ def _globs(names: Iterable[str], by_kind: dict[str, T], repeats: Repeats) -> dic
     return result
 
 
-def _only(glob: str, answer: dict[str, object]) -> bool:
+def _only(glob: str, names: Iterable[str]) -> bool:
     """Whether the glob matches names that differ in indices alone."""
     if "*" not in glob:
         return True
     pattern = glob_to_regex(glob)
-    return all(index_glob(name) == glob for name in answer if pattern.fullmatch(name))
+    return all(index_glob(name) == glob for name in names if pattern.fullmatch(name))
 
 
 def _notes(model: nn.Module, study: Study, groups: list[Group], found: Answers) -> list[str]:
@@ -166,7 +167,8 @@ def _notes(model: nn.Module, study: Study, groups: list[Group], found: Answers) 
             found.gathered = {kind: moved for kind, moved in found.gathered.items() if kind not in kinds}
             notes[-1] = notes[-1][:-1] + f", which moves {cost} bytes per token and step."
     for kind, moved in found.gathered.items():
-        notes.append(f"{_readable(kind)}: weight cut, output whole; moves {moved * bytes_each} bytes per token and step.")
+        cost = moved * bytes_each
+        notes.append(f"{_readable(kind)}: weight cut, output whole; moves {cost} bytes per token and step.")
     return list(dict.fromkeys(notes))
 
 

@@ -168,8 +168,9 @@ class _Walker:
         return self._memo[start]
 
     def _leaf(self, node: Any) -> tuple[frozenset[Key], frozenset[str]] | None:
-        if isinstance(node, torch.autograd.function.BackwardCFunction) and "call" in node.__dict__:
-            return frozenset({node.call.key}), frozenset()
+        call = getattr(node, "call", None)  # the context of a stub's autograd function
+        if isinstance(call, Call):
+            return frozenset({call.key}), frozenset()
         variable = getattr(node, "variable", None)
         if variable is not None:
             name = self._names.get(id(variable))

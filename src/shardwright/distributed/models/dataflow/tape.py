@@ -1,7 +1,7 @@
 """What the stubs of a hollow model answer, and what is learned from running it.
 
-The *full run* plays the model in one process: every stub hands out random outputs, and random gradients in backward, and
-all that passes through is written down. A *rank run* plays one rank of the sharded model against that record: every
+The *full run* plays the model in one process: every stub hands out random outputs, and random gradients in backward,
+and all that passes through is written down. A *rank run* plays one rank of the sharded model against that record: every
 stub is given what the full run saw (this rank's slice of it, where the layer is cut) and checks that the code between
 the stubs brought it what the full run brought, in forward and in backward. If every rank passes, the sharded model is
 the same function, whatever the weights: the matrices themselves are cut exactly, and all else was compared.
@@ -47,7 +47,6 @@ class Call:
         output_grad: what its backward was given; None where nothing used the output.
         source: the graph of ``input``.
         partial: in a dependency run, the gradient of ``output``.
-        inner: called by its own module's parent code, and not under another function of the weight.
     """
 
     name: str

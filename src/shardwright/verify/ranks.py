@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import gc
+import logging
 import multiprocessing
 import os
 import pickle
@@ -21,6 +22,7 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -207,6 +209,9 @@ def _serve(rank: int, world_size: int, store: str, stacks: str, connection: Conn
     tasks: queue.Queue[bytes] = queue.Queue()
     threading.Thread(target=_read_tasks, args=(connection, tasks), daemon=True).start()
     torch.set_num_threads(1)
+    for library in ("torch", "transformers"):  # N ranks would say everything N times, one over the other
+        logging.getLogger(library).setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
     # The parent's own time limit comes first; this one only ends a worker that lost its parent in a strange way.
     limit = timedelta(hours=1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=limit)

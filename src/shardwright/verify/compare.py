@@ -1,0 +1,137 @@
+"""How far a sharded step is from the same step in one process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from shardwright.verify.step import Trace
+
+EXACT = 1e-5
+# A gradient is measured against its own largest element, but not against less than this share of the median of all
+# gradients' largest elements: a gradient that is zero in exact arithmetic holds only rounding in both runs.
+FLOOR = 1e-3
+
+
+@dataclass
+class Difference:
+    """The largest relative error of one kind of quantity and where it is."""
+
+    error: float = 0.0
+    name: str = ""
+
+    def take(self, error: float, name: str) -> None:
+        if not error <= self.error:  # NaN counts as worse than everything
+            self.error, self.name = (math.inf if math.isnan(error) else error), name
+
+
+@dataclass
+class Report:
+    """What :func:`shardwright.verify.verify` found. Errors are relative to the largest element of the reference.
+
+    Attributes:
+        exact: every error below is smaller than 1e-5, and both models have the same parameters.
+        loss_diff: largest absolute difference of a micro-batch's loss.
+        logits_rel_err: of the training forwards and of one forward without gradients after the step.
+        max_grad_rel_err: over the gradients of all parameters; ``worst_parameter`` has it.
+        grad_norm_rel_err: of the norm that stock ``clip_grad_norm_`` returns.
+        parameter_rel_err: of the parameters after one AdamW step; ``worst_updated_parameter`` has it.
+        sharded_fraction: share of the elements of the model's matrices that tensor parallelism split.
+        plan_source: where the tensor-parallel plan came from.
+        world_size: number of ranks.
+        problems: differences that are not numbers, such as a tie that broke.
+        first_module: the first module, in order of execution, whose output differs, and its relative error.
+    """
+
+    exact: bool
+    loss_diff: float
+    logits_rel_err: float
+    max_grad_rel_err: float
+    worst_parameter: str
+    sharded_fraction: float
+    plan_source: str
+    grad_norm_rel_err: float = 0.0
+    parameter_rel_err: float = 0.0
+    worst_updated_parameter: str = ""
+    world_size: int = 1
+    problems: list[str] = field(default_factory=list)
+    first_module: tuple[str, float] | None = None
+
+    @property
+    def worst_error(self) -> float:
+        """The largest relative error of all kinds."""
+        return max(self.logits_rel_err, self.max_grad_rel_err, self.grad_norm_rel_err, self.parameter_rel_err)
+
+    def summary(self) -> str:
+        """One sentence on what differs."""
+        measured = {
+            "loss (absolute)": self.loss_diff,
+            "logits": self.logits_rel_err,
+            f"gradient of {self.worst_parameter}": self.max_grad_rel_err,
+            "gradient norm": self.grad_norm_rel_err,
+            f"{self.worst_updated_parameter} after the step": self.parameter_rel_err,
+        }
+        parts = [f"{what} off by {error:.1e}" for what, error in measured.items() if not error < EXACT]
+        if self.first_module is not None:
+            parts.append("first module that differs: {} ({:.1e})".format(*self.first_module))
+        return "; ".join([*self.problems, *parts]) or "exact"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+def relative_error(value: torch.Tensor, reference: torch.Tensor, floor: float = 0.0) -> float:
+    """``max|value - reference| / max(max|reference|, floor)``; infinite where the shapes differ."""
+    if value.shape != reference.shape:
+        return math.inf
+    if reference.numel() == 0:
+        return 0.0
+    difference = (value.double() - reference.double()).abs().max().item()
+    scale = max(reference.double().abs().max().item(), floor)
+    return difference / scale if scale else math.inf if difference else 0.0
+
+
+def compare(trace: Trace, reference: Trace) -> tuple[dict[str, Difference], list[str]]:
+    """Errors by kind (``loss``, ``loss_diff``, ``logits``, ``gradient``, ``norm``, ``parameter``), and problems."""
+    errors = {kind: Difference() for kind in ("loss", "loss_diff", "logits", "gradient", "norm", "parameter")}
+    for loss, expected in zip(trace.losses, reference.losses, strict=True):
+        errors["loss"].take(relative_error(loss, expected), "loss")
+        errors["loss_diff"].take((loss - expected).abs().item(), "loss")
+    problems = _names(trace.gradients, reference.gradients)
+    if len(trace.logits) != len(reference.logits):
+        problems.append(f"{len(trace.logits)} logits where one process has {len(reference.logits)}")
+    for logits, expected in zip(trace.logits, reference.logits, strict=False):
+        errors["logits"].take(relative_error(logits, expected), "logits")
+    floor = gradient_floor(reference.gradients)
+    for name, expected_gradient in reference.gradients.items():
+        gradient = trace.gradients.get(name)
+        if expected_gradient is None:
+            expected_gradient = torch.zeros(()) if gradient is None else torch.zeros_like(gradient)
+        if gradient is None:
+            gradient = torch.zeros_like(expected_gradient)
+        errors["gradient"].take(relative_error(gradient, expected_gradient, floor), name)
+    errors["norm"].take(relative_error(trace.norm, reference.norm), "total norm")
+    for name, parameter in reference.parameters.items():
+        if name in trace.parameters:
+            errors["parameter"].take(relative_error(trace.parameters[name], parameter), name)
+    return errors, problems
+
+
+def gradient_floor(gradients: Mapping[str, torch.Tensor | None]) -> float:
+    sizes = [g.abs().max().item() for g in gradients.values() if g is not None and g.numel()]
+    sizes = sorted(size for size in sizes if size > 0)
+    return FLOOR * sizes[len(sizes) // 2] if sizes else 0.0
+
+
+def _names(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
+    problems = []
+    if missing := sorted(set(there) - set(here)):
+        problems.append(f"parameters that are gone: {', '.join(missing)}")
+    if extra := sorted(set(here) - set(there)):
+        problems.append(f"parameters that were not there (a tie that broke?): {', '.join(extra)}")
+    return problems

@@ -1,0 +1,86 @@
+"""``verify``: the whole proof in one call."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+from shardwright import api
+from shardwright.distributed.config import ParallelConfig
+from shardwright.verify.compare import Report
+from shardwright.verify.ranks import RankPool
+from shardwright.verify.run import Case, Parallelize, run_case
+from shardwright.verify.source import load_config
+from shardwright.verify.tiny import build, model_class, shrunk_config, text_batch
+
+Model = str | os.PathLike[str] | PreTrainedConfig | Callable[[], nn.Module]
+
+
+def verify(
+    model: Model,
+    config: ParallelConfig,
+    *,
+    batch: Callable[[int], Mapping[str, Any]] | None = None,
+    accumulate: int = 1,
+    seed: int = 0,
+    parallelize: Parallelize = api.parallelize,
+    pool: RankPool | None = None,
+) -> Report:
+    """Run a tiny copy of a model in one process and on gloo ranks of this machine, and compare everything.
+
+    Both sides run one training step: ``accumulate`` micro-batches with plain ``loss.backward()``, stock
+    ``torch.nn.utils.clip_grad_norm_``, ``torch.optim.AdamW``. Compared are the losses, the logits, the gradient of
+    every parameter, the clipped norm and every parameter after the step, in float32.
+
+    Args:
+        model: a checkpoint folder, a ``config.json``, a model type of transformers (``"qwen3"``) or a transformers
+            config, of which a tiny copy is made; or a function, defined at the top level of a module, that builds
+            your own (small) model on CPU with the same weights every time.
+        config: how to spread it. ``dp_shard=-1`` counts as 1.
+        batch: for your own model: makes the keyword arguments of one forward from the number of the micro-batch, all
+            micro-batches with the same number of tokens. The model returns the loss, or a mapping with ``"loss"`` and
+            perhaps ``"logits"``. Top level of a module, like ``model``.
+        accumulate: micro-batches per data-parallel rank.
+        seed: of weights and batches.
+        parallelize: what is put to the test; another library's function can take the place of Shardwright's.
+        pool: ranks to use (as many as the degrees multiply to); by default they are started and stopped here.
+
+    Raises:
+        ConfigError: there is no such model, its config cannot be shrunk, or the pool has the wrong size.
+        ShardwrightError: the plan refused (the reason is the message).
+    """
+    case = case_of(model, config, batch=batch, accumulate=accumulate, seed=seed, parallelize=parallelize)
+    if pool is not None:
+        return run(case, pool)
+    with RankPool(case.config.least_world_size) as own:
+        return run(case, own)
+
+
+def case_of(
+    model: Model,
+    config: ParallelConfig,
+    *,
+    batch: Callable[[int], Mapping[str, Any]] | None = None,
+    accumulate: int = 1,
+    seed: int = 0,
+    parallelize: Parallelize = api.parallelize,
+) -> Case:
+    """What :func:`verify` runs, as data; the arguments are its own."""
+    config = config.with_(dp_shard=max(config.dp_shard, 1))
+    if not isinstance(model, (str, os.PathLike, PreTrainedConfig)):
+        return Case(model, batch or text_batch, config, accumulate, parallelize)
+    tiny = shrunk_config(load_config(model), config.tp)
+    model_class(tiny)  # says now that there is none
+    make_batch = batch or partial(text_batch, start=1000 * seed)
+    return Case(partial(build, tiny, seed), make_batch, config, accumulate, parallelize)
+
+
+def run(case: Case, pool: RankPool, timeout: float | None = None) -> Report:
+    """Run ``case`` on the ranks of ``pool``."""
+    case.config.degrees(pool.world_size)
+    return pool.run(run_case, case, timeout=timeout)[0]

@@ -1,0 +1,72 @@
+"""Tiny models: built on CPU from a shrunk config, with weights and batches on which mistakes show."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
+
+from shardwright.errors import ConfigError
+from shardwright.verify.shrink import FIRST_FREE_ID, LAST_PLAIN_ID, shrink
+from shardwright.verify.stages import ShrinkError, Stage
+
+
+def shrunk_config(config: PreTrainedConfig, tp: int = 2) -> PreTrainedConfig:
+    """A tiny config of the same class and architecture.
+
+    Raises:
+        ShrinkError: the config class refuses the small sizes.
+    """
+    with Stage(ShrinkError, f"The config of model type {config.model_type!r} cannot be shrunk"):
+        return type(config).from_dict(shrink(config.to_dict(), tp))
+
+
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The image-text-to-text class of a config where there is one, else its causal-LM class.
+
+    Raises:
+        ConfigError: transformers has neither.
+    """
+    for mapping in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
+        if type(config) in mapping:
+            found: Any = mapping[type(config)]
+            return found[0] if isinstance(found, tuple) else found
+    raise ConfigError(
+        f"transformers has no causal-LM and no image-text-to-text model for a {type(config).__name__}, and those are "
+        "what verify can build. Pass a function that builds your model to shardwright.verify instead."
+    )
+
+
+def build(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """The model of ``config`` in float32 on CPU, in training mode, its weights drawn from ``seed``."""
+    torch.manual_seed(seed)
+    model = model_class(config)._from_config(config, dtype=torch.float32)
+    randomize(model, seed)
+    return model.train()
+
+
+def randomize(model: nn.Module, seed: int = 0) -> None:
+    """Move every parameter away from special values (norms of one, biases of zero), keeping its scale.
+
+    A norm weight of exactly one hides that it was applied twice, a bias of zero that it was added twice.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            fan_in = parameter.shape[-1] if parameter.ndim == 3 else parameter[:1].numel()
+            scale = 0.1 if parameter.ndim < 2 else fan_in**-0.5
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+            parameter.add_(noise.to(parameter.dtype), alpha=scale)
+
+
+def text_batch(index: int, start: int = 0, rows: int = 2, length: int = 16) -> dict[str, torch.Tensor]:
+    """Random ids and labels, int64 ``[rows, length]``, different for every ``start + index``."""
+    generator = torch.Generator().manual_seed(start + index)
+    ids = torch.randint(FIRST_FREE_ID, LAST_PLAIN_ID, (rows, length), generator=generator)
+    return {"input_ids": ids, "labels": ids.clone()}

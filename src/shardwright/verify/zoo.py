@@ -1,0 +1,131 @@
+"""The zoo: ``verify`` over every causal-LM and image-text-to-text type of the installed transformers.
+
+python -m shardwright.verify.zoo [--types a,b,c] [--modes tp2,...] [--output docs/architectures.md] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+
+from shardwright.distributed.config import ParallelConfig
+from shardwright.errors import ConfigError, ShardwrightError
+from shardwright.verify.page import write_page
+from shardwright.verify.public import case_of, run
+from shardwright.verify.ranks import RankError, RankPool
+from shardwright.verify.stages import CrashError, ShrinkError
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A way to spread every model of the zoo."""
+
+    config: ParallelConfig
+    accumulate: int
+    title: str
+
+
+_TP2 = ParallelConfig(tp=2, dp_shard=1)
+MODES = {
+    "tp2": Mode(_TP2, 1, "TP 2"),
+    "tp2_sp": Mode(_TP2.with_(sequence_parallel=True), 1, "TP 2 + SP"),
+    "fsdp2_tp2": Mode(_TP2.with_(dp_shard=2), 2, "FSDP 2 x TP 2"),
+    "fsdp2_tp2_sp": Mode(_TP2.with_(dp_shard=2, sequence_parallel=True), 2, "FSDP 2 x TP 2 + SP"),
+}
+
+
+@dataclass
+class Entry:
+    """What became of one type in one mode.
+
+    Attributes:
+        outcome: ``exact``, ``wrong`` (it ran and computed something else), ``crashed`` (it runs in one process only),
+            ``refused`` (before the first collective, with a reason) or ``not built`` (no tiny copy that runs in one
+            process).
+        reason: one sentence for anything but ``exact``.
+    """
+
+    type: str
+    mode: str
+    outcome: str
+    reason: str = ""
+    plan_source: str = ""
+    sharded_fraction: float = 0.0
+    worst_error: float = 0.0
+    seconds: float = 0.0
+
+
+def all_types() -> list[str]:
+    """Every causal-LM and image-text-to-text type of the installed transformers."""
+    return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})
+
+
+def examine(model_type: str, mode_name: str, pool: RankPool, timeout: float = 90.0) -> Entry:
+    """Verify one type in one mode; whatever happens to it becomes an entry."""
+    mode, started = MODES[mode_name], time.monotonic()
+    entry = Entry(model_type, mode_name, "exact")
+    try:
+        case = case_of(model_type, mode.config, accumulate=mode.accumulate)
+        report = run(case, pool, timeout=timeout)
+    except (ShrinkError, ConfigError, ImportError) as error:
+        entry.outcome, entry.reason = "not built", str(error)
+    except (CrashError, RankError) as error:
+        entry.outcome, entry.reason = "crashed", str(error)
+    except ShardwrightError as error:
+        entry.outcome, entry.reason = "refused", str(error)
+    else:
+        entry.plan_source, entry.sharded_fraction = report.plan_source, report.sharded_fraction
+        entry.worst_error = report.worst_error
+        if not report.exact:
+            entry.outcome, entry.reason = "wrong", report.summary()
+    entry.seconds = round(time.monotonic() - started, 2)
+    return entry
+
+
+def examine_all(types: Iterable[str], modes: Sequence[str]) -> list[Entry]:
+    """Every type in every mode, one after the other, in two pools that live throughout."""
+    entries = []
+    with RankPool(2) as two, RankPool(4) as four:
+        for model_type in types:
+            for mode in modes:
+                pool = two if MODES[mode].config.least_world_size == 2 else four
+                entry = examine(model_type, mode, pool)
+                click.echo(f"{model_type:30} {mode:14} {entry.outcome:10} {entry.seconds:6.1f} s  {entry.reason[:160]}")
+                entries.append(entry)
+                if entry.outcome == "not built":  # it would fail the same way in every mode
+                    break
+    return entries
+
+
+@click.command()
+@click.option("--types", default="", help="Comma-separated model types; all of transformers without it.")
+@click.option("--modes", default=",".join(MODES), show_default=True, help="Comma-separated modes.")
+@click.option("--output", type=click.Path(path_type=Path), help="Write the page (Markdown) here.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the entries (JSON) here.")
+def main(types: str, modes: str, output: Path | None, json_path: Path | None) -> None:
+    """Verify every architecture of the installed transformers, in every mode. Exit code 1 if one is wrong."""
+    chosen = [name for name in types.split(",") if name] or all_types()
+    entries = examine_all(chosen, modes.split(","))
+    if json_path is not None:
+        json_path.write_text(json.dumps([asdict(entry) for entry in entries], indent=1) + "\n")
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(write_page(entries, {name: mode.title for name, mode in MODES.items()}))
+    counts = {
+        outcome: sum(entry.outcome == outcome for entry in entries) for outcome in sorted({e.outcome for e in entries})
+    }
+    click.echo(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
+    raise SystemExit(any(entry.outcome == "wrong" for entry in entries))
+
+
+if __name__ == "__main__":
+    main()

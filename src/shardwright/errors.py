@@ -26,3 +26,7 @@ class RunError(ShardwrightError, RuntimeError):
 
 class ParityError(ShardwrightError, AssertionError):
     """A sharded model that does not compute what the same model computes in one process."""
+
+
+class CheckpointError(ShardwrightError, ValueError):
+    """A checkpoint that is damaged, does not fit the model, or could not be read or written."""

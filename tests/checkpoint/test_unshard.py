@@ -103,7 +103,7 @@ def _nests_and_survives_errors() -> None:
     assert first[0][3][0][0] is None
     assert first[-1][3][0][0] is None
     assert first[1][3][0][0] is not None
-    with pytest.raises(KeyError), unshard_fsdp2_model(model.model.layers[1]):
+    with pytest.raises(KeyError), unshard_fsdp2_model(model.model.layers[1]):  # noqa: PT012
         with unshard_fsdp2_model(model):
             with unshard_fsdp2_model(model):
                 pass

@@ -101,7 +101,7 @@ def _states_of(model: nn.Module) -> list[Any]:
 
 
 def _groups_of(state: Any) -> list[Any]:
-    if torch.torch_version.TorchVersion(torch.__version__) >= (2, 12):
+    if torch.__version__ >= "2.12":  # compares versions, not texts
         return list(state._fsdp_param_groups)
     return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
 

@@ -1,0 +1,177 @@
+"""Values into the (possibly sharded, still empty) tensors of a model: read from a folder, or computed."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from shardwright.checkpoint.conversion import LoadPlan, Reading
+from shardwright.checkpoint.folder import Entry, SliceReader, element_size, split_box
+from shardwright.checkpoint.initial import Initialiser
+from shardwright.checkpoint.layout import Box, owned_parts
+from shardwright.checkpoint.together import rank_and_world
+from shardwright.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+
+def to_empty(model: nn.Module, device: torch.device | str) -> None:
+    """Give every tensor of ``model`` (this rank's part of it) memory on ``device``, with no value in it yet.
+
+    ``torch.nn.Module.to_empty`` keeps the ties of DTensors and unties plain parameters; here both stay tied.
+    """
+    homes: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            homes[id(parameter)].append((module, key))
+    model.to_empty(device=device)
+    for (first, first_key), *others in homes.values():
+        for module, key in others:
+            if module._parameters[key] is not first._parameters[first_key]:
+                module._parameters[key] = first._parameters[first_key]
+
+
+def check_fit(plan: LoadPlan, skeleton: PreTrainedModel, folder: Path) -> None:
+    """Whether ``plan`` gives every tensor of ``skeleton`` a value of its shape.
+
+    Raises:
+        CheckpointError: it does not; the message has the names.
+    """
+    tensors = skeleton.state_dict(keep_vars=True)
+    for name, reading in plan.readings.items():
+        if name in tensors and tuple(reading.shape) != tuple(tensors[name].shape):
+            raise CheckpointError(
+                f"{name} has shape {tuple(reading.shape)} in {folder} and {tuple(tensors[name].shape)} in the model. "
+                "The weights belong to another config; load them with the config.json they came with."
+            )
+    found = {id(tensors[name]) for name in plan.readings if name in tensors}
+    optional = [re.compile(pattern) for pattern in skeleton._keys_to_ignore_on_load_missing or ()]
+    missing = [
+        name
+        for name, tensor in tensors.items()
+        if id(tensor) not in found and not any(pattern.search(name) for pattern in optional)
+    ]
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} of the model's {len(tensors)} tensors, among them {missing[0]}. It is not "
+            f"whole, or not a {type(skeleton).__name__}; entries that fit nothing: {_some(plan.unused)}."
+        )
+    if plan.unused and rank_and_world()[0] == 0:
+        log.warning("%d entries of %s are not part of the model: %s", len(plan.unused), folder, _some(plan.unused))
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "none"
+
+
+@torch.no_grad()
+def fill_from_folder(model: nn.Module, folder: Path, entries: Mapping[str, Entry], plan: LoadPlan) -> int:
+    """Read this rank's part of every tensor that ``plan`` has a reading for; returns the bytes read."""
+    tensors = model.state_dict(keep_vars=True)
+    order = sorted(plan.readings, key=lambda name: (entries[plan.readings[name].entries[0]].file, name))
+    filled: set[int] = set()
+    with SliceReader(folder, entries) as reader:
+        for name in order:
+            tensor = tensors[name]
+            place = _refuse_if_different(name) if id(tensor) in filled else _copy
+            _each_part(tensor, plan.readings[name], reader, entries, place)
+            filled.add(id(tensor))
+    log.info("read %.3f GB from %s", reader.bytes_read / 1e9, folder)
+    return reader.bytes_read
+
+
+def _each_part(
+    tensor: Tensor,
+    reading: Reading,
+    reader: SliceReader,
+    entries: Mapping[str, Entry],
+    place: Callable[[Tensor, Tensor], None],
+) -> None:
+    """Call ``place(part of the local tensor, its value)`` for all of this rank's part of ``tensor``."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    parts = owned_parts(tensor)
+    if reading.lazy is None:
+        whole = reading.compute(reader.whole) if parts else None
+        for part in parts:
+            assert whole is not None
+            place(local[part.local], whole[part.whole])
+        return
+    for part in parts:
+        for source in reading.lazy.sources:
+            mine = source.within(part.whole)
+            if mine is None:
+                continue
+            for box in split_box(mine.box(), element_size(entries[mine.name])):
+                piece = mine.within(box)
+                assert piece is not None
+                value = piece.show(reader.read(piece.name, piece.source_box()))
+                place(local[_shifted(box, part.whole, part.local)], value)
+
+
+def _shifted(box: Box, whole: Box, local: Box) -> Box:
+    shifts = [there.start - here.start for here, there in zip(whole, local, strict=True)]
+    return tuple(slice(cut.start + shift, cut.stop + shift) for cut, shift in zip(box, shifts, strict=True))
+
+
+def _copy(target: Tensor, value: Tensor) -> None:
+    target.copy_(value)
+
+
+def _refuse_if_different(name: str) -> Callable[[Tensor, Tensor], None]:
+    def compare(target: Tensor, value: Tensor) -> None:
+        if not torch.equal(target, value.to(target.device, target.dtype)):
+            raise CheckpointError(
+                f"The config ties {name} to another weight, but the files hold different values for the two. Set "
+                "tie_word_embeddings to false in config.json to load both."
+            )
+
+    return compare
+
+
+@torch.no_grad()
+def fill_the_rest(model: nn.Module, initial: Initialiser, filled: set[str]) -> None:
+    """Give every tensor that is not in ``filled`` (nor tied to one that is) its initial value."""
+    homes = [
+        (f"{path}.{key}" if path else key, module, key, tensor)
+        for path, module in model.named_modules()
+        for held in (module._parameters, module._buffers)
+        for key, tensor in held.items()
+        if tensor is not None
+    ]
+    done = {id(tensor) for name, _, _, tensor in homes if name in filled}
+    for name, module, key, tensor in homes:
+        if id(tensor) in done:
+            continue
+        done.add(id(tensor))
+        value = initial.value(name)
+        if key in module._buffers and not isinstance(tensor, DTensor):
+            module._buffers[key] = value.to(tensor.device)
+            continue
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        for part in owned_parts(tensor):
+            local[part.local].copy_(value[part.whole])
+
+
+def check_complete(model: nn.Module, skeleton: nn.Module) -> None:
+    """No tensor of ``model`` is on meta, and what is tied in ``skeleton`` is tied.
+
+    Raises:
+        CheckpointError: otherwise.
+    """
+    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    meta = [name for name, tensor in tensors.items() if tensor.device.type == "meta"]
+    if meta:
+        raise CheckpointError(f"{len(meta)} tensors are still on the meta device, among them {meta[0]}.")
+    first: dict[int, str] = {}
+    for name, parameter in skeleton.named_parameters(remove_duplicate=False):
+        other = first.setdefault(id(parameter), name)
+        if tensors[name] is not tensors[other]:
+            raise CheckpointError(f"{name} and {other} are tied in the model, but no longer after it was sharded.")

@@ -1,0 +1,119 @@
+"""``load_pretrained``: from a folder of safetensors to a sharded model, each rank reading what it owns.
+
+meta -> parallelize -> empty shards -> slices read into them -> buffers computed -> checked.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from shardwright.api import parallelize
+from shardwright.checkpoint.build import build_on_meta, local_folder, read_config
+from shardwright.checkpoint.conversion import plan_load
+from shardwright.checkpoint.fill import check_complete, check_fit, fill_from_folder, fill_the_rest, to_empty
+from shardwright.checkpoint.folder import open_folder
+from shardwright.checkpoint.initial import Initialiser
+from shardwright.checkpoint.together import same_error_everywhere
+from shardwright.distributed.config import ParallelConfig
+from shardwright.distributed.mesh import make_mesh
+
+
+def load_pretrained(
+    path: str | Path,
+    config: ParallelConfig,
+    mesh: DeviceMesh | None = None,
+    *,
+    model_class: type[Any] | None = None,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """A sharded model with the weights in ``path``; every rank reads the slices it owns and nothing else.
+
+    Collective: every rank calls it. Host memory on top of the shards: one slice of at most 64 MB (where transformers'
+    conversion rule for a weight computes values, instead of only putting tensors together: that one whole weight).
+    Afterwards no tensor is on meta or uninitialised, and tied weights are tied. Entries of the files that the model
+    does not use are logged as a warning.
+
+    Args:
+        path: a folder with ``config.json`` and safetensors files, or the name of a repository on the hub.
+        config: how to spread the model.
+        mesh: from :func:`shardwright.distributed.mesh.make_mesh`; None makes it.
+        model_class: an Auto class or a model class; None takes the one that ``config.json`` names.
+        dtype: of the parameters; None takes the one that ``config.json`` names. Values are converted while reading.
+        trust_remote_code: run model code that comes with the folder.
+        kwargs: for the model's class, for example ``attn_implementation="sdpa"``.
+
+    Returns:
+        The model on this rank's device, in evaluation mode as transformers returns it.
+
+    Raises:
+        CheckpointError: damaged or missing files, weights that the model needs and the files lack, other shapes; on
+            every rank alike, before any weight is read unless the damage lies in the values.
+        ConfigError, PlanError, UnsupportedError: what :func:`shardwright.parallelize` refuses; quantised weights.
+    """
+    mesh = make_mesh(config) if mesh is None else mesh
+    with same_error_everywhere(f"Loading {path}"):
+        folder = local_folder(path)
+        entries = open_folder(folder)
+        model_config = read_config(folder, trust_remote_code)
+        skeleton = build_on_meta(model_config, model_class, dtype, **kwargs)
+        plan = plan_load(skeleton, entries)
+        check_fit(plan, skeleton, folder)
+        model = build_on_meta(model_config, model_class, dtype, **kwargs)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    vars(model)["_weight_conversions"] = plan.conversions  # where transformers and save_pretrained look for them
+    model = _empty_shards(model, config, mesh)
+    with same_error_everywhere(f"Loading {path}"):
+        fill_from_folder(model, folder, entries, plan)
+        fill_the_rest(model, Initialiser(skeleton), set(plan.readings))
+        check_complete(model, skeleton)
+    return model.eval()
+
+
+def init_pretrained(
+    model_config: PreTrainedConfig,
+    config: ParallelConfig,
+    mesh: DeviceMesh | None = None,
+    *,
+    seed: int = 0,
+    model_class: type[Any] | None = None,
+    dtype: torch.dtype | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """A sharded model with random weights that depend on ``seed`` and not on the mesh.
+
+    Every weight is drawn whole on the CPU, with a generator seeded from ``seed`` and its name, by the model's own
+    ``_init_weights``; each rank then keeps its part. Host memory on top of the shards: the largest single weight.
+
+    Args: as for :func:`load_pretrained`; ``model_config`` is a transformers config.
+
+    Returns:
+        The model on this rank's device, in training mode.
+
+    Raises:
+        UnsupportedError: the model has a weight that its ``_init_weights`` does not initialise.
+        ConfigError, PlanError: what :func:`shardwright.parallelize` refuses.
+    """
+    mesh = make_mesh(config) if mesh is None else mesh
+    with same_error_everywhere("Building the model"):
+        skeleton = build_on_meta(model_config, model_class, dtype, **kwargs)
+        model = build_on_meta(model_config, model_class, dtype, **kwargs)
+    model = _empty_shards(model, config, mesh)
+    with same_error_everywhere("Initialising the model"):
+        fill_the_rest(model, Initialiser(skeleton, seed), set())
+        check_complete(model, skeleton)
+    return model.train()
+
+
+def _empty_shards(model: PreTrainedModel, config: ParallelConfig, mesh: DeviceMesh) -> PreTrainedModel:
+    parallelize(model, config, mesh)  # in place
+    kind = mesh.device_type
+    to_empty(model, torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else kind)
+    return model

@@ -29,12 +29,7 @@ class Cut:
         """The features that ``rank`` of ``size`` holds of ``length``."""
         if not self.blocks:
             return torch.arange(length)
-        parts, start = [], 0
-        for width, pieces in self.blocks:
-            low, high = _bounds(width, pieces, rank, size)
-            parts.append(torch.arange(start + low, start + high))
-            start += width
-        return torch.cat(parts)
+        return torch.tensor(features_of_rank(self.blocks, rank, size))
 
     def take(self, x: Tensor, dim: int, rank: int, size: int) -> Tensor:
         """This rank's features of ``x`` along ``dim``."""
@@ -59,14 +54,28 @@ def packed(width: int, blocks: int) -> Cut:
     return Cut(((width // blocks, 0),) * blocks)
 
 
-def _bounds(width: int, pieces: int, rank: int, size: int) -> tuple[int, int]:
-    if pieces == 0:
+def features_of_rank(blocks: tuple[tuple[int, int], ...], rank: int, size: int) -> tuple[int, ...]:
+    """The features that ``rank`` of ``size`` uses of a layer made of ``blocks`` (width, parts).
+
+    A rank takes consecutive parts of each block; where there are fewer parts than ranks, neighbours share one. No
+    parts: as many as ranks, in ``torch.chunk``'s sizes.
+    """
+    features: list[int] = []
+    start = 0
+    for width, parts in blocks:
+        low, high = _bounds(width, parts, rank, size)
+        features += range(start + low, start + high)
+        start += width
+    return tuple(features)
+
+
+def _bounds(width: int, parts: int, rank: int, size: int) -> tuple[int, int]:
+    if not parts:
         chunk = -(-width // size)
         return min(rank * chunk, width), min((rank + 1) * chunk, width)
-    piece = width // pieces
-    low = rank * pieces // size
-    high = max(low + 1, (rank + 1) * pieces // size)
-    return low * piece, high * piece
+    first = rank * parts // size
+    after = max(first + 1, (rank + 1) * parts // size)
+    return first * (width // parts), after * (width // parts)
 
 
 def cut_from_masks(masks: list[Tensor], *, equal_only: bool = False) -> Cut | None:

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from shardwright.distributed.models.dataflow.abilities import AVAILABLE, Abilities
+from shardwright.distributed.models.dataflow.arguments import ArgumentCut
 from shardwright.distributed.models.dataflow.cuts import Cut, contiguous, cut_from_masks, packed
 from shardwright.distributed.models.dataflow.hollow import Hollow
 from shardwright.distributed.models.dataflow.play import (
-    ArgumentCut,
     Finding,
     Inputs,
     Record,
@@ -27,6 +28,7 @@ from shardwright.distributed.models.dataflow.play import (
 )
 from shardwright.distributed.models.dataflow.regions import Key, Region, dependencies
 from shardwright.distributed.models.dataflow.tape import CODE_ERRORS, Mismatch
+from shardwright.distributed.models.huggingface import text_config
 
 # Sets of attributes are tried smallest first, up to this many in a set.
 MOST_ATTRIBUTES = 3
@@ -65,6 +67,7 @@ class Study:
         sharding: all that has been found exact.
         finding: what the last exact rank runs showed.
         error: how the last attempt failed.
+        abilities: what the styles can execute.
     """
 
     hollow: Hollow
@@ -74,6 +77,12 @@ class Study:
     sharding: Sharding = field(default_factory=Sharding)
     finding: Finding = field(default_factory=Finding)
     error: str = ""
+    abilities: Abilities = AVAILABLE
+
+    @property
+    def rotary_key(self) -> int | None:
+        """The width of the rotary key that the config states, which is what the style of an MLA layer goes by."""
+        return getattr(text_config(self.hollow.model), "qk_rope_head_dim", None)
 
     def kind(self, hollow_name: str) -> str:
         return self.hollow.repeats.kind_of(self.hollow.repeats.original_name(hollow_name))
@@ -98,7 +107,10 @@ class Study:
         """Whether there is a style for every gradient that is a sum."""
         for name, features in finding.partial_outputs.items():
             # MLA's rotary key: the last features of a layer that is whole.
-            if self.hollow.stubs[name].kind != "linear" or not bool(features[-int(features.sum()) :].all()):
+            rotary = int(features.sum())
+            if self.hollow.stubs[name].kind != "linear" or not bool(features[-rotary:].all()):
+                return False
+            if rotary != self.rotary_key:
                 return False
         owners = {name.rpartition(".")[0] for name in finding.partial_parameters}
         own = {
@@ -169,7 +181,7 @@ def _candidates(study: Study, group: Group) -> Iterator[Sharding]:
 
 def _with_local_sizes(study: Study, group: Group, base: Sharding) -> Iterator[Sharding]:
     attributes = _attributes(study, group)
-    arguments = _arguments(study, group, attributes)
+    arguments = _arguments(study, group, attributes) if study.abilities.arguments else []
     for count in range(MOST_ATTRIBUTES + 1):
         for chosen in itertools.combinations(attributes, count):
             divided = {place for places in chosen for place in places}
@@ -252,6 +264,10 @@ def _from_masks(
             cut = cut_from_masks(per_entry, equal_only=True)
             if cut is not None:
                 parameters[study.kind(name)] = cut
+    tables = {study.kind(key[0]) for key in readers if study.hollow.stubs[key[0]].kind == "table"}
+    if not all(study.abilities.allow(cut, table=kind in tables) for kind, cut in by_kind.items()):
+        group.reason = group.reason or "no style cuts its layers in the blocks that its heads need"
+        return None
     writer_kinds = {study.kind(name) for name, _ in writers}
     sharding = Sharding()
     names = {name for region in regions for name, _ in (*region.outs, *region.ins)}
@@ -272,7 +288,8 @@ def _attributes(study: Study, group: Group) -> list[list[tuple[str, str]]]:
     modules = _modules(study, group)
     together: dict[tuple[type, str], list[tuple[str, str]]] = {}
     for (name, attribute), value in study.record.reads.items():
-        if name in modules and name not in study.hollow.stubs and value > 1 and value % study.size == 0:
+        direct = "." not in attribute or attribute.startswith("config.")
+        if direct and name in modules and name not in study.hollow.stubs and value > 1 and value % study.size == 0:
             cls = type(study.hollow.model.get_submodule(name))
             together.setdefault((cls, attribute), []).append((name, attribute))
     return list(together.values())

@@ -27,7 +27,7 @@ class Answers:
     Attributes:
         styles: module or parameter kind -> style.
         attributes: module kind -> attributes that become rank-local.
-        arguments: module kind -> ``name:dim:group`` of arguments that are cut.
+        arguments: module kind -> ``name:dim:heads`` of arguments that are cut.
         gathered: kinds of layers that are cut although their region runs whole.
     """
 
@@ -50,13 +50,13 @@ def answers(model: nn.Module, study: Study) -> Answers:
         found.styles.setdefault(kind(name).rpartition(".")[0], "local_params")
     for name in finding.partial_parameters:
         found.styles.setdefault(kind(name).rpartition(".")[0], "replicated_with_grad_allreduce")
-    for name, features in finding.partial_outputs.items():
-        found.styles[kind(name)] = f"mla_kv_a_proj:{int(features.sum())}"
+    for name in finding.partial_outputs:
+        found.styles[kind(name)] = "mla_kv_a_proj"
     for name, attribute in sorted(sharding.attributes):
         known = found.attributes.get(kind(name), ())
         found.attributes[kind(name)] = tuple(dict.fromkeys([*known, attribute]))
     for name, cuts in sharding.arguments.items():
-        found.arguments[kind(name)] = tuple(f"{c.argument}:{c.dim}:{c.group}" for c in cuts)
+        found.arguments[kind(name)] = tuple(map(str, cuts))
     _ends(model, study, found)
     _gather(study, found)
     return found

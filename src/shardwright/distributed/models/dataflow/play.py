@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from shardwright.distributed.models.dataflow.arguments import ArgumentCut
 from shardwright.distributed.models.dataflow.cuts import Cut
 from shardwright.distributed.models.dataflow.hollow import Hollow
 from shardwright.distributed.models.dataflow.local import is_config, local_values, watched_view
@@ -25,23 +26,6 @@ class Inputs:
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class ArgumentCut:
-    """A tensor argument that is cut before a module sees it (an ALiBi bias with an entry per head).
-
-    The dim holds groups of ``group`` entries, one per head; of each group, a rank gets its share.
-    """
-
-    argument: str
-    dim: int
-    group: int
-
-    def take(self, x: Tensor, rank: int, size: int) -> Tensor:
-        groups = x.unflatten(self.dim, (x.shape[self.dim] // self.group, self.group))
-        share = self.group // size
-        return groups.narrow(self.dim + 1, rank * share, share).flatten(self.dim, self.dim + 1)
 
 
 @dataclass

@@ -30,7 +30,9 @@ def parallelize(model: nn.Module, config: ParallelConfig, mesh: DeviceMesh | Non
         UnsupportedError: something that Shardwright does not do yet (context parallelism).
     """
     mesh = make_mesh(config) if mesh is None else mesh
-    return parallelize_model(model, mesh, config, mp_policy=mixed_precision(config.precision))
+    # One data-parallel rank in float32 has nothing to shard and nothing to cast.
+    needless = mesh["dp_cp"].size() == 1 and config.precision == Precision()
+    return parallelize_model(model, mesh, config, mp_policy=None if needless else mixed_precision(config.precision))
 
 
 def mixed_precision(precision: Precision) -> MixedPrecisionPolicy:

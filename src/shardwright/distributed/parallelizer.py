@@ -91,7 +91,7 @@ def _get_parallel_plan(
         PlanError: ``tp_shard_plan`` is none of these.
     """
     plan = choose_plan(model, tp_shard_plan)
-    styles = {glob: make_style(style) for glob, style in plan.styles.items()}
+    styles: dict[str, ParallelStyle] = {glob: make_style(style) for glob, style in plan.styles.items()}
     if sequence_parallel:
         resolved = resolve(model, plan, tp=1, sequence_parallel=True)
         for name, use in resolved.modules.items():
@@ -196,12 +196,16 @@ def parallelize_model(
     device_mesh: DeviceMesh,
     config: ParallelConfig,
     *,
-    mp_policy: MixedPrecisionPolicy,
+    mp_policy: MixedPrecisionPolicy | None,
     offload_policy: OffloadPolicy | None = None,
     plan: dict[str, ParallelStyle] | str | None = None,
     axes: Axes | None = None,
 ) -> nn.Module:
-    """All steps in their order, for a mesh that exists. The degrees of ``config`` are not read: the mesh has them."""
+    """All steps in their order, for a mesh that exists. The degrees of ``config`` are not read: the mesh has them.
+
+    Args:
+        mp_policy: None where FSDP2 is not wanted: one data-parallel rank, and no dtype to change.
+    """
     axes = axes or Axes()
     refuse_context_parallel(device_mesh)
     dp_mesh = data_parallel_mesh(device_mesh, axes.dp_replicate, axes.dp_shard_cp)
@@ -210,13 +214,14 @@ def parallelize_model(
     check_agreement(model, device_mesh, repr(resolved))
     blocks = block_names(model)
     if resolved is not None:
-        apply_tensor_parallel(model, tp_mesh, resolved, scopes=blocks)
+        apply_tensor_parallel(model, tp_mesh, resolved, scopes=blocks if mp_policy else ())
     if config.activation_checkpointing != "none":
         apply_activation_checkpointing(model, blocks, config.activation_checkpointing)
     if config.compile:
         apply_compile(model, blocks)
-    apply_fsdp2_sharding_recursively(model, dp_mesh, mp_policy, offload_policy)
-    shard_root(model, dp_mesh, mp_policy, offload_policy)
+    if mp_policy is not None:
+        apply_fsdp2_sharding_recursively(model, dp_mesh, mp_policy, offload_policy)
+        shard_root(model, dp_mesh, mp_policy, offload_policy)
     return model
 
 

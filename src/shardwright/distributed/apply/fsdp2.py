@@ -6,7 +6,8 @@ A *unit* is gathered and freed as one. Blocks are units; what lies outside of th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,13 +61,18 @@ def _shard(
 ) -> None:
     policy = mp_policy or MixedPrecisionPolicy()
     offload = offload_policy or OffloadPolicy()
-    options = {"mesh": mesh, "mp_policy": policy, "offload_policy": offload, "shard_placement_fn": _placement(mesh)}
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": policy,
+        "offload_policy": offload,
+        "shard_placement_fn": _placement(mesh),
+    }
     for part in _parts_of_other_dtype(module):
         fully_shard(part, reshard_after_forward=reshard_after_forward, **options)
     fully_shard(module, reshard_after_forward=reshard_after_forward, **options)
 
 
-def _placement(mesh: DeviceMesh):  # type: ignore[no-untyped-def]
+def _placement(mesh: DeviceMesh) -> Callable[[nn.Parameter], Shard | None]:
     """FSDP2 cuts dim 0; a packed weight, whose dim 0 tensor parallelism cuts piece by piece, is cut along its other."""
     size = mesh.size(mesh.ndim - 1)
 

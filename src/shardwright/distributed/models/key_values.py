@@ -10,6 +10,7 @@ from torch import nn
 
 from shardwright.distributed.models.heads import KeyValueShare, head_counts, share_key_value_heads
 from shardwright.distributed.models.resolved import ResolvedPlan, StyleUse
+from shardwright.distributed.styles.linear import features
 from shardwright.errors import PlanError
 
 
@@ -28,7 +29,7 @@ def _separate(name: str, modules: dict[str, nn.Module], resolved: ResolvedPlan) 
     key = resolved.modules.get(f"{name}.k_proj")
     if not isinstance(groups, int) or not isinstance(head_dim, int) or key is None or key.style != "colwise":
         return
-    count = modules[f"{name}.k_proj"].out_features // head_dim
+    count = features(modules[f"{name}.k_proj"], out=True) // head_dim
     if count % resolved.tp == 0:
         return
     share = share_key_value_heads(groups * count, count, resolved.tp)
@@ -42,7 +43,7 @@ def _separate(name: str, modules: dict[str, nn.Module], resolved: ResolvedPlan) 
 def _fused(name: str, model: nn.Module, modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
     """Blocks q|k|v in one layer: cut piece by piece where they are equal, else gathered and picked by head."""
     counts, tp, use = head_counts(model), resolved.tp, resolved.modules[name]
-    width = modules[name].out_features
+    width = features(modules[name], out=True)
     if counts is None or len(counts.layers) != 1 or width % (counts.layers[0][0] + 2 * counts.layers[0][1]):
         raise PlanError(
             f"{name} has the style 'fused_qkv', but its width {width} is not (query + 2 x key-value heads) x head size "
@@ -54,7 +55,7 @@ def _fused(name: str, model: nn.Module, modules: dict[str, nn.Module], resolved:
         return
     share = _shares(query, key_value, tp)
     head_dim = width // (query + 2 * key_value)
-    features = tuple(
+    picked = tuple(
         tuple(
             head * head_dim + feature
             for head in (
@@ -66,7 +67,7 @@ def _fused(name: str, model: nn.Module, modules: dict[str, nn.Module], resolved:
         )
         for rank in range(tp)
     )
-    resolved.modules[name] = StyleUse("fused_qkv", {"heads": features}, rule=use.rule)
+    resolved.modules[name] = StyleUse("fused_qkv", {"heads": picked}, rule=use.rule)
     if key_value % tp:
         local = {"num_key_value_heads": len(share.heads[0]), "num_key_value_groups": share.groups}
         resolved.attributes.setdefault(name.rpartition(".")[0], {}).update(local)

@@ -137,7 +137,8 @@ def _with_ends(model: nn.Module, styles: dict[str, str]) -> dict[str, str]:
         if not gathered or set(gathered.values()) <= {"colwise_gather_output", "colwise_rep", "colwise"}:
             styles = {glob: style for glob, style in styles.items() if glob not in gathered}
             styles[head] = "colwise_logits"
-    named = embedding is None or any(match_names(glob, [embedding]) for glob in styles)
-    if not named and isinstance(modules[embedding], nn.Embedding) and modules[embedding].max_norm is None:
-        styles[embedding] = "embedding_rowwise"
+    if embedding is not None and not any(match_names(glob, [embedding]) for glob in styles):
+        module = modules[embedding]
+        if isinstance(module, nn.Embedding) and module.max_norm is None:
+            styles[embedding] = "embedding_rowwise"
     return styles

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -32,7 +32,7 @@ def wrap_forward(module: nn.Module, around: Around) -> None:
     if "_around" not in state:
         state["_around"] = ()
         state["_own_forward"] = state.pop("forward", None)  # a forward someone set on the instance stays in the middle
-        module.__class__ = _wrapped(type(module))
+        module.__class__ = _wrapped(cast(Any, type(module)))
     state["_around"] = (around, *state["_around"])
 
 
@@ -47,10 +47,11 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 
 @cache
-def _wrapped(cls: type[nn.Module]) -> type[nn.Module]:
+def _wrapped(cls: Any) -> Any:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        innermost = self._own_forward or super(wrapped, self).forward
-        return _run(self, self._around, innermost, args, kwargs)
+        state = self.__dict__
+        innermost = state["_own_forward"] or cls.forward.__get__(self)
+        return _run(self, state["_around"], innermost, args, kwargs)
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         # The subclass is made at run time: rebuild it from the original class.
@@ -63,13 +64,13 @@ def _wrapped(cls: type[nn.Module]) -> type[nn.Module]:
         "__module__": cls.__module__,
         "__doc__": cls.__doc__,
     }
-    wrapped = type(cls.__name__, (cls,), names)
+    wrapped: type[nn.Module] = type(cls.__name__, (cls,), names)
     wrapped.__qualname__ = cls.__qualname__
     return wrapped
 
 
 def _rebuild(cls: type[nn.Module]) -> nn.Module:
-    wrapped = _wrapped(cls)
+    wrapped = _wrapped(cast(Any, cls))
     return wrapped.__new__(wrapped)
 
 
@@ -88,9 +89,9 @@ def _run(
 @contextmanager
 def parameters_as(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
     """``module.<name>`` is ``tensors[name]`` inside."""
-    registered = module._parameters
+    registered: dict[str, Any] = module._parameters
     before = {name: registered[name] for name in tensors}
-    registered.update(tensors)  # type: ignore[arg-type]
+    registered.update(tensors)
     try:
         yield
     finally:
@@ -102,9 +103,13 @@ def local_parameters(module: nn.Module) -> dict[str, Tensor]:
     summed = module.__dict__.get("_summed_parameters")  # set by styles.gradient_sum
     return {
         name: summed.local(name, param) if summed is not None and name in summed.names else param.to_local()
-        for name, param in module._parameters.items()
-        if isinstance(param, DTensor)
+        for name, param in _distributed(module)
     }
+
+
+def _distributed(module: nn.Module) -> list[tuple[str, DTensor]]:
+    # A Parameter that holds a DTensor is one, which type checkers cannot know.
+    return [(name, param) for name, param in module._parameters.items() if isinstance(param, DTensor)]  # type: ignore
 
 
 @contextmanager

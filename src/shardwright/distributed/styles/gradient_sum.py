@@ -53,7 +53,7 @@ class SummingScope(Around):
 
     def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         scope = self.scope
-        local = {}
+        local: dict[tuple[str, str], Tensor] = {}
         for path, name in scope.members:
             param = module.get_submodule(path)._parameters[name]
             if isinstance(param, DTensor) and param.requires_grad:

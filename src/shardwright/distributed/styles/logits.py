@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate
 
 from shardwright.distributed.styles import collectives as c
+from shardwright.distributed.styles.layout import sharded
 
 
 class ShardedLogits(DTensor):
@@ -44,14 +45,7 @@ class ShardedLogits(DTensor):
 
 def sharded_logits(local: Tensor, vocabulary: int, mesh: DeviceMesh) -> ShardedLogits:
     """This rank's slice ``[..., vocabulary / tp]`` as logits of the whole vocabulary."""
-    shape = (*local.shape[:-1], vocabulary)
-    stride = [1] * len(shape)
-    for dim in range(len(shape) - 2, -1, -1):
-        stride[dim] = stride[dim + 1] * shape[dim + 1]
-    logits = DTensor.from_local(
-        local.contiguous(), mesh, [Shard(local.ndim - 1)], run_check=False, shape=shape, stride=tuple(stride)
-    )
-    return _as_logits(logits)
+    return _as_logits(sharded(local, -1, vocabulary, mesh))
 
 
 def _as_logits(x: DTensor) -> ShardedLogits:

@@ -22,10 +22,11 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from shardwright.distributed.styles import collectives as c
 from shardwright.distributed.styles.forward import Around, Forward, original_class
+from shardwright.distributed.styles.layout import sharded
 from shardwright.errors import PlanError
 
 SEQUENCE_DIM = 1  # [batch, sequence, features]
@@ -153,13 +154,7 @@ class SequenceBlock(Around):
 
 def sequence_sharded(local: Tensor, length: int, mesh: DeviceMesh) -> DTensor:
     """This rank's chunk as a DTensor that knows the whole length."""
-    shape = (local.shape[0], length, *local.shape[2:])
-    stride = [1] * len(shape)
-    for dim in range(len(shape) - 2, -1, -1):
-        stride[dim] = stride[dim + 1] * shape[dim + 1]
-    return DTensor.from_local(
-        local.contiguous(), mesh, [Shard(SEQUENCE_DIM)], run_check=False, shape=shape, stride=tuple(stride)
-    )
+    return sharded(local, SEQUENCE_DIM, length, mesh)
 
 
 def first_argument(module: nn.Module) -> str:

@@ -12,8 +12,9 @@ import torch
 from shardwright.verify.step import Trace
 
 EXACT = 1e-5
-# A gradient is measured against its own largest element, but not against less than this share of the median of all
-# gradients' largest elements: a gradient that is zero in exact arithmetic holds only rounding in both runs.
+# A gradient is measured against the largest element among the gradients of its module, and against this share of the
+# median of all modules' at least. Some gradients are zero in exact arithmetic (a key bias under softmax) and hold only
+# rounding in both runs; what was summed to get there has the size of the other gradients of the module.
 FLOOR = 1e-3
 
 
@@ -43,6 +44,9 @@ class Report:
         sharded_fraction: share of the elements of the model's matrices that tensor parallelism split.
         plan_source: where the tensor-parallel plan came from.
         world_size: number of ranks.
+        precision: of the run that the numbers are from. A model that is not exact in float32 is run again in float64,
+            with the same bound: if it is exact there, the differences were float32 rounding that the model amplifies.
+        float64_rel_err: the largest error of the second run, where there was one and it was not exact either.
         problems: differences that are not numbers, such as a tie that broke.
         first_module: the first module, in order of execution, whose output differs, and its relative error.
     """
@@ -58,6 +62,8 @@ class Report:
     parameter_rel_err: float = 0.0
     worst_updated_parameter: str = ""
     world_size: int = 1
+    precision: str = "float32"
+    float64_rel_err: float | None = None
     problems: list[str] = field(default_factory=list)
     first_module: tuple[str, float] | None = None
 
@@ -76,6 +82,8 @@ class Report:
             f"{self.worst_updated_parameter} after the step": self.parameter_rel_err,
         }
         parts = [f"{what} off by {error:.1e}" for what, error in measured.items() if not error < EXACT]
+        if self.float64_rel_err is not None:
+            parts.append(f"{self.float64_rel_err:.1e} in float64")
         if self.first_module is not None:
             parts.append("first module that differs: {} ({:.1e})".format(*self.first_module))
         return "; ".join([*self.problems, *parts]) or "exact"
@@ -107,14 +115,14 @@ def compare(trace: Trace, reference: Trace) -> tuple[dict[str, Difference], list
         problems.append(f"{len(trace.logits)} logits where one process has {len(reference.logits)}")
     for logits, expected in zip(trace.logits, reference.logits, strict=False):
         errors["logits"].take(relative_error(logits, expected), "logits")
-    floor = gradient_floor(reference.gradients)
+    scales = gradient_scales(reference.gradients)
     for name, expected_gradient in reference.gradients.items():
         gradient = trace.gradients.get(name)
         if expected_gradient is None:
             expected_gradient = torch.zeros(()) if gradient is None else torch.zeros_like(gradient)
         if gradient is None:
             gradient = torch.zeros_like(expected_gradient)
-        errors["gradient"].take(relative_error(gradient, expected_gradient, floor), name)
+        errors["gradient"].take(relative_error(gradient, expected_gradient, scales[name]), name)
     errors["norm"].take(relative_error(trace.norm, reference.norm), "total norm")
     for name, parameter in reference.parameters.items():
         if name in trace.parameters:
@@ -122,10 +130,16 @@ def compare(trace: Trace, reference: Trace) -> tuple[dict[str, Difference], list
     return errors, problems
 
 
-def gradient_floor(gradients: Mapping[str, torch.Tensor | None]) -> float:
-    sizes = [g.abs().max().item() for g in gradients.values() if g is not None and g.numel()]
-    sizes = sorted(size for size in sizes if size > 0)
-    return FLOOR * sizes[len(sizes) // 2] if sizes else 0.0
+def gradient_scales(gradients: Mapping[str, torch.Tensor | None]) -> dict[str, float]:
+    """What the error of each gradient is measured against, at least."""
+    sizes: dict[str, float] = {}
+    for name, gradient in gradients.items():
+        size = 0.0 if gradient is None or gradient.numel() == 0 else gradient.abs().max().item()
+        module = name.rpartition(".")[0]
+        sizes[module] = max(size, sizes.get(module, 0.0))
+    positive = sorted(size for size in sizes.values() if size > 0)
+    floor = FLOOR * positive[len(positive) // 2] if positive else 0.0
+    return {name: max(sizes[name.rpartition(".")[0]], floor) for name in gradients}
 
 
 def _names(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:

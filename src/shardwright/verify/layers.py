@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -45,15 +45,20 @@ class LayerChoice:
         last = _matching(LAST, config)
         every = {name: value for name, value in _matching(EVERY, config).items() if value > 1}
 
+        overrides = {int(layer): value for layer, value in (config.get("per_layer_config") or {}).items()}
+
         def kind(layer: int) -> tuple[Any, ...]:
             return (
                 *(str(values[layer]) for values in per_layer.values() if len(set(map(str, values))) <= MOST_KINDS),
                 *(layer in values for values in indices.values() if len(values) < total),
                 *(layer < border for border in first.values()),
                 *(layer >= total - border for border in last.values()),
+                str(overrides.get(layer)),
             )
 
-        kept = _first_of_each(kind, total, at_least=2 if per_layer or not every else 4)
+        # Layers called hybrid share one block, and sharing takes two.
+        each = 2 if any("hybrid" in map(str, values) for values in per_layer.values()) else 1
+        kept = _first_of_each(kind, total, each, at_least=2 if per_layer or not every else 4)
         kept += tuple(range(len(kept), min(total, _longest_cycle(lists, per_layer, total))))
         changes: dict[str, Any] = {name: min(value, 2) for name, value in counts.items()}
         changes |= {name: len(kept) for name, value in counts.items() if value == total}
@@ -94,12 +99,12 @@ def _longest_cycle(lists: Mapping[str, Any], per_layer: Mapping[str, Any], total
     return max(cycles, default=0)
 
 
-def _first_of_each(kind: Any, total: int, at_least: int) -> tuple[int, ...]:
-    """The first layer of each kind, filled up with the first other layers to ``at_least``, in order."""
-    first: dict[Any, int] = {}
+def _first_of_each(kind: Callable[[int], Any], total: int, each: int, at_least: int) -> tuple[int, ...]:
+    """The first ``each`` layers of each kind, filled up with the first other layers to ``at_least``, in order."""
+    members: dict[Any, list[int]] = {}
     for layer in range(total):
-        first.setdefault(kind(layer), layer)
-    kept = set(first.values())
+        members.setdefault(kind(layer), []).append(layer)
+    kept = {layer for layers in members.values() for layer in layers[:each]}
     for layer in range(total):
         if len(kept) >= at_least:
             break

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -91,19 +91,16 @@ def examine(model_type: str, mode_name: str, pool: RankPool, timeout: float = 90
     return entry
 
 
-def examine_all(types: Iterable[str], modes: Sequence[str]) -> list[Entry]:
+def examine_all(types: Iterable[str], modes: Sequence[str]) -> Iterator[Entry]:
     """Every type in every mode, one after the other, in two pools that live throughout."""
-    entries = []
     with RankPool(2) as two, RankPool(4) as four:
         for model_type in types:
             for mode in modes:
                 pool = two if MODES[mode].config.least_world_size == 2 else four
                 entry = examine(model_type, mode, pool)
-                click.echo(f"{model_type:30} {mode:14} {entry.outcome:10} {entry.seconds:6.1f} s  {entry.reason[:160]}")
-                entries.append(entry)
+                yield entry
                 if entry.outcome == "not built":  # it would fail the same way in every mode
                     break
-    return entries
 
 
 @click.command()
@@ -114,9 +111,13 @@ def examine_all(types: Iterable[str], modes: Sequence[str]) -> list[Entry]:
 def main(types: str, modes: str, output: Path | None, json_path: Path | None) -> None:
     """Verify every architecture of the installed transformers, in every mode. Exit code 1 if one is wrong."""
     chosen = [name for name in types.split(",") if name] or all_types()
-    entries = examine_all(chosen, modes.split(","))
-    if json_path is not None:
-        json_path.write_text(json.dumps([asdict(entry) for entry in entries], indent=1) + "\n")
+    entries = []
+    for entry in examine_all(chosen, modes.split(",")):
+        reason = " ".join(entry.reason.split())[:160]
+        click.echo(f"{entry.type:30} {entry.mode:14} {entry.outcome:10} {entry.seconds:6.1f} s  {reason}")
+        entries.append(entry)
+        if json_path is not None:
+            json_path.write_text(json.dumps([asdict(entry) for entry in entries], indent=1) + "\n")
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(write_page(entries, {name: mode.title for name, mode in MODES.items()}))

@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from shardwright.distributed.mesh import default_device_type
+from shardwright.distributed.mesh import default_device_type, make_mesh
 from shardwright.errors import ConfigError, RunError, ShardwrightError
 from shardwright.train.config import TrainConfig
 from shardwright.train.metrics import use_tensorboard
@@ -48,8 +48,10 @@ def run(config: TrainConfig, environment: Mapping[str, str]) -> None:
     with tempfile.TemporaryDirectory(prefix="shardwright-") as folder:
         job = Path(folder)
         if place is not None:
-            with process_group(place, device_of(config, place)):
-                train(config, _prepare_once_per_machine(config, job, place), place)
+            device = device_of(config, place)
+            with process_group(place, device):
+                prepared = _prepare_once_per_machine(config, job, place)
+                train(config, prepared, make_mesh(config.sharding, device.type))
             return
         prepare(config, job, _narrator(quiet=False))
         _start_ranks(ranks, job)
@@ -133,15 +135,17 @@ def _start_ranks(ranks: int, job: Path) -> None:
 
 
 def _cause(error: ChildFailedError, job: Path) -> ShardwrightError:
-    """What the rank that failed first has to say."""
+    """What a rank that refused has to say, since all ranks refuse alike; else the rank that failed first."""
+    for failure in error.failures.values():
+        report = failure.error_file_data["message"]
+        if failure.exitcode == REFUSED and isinstance(report, dict):
+            return RunError(report["message"].partition(": ")[2])  # without the name of the class
     rank, failure = min(error.failures.items(), key=lambda item: _time_of(item[1]))
     report = failure.error_file_data["message"]
     if not isinstance(report, dict):  # it was killed before it could say anything
         log = next((job / "logs").rglob(f"attempt_0/{rank}/stderr.log"))
         last_words = "\n".join(log.read_text(errors="replace").splitlines()[-_TAIL:])
         return RunError(f"Rank {rank} died: {failure.message}. The end of its standard error:\n\n{last_words}")
-    if failure.exitcode == REFUSED:
-        return RunError(report["message"].partition(": ")[2])  # without the name of the class
     return RunError(f"Rank {rank} failed, and the run with it.\n\n{report['extraInfo']['py_callstack'].strip()}")
 
 

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedConfig
 
 from shardwright.api import parallelize
-from shardwright.distributed.mesh import AXES, default_device_type, make_mesh
+from shardwright.distributed.mesh import AXES, default_device_type
 from shardwright.train.check import checked_step, reference_step
 from shardwright.train.config import TrainConfig
 from shardwright.train.dataset import Order, TokenRows
@@ -60,18 +60,19 @@ def process_group(place: Place, device: torch.device) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def train(config: TrainConfig, job: Path, place: Place) -> None:
+def train(config: TrainConfig, job: Path, mesh: DeviceMesh) -> None:
     """Train in this rank; every rank calls this, inside :func:`process_group`.
 
     Args:
+        mesh: what :func:`shardwright.distributed.mesh.make_mesh` makes of ``config.sharding``.
         job: the folder that :func:`shardwright.train.prepare.prepare` filled.
 
     Raises:
         ShardwrightError: the same on every rank; before anything is written where the config cannot work.
     """
-    console = _console(place)
-    device = device_of(config, place)
-    mesh = make_mesh(config.sharding, device.type)
+    console = _console()
+    on_gpu = mesh.device_type == "cuda"
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device(mesh.device_type)
     tokenizer = load_tokenizer(str(job / TOKENIZER))
     architecture = model_config(config.model, tokenizer)
     data = TokenRows(job)
@@ -83,7 +84,7 @@ def train(config: TrainConfig, job: Path, place: Place) -> None:
     torch.manual_seed(int(np.random.SeedSequence([config.seed, mesh["dp"].get_local_rank()]).generate_state(1)[0]))
     first = None
     if config.check_first_step:
-        reference = reference_step(config, architecture, data, order.rows(0)) if place.rank == 0 else None
+        reference = reference_step(config, architecture, data, order.rows(0)) if dist.get_rank() == 0 else None
         *first, difference = checked_step(trainer, order.rows(0), reference)
         _say(console, f"[green]The first step equals one process.[/] Relative differences: {difference}")
     losses = _train_all(config, trainer, order, console, device, tuple(first) if first else None)
@@ -94,11 +95,11 @@ def train(config: TrainConfig, job: Path, place: Place) -> None:
     _say(console, f"Saved [bold]{folder}[/] for AutoModelForCausalLM.from_pretrained.")
 
 
-def _console(place: Place) -> Console:
+def _console() -> Console:
     """The terminal, for rank 0; the others stay silent. Shardwright's log goes to it too."""
-    console = Console(quiet=place.rank != 0)
+    console = Console(quiet=dist.get_rank() != 0)
     log = logging.getLogger("shardwright")
-    log.setLevel(logging.INFO if place.rank == 0 else logging.ERROR)
+    log.setLevel(logging.INFO if dist.get_rank() == 0 else logging.ERROR)
     log.handlers = [RichHandler(console=console, show_time=False, show_level=False, show_path=False)]
     return console
 
@@ -119,10 +120,11 @@ def _trainer(
 
 def _headline(trainer: Trainer, mesh: DeviceMesh, device: torch.device, sequence_parallel: bool) -> str:
     parameters = sum(p.numel() for p in trainer.model.parameters())
+    size = f"{parameters / 1e6:,.1f}M" if parameters >= 1e6 else f"{parameters:,}"
     axes = " x ".join(f"{axis}={mesh[axis].size()}" for axis in AXES if mesh[axis].size() > 1) or "nothing sharded"
     name = type(trainer.model).__name__.removeprefix("FSDP")  # FSDP2 renames the class of what it shards
     return (
-        f"{name}, {parameters / 1e6:.1f}M parameters, on {mesh.size()} {device.type} rank{'s' * (mesh.size() > 1)}: "
+        f"{name}, {size} parameters, on {mesh.size()} {device.type} rank{'s' * (mesh.size() > 1)}: "
         f"{axes}{', sequence parallel' * sequence_parallel}"
     )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from shardwright.distributed.mesh import make_mesh
 from shardwright.errors import ShardwrightError
 from shardwright.train.config import load_config
 from shardwright.train.launch import REFUSED
@@ -21,8 +22,9 @@ def _work(job: Path) -> None:
     config = load_config(job / CONFIG)
     place = place_from_environment(os.environ)
     assert place is not None, "torch's launcher sets RANK and its companions"
-    with process_group(place, device_of(config, place)):
-        train(config, job, place)
+    device = device_of(config, place)
+    with process_group(place, device):
+        train(config, job, make_mesh(config.sharding, device.type))
 
 
 if __name__ == "__main__":

@@ -14,11 +14,17 @@ import torch.distributed as dist
 from standin import cuda_standin
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.optim import AdamW, Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from shardwright.distributed.apply.activation_checkpointing import apply_activation_checkpointing
+from shardwright.distributed.apply.compile import apply_compile
 from shardwright.distributed.apply.megatron_fsdp import Options, attach_optimizer, full_tensor, prepare
+from shardwright.distributed.apply.tensor_parallel import apply_tensor_parallel
+from shardwright.distributed.models.resolve import resolve
+from shardwright.distributed.models.sources import choose_plan
 
 VOCABULARY, LENGTH, ROWS = 64, 12, 2
 
@@ -34,6 +40,10 @@ class Case:
             parameters, handed to nobody) or ``"attached"``.
         accumulation: micro-batches per step.
         inner: call the model inside the wrapper.
+        plan: whose tensor parallelism: ``"torch"`` or ``"ours"``, or ``"sequence"`` for ours with sequence parallelism.
+        checkpointing: of activations: ``"none"``, ``"full"`` or ``"selective"``.
+        compile: compile every block.
+        summed: the ranks' losses are summed, not averaged.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -46,6 +56,10 @@ class Case:
     clip: float | None = None
     set_to_none: bool = True
     inner: bool = False
+    plan: str = "ours"
+    checkpointing: str = "none"
+    compile: bool = False
+    summed: bool = False
     steps: int = 3
 
 
@@ -82,25 +96,19 @@ def environment() -> Any:
     return nullcontext() if dist.get_backend() == "nccl" else cuda_standin()
 
 
-def tensor_parallel(model: LlamaForCausalLM, mesh: DeviceMesh) -> None:
+def torch_tensor_parallel(model: LlamaForCausalLM, mesh: DeviceMesh) -> None:
     """Plain torch tensor parallelism: norms stay plain, the embedding's gradient arrives replicated."""
     tied = model.config.tie_word_embeddings
-    plan: dict[str, Any] = {"model.embed_tokens": RowwiseParallel(input_layouts=_replicate())}
+    plan: dict[str, Any] = {"model.embed_tokens": RowwiseParallel(input_layouts=Replicate())}
     for number in range(len(model.model.layers)):
         layer = f"model.layers.{number}"
         plan |= {f"{layer}.self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
         plan |= {f"{layer}.mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")}
         plan |= {f"{layer}.self_attn.o_proj": RowwiseParallel(), f"{layer}.mlp.down_proj": RowwiseParallel()}
-    plan["lm_head"] = ColwiseParallel(output_layouts=_replicate())
+    plan["lm_head"] = ColwiseParallel(output_layouts=Replicate())
     parallelize_module(model, mesh, plan)
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
-
-
-def _replicate() -> Any:
-    from torch.distributed.tensor import Replicate
-
-    return Replicate()
 
 
 def groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -131,7 +139,7 @@ def loop(
                 ids = batch(step, micro, share, device)
                 loss = model(input_ids=ids, labels=ids).loss
                 seen.append(loss.item())
-                (loss / case.accumulation / len(shares)).backward()
+                (loss / case.accumulation / (1 if case.summed else len(shares))).backward()
         if case.clip is not None:
             norm = nn.utils.clip_grad_norm_([p for p in parameters() if p.grad is not None], case.clip)
             seen.append(full_tensor(norm).item() if norm.ndim == 0 else norm)
@@ -143,36 +151,84 @@ def loop(
 def shard(case: Case, model: nn.Module, optimizer: Optimizer | None) -> nn.Module:
     mesh = case_mesh(case)
     step = prepare(model, mesh, optimizer, Options(**case.options))
-    if case.tp > 1:
-        tensor_parallel(model, mesh["tp"])
+    if case.tp > 1 and case.plan == "torch":
+        torch_tensor_parallel(model, mesh["tp"])
+    elif case.tp > 1:
+        resolved = resolve(model, choose_plan(model, None), case.tp, sequence_parallel=case.plan == "sequence")
+        apply_tensor_parallel(model, mesh["tp"], resolved, scopes=step.unit_names)
+    if case.checkpointing != "none":
+        apply_activation_checkpointing(model, step.unit_names, case.checkpointing)
+    if case.compile:
+        apply_compile(model, step.unit_names, backend="aot_eager")
     sharded, same = step.shard()
     assert same is optimizer
     return sharded
 
 
-def compare(case: Case) -> tuple[float, float]:
-    """The largest difference of a loss, and the largest relative difference of a parameter, after the steps."""
+@dataclass(frozen=True)
+class Difference:
+    """How far a sharded training ended from the same in one process.
+
+    Attributes:
+        seen: largest absolute difference of a loss or gradient norm.
+        parameters: largest relative difference of a parameter after the steps.
+        moved: smallest relative change of a trained parameter over the steps, so that nothing passes by standing still.
+    """
+
+    seen: float
+    parameters: float
+    moved: float
+
+
+def compare(case: Case) -> Difference:
     mesh = case_mesh(case)
     device = mesh.device_type
     whole = build_model(case.tied, case.frozen).to(device)
-    model = copy.deepcopy(whole)
-    shares = mesh.size() // case.tp
+    model, start = copy.deepcopy(whole), copy.deepcopy(whole)
+    share = dist.get_rank() // case.tp
+    shares = list(range(mesh.size() // case.tp))
     with environment():
         optimizer = make_optimizer(model) if case.optimizer == "before" else None
         sharded = shard(case, model, optimizer)
         if optimizer is None:
             optimizer = make_optimizer(sharded)
-            if case.optimizer == "attached":
-                attach_optimizer(sharded, optimizer)
-        mine = [dist.get_rank() // case.tp]
-        losses = loop(model if case.inner else sharded, optimizer, case, mine, sharded.parameters, device)
-        params = {name: full_tensor(p) for name, p in model.named_parameters()}
-        assert set(params) == {name for name, _ in whole.named_parameters()}
-    expected = loop(whole, make_optimizer(whole), case, list(range(shares)), whole.parameters, device)
-    per_step = [x for i, x in enumerate(expected) if _is_mine(i, case, shares, mine[0])]
-    loss_error = max(abs(a - b) for a, b in zip(losses, per_step, strict=True))
-    param_error = max(float((params[n] - p).norm() / p.norm()) for n, p in whole.named_parameters())
-    return loss_error, param_error
+        if case.optimizer == "attached":
+            attach_optimizer(sharded, optimizer)
+        seen = loop(model if case.inner else sharded, optimizer, case, [share], sharded.parameters, device)
+        params = {name: full_tensor(param) for name, param in model.named_parameters()}
+    assert list(params) == [name for name, _ in whole.named_parameters()]
+    expected = loop(whole, make_optimizer(whole), case, shares, whole.parameters, device)
+    mine = [x for i, x in enumerate(expected) if _is_mine(i, case, len(shares), share)]
+    trained = [name for name, param in whole.named_parameters() if param.requires_grad]
+    return Difference(
+        seen=max(abs(a - b) for a, b in zip(seen, mine, strict=True)),
+        parameters=max(relative(params[name], param) for name, param in whole.named_parameters()),
+        moved=min(relative(whole.get_parameter(name), start.get_parameter(name)) for name in trained),
+    )
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a.detach() - b.detach()).norm() / b.detach().norm())
+
+
+def gradients(strategy: str, tp: int, plan: str) -> float:
+    """Largest relative difference of a gradient after two micro-batches."""
+    case = Case({"data_parallel_sharding_strategy": strategy}, tp=tp, plan=plan)
+    mesh = case_mesh(case)
+    whole = build_model().to(mesh.device_type)
+    model = copy.deepcopy(whole)
+    shares = range(mesh.size() // tp)
+    with environment():
+        sharded = shard(case, model, None)
+        for micro in range(2):
+            ids = batch(0, micro, dist.get_rank() // tp, mesh.device_type)
+            sharded(input_ids=ids, labels=ids).loss.backward()
+        found = {name: full_tensor(param.grad) for name, param in model.named_parameters()}
+    for micro in range(2):
+        for share in shares:
+            ids = batch(0, micro, share, mesh.device_type)
+            (whole(input_ids=ids, labels=ids).loss / len(shares)).backward()
+    return max(relative(found[name], param.grad) for name, param in whole.named_parameters())
 
 
 def _is_mine(index: int, case: Case, shares: int, mine: int) -> bool:

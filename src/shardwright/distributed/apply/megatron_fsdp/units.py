@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from importlib import import_module
 
 from torch import nn
 
+from shardwright.distributed.models.imports import import_classes_from_paths
 from shardwright.distributed.models.structure import block_names
 from shardwright.errors import ConfigError
 
@@ -29,7 +29,7 @@ def unit_classes(model: nn.Module, chosen: Sequence[str | type[nn.Module]] | Non
         return blocks or [type(model)]
     if isinstance(chosen, str):
         raise ConfigError(f"nvfsdp_unit_modules is the string {chosen!r}; it must be a list of class paths.")
-    classes = [found for item in chosen if (found := _class_at(item)) is not None]
+    classes = _import(chosen)
     if not classes:
         raise ConfigError(
             f"None of nvfsdp_unit_modules = {list(chosen)} can be imported as a module class, so there would be no "
@@ -48,17 +48,13 @@ def unit_classes(model: nn.Module, chosen: Sequence[str | type[nn.Module]] | Non
     return present
 
 
-def _class_at(path: str | type[nn.Module]) -> type[nn.Module] | None:
-    """The module class at a dotted path; None, with a warning that names it, where there is none."""
-    if not isinstance(path, str):
-        return path
-    module, _, name = path.rpartition(".")
-    try:
-        found = vars(import_module(module)).get(name) if module else None
-    except ImportError as error:
-        logger.warning("The unit class %s is skipped: %s.", path, error)
-        return None
-    if isinstance(found, type) and issubclass(found, nn.Module):
-        return found
-    logger.warning("The unit class %s is skipped: it is not a module class.", path)
-    return None
+def _import(chosen: Sequence[str | type[nn.Module]]) -> list[type[nn.Module]]:
+    """The module classes among ``chosen``; others are skipped with a warning that names them."""
+    found = []
+    for item in chosen:
+        for cls in import_classes_from_paths([item]) if isinstance(item, str) else [item]:
+            if isinstance(cls, type) and issubclass(cls, nn.Module):
+                found.append(cls)
+            else:
+                logger.warning("Skipped %r: it is not a module class.", item)
+    return found

@@ -65,5 +65,55 @@ def train(config: Path, overrides: tuple[str, ...]) -> None:
     run(settings, os.environ)
 
 
+@main.command()
+@click.argument("model")
+@click.option("--tp", default=2, show_default=True, help="Tensor-parallel ranks.")
+@click.option("--sequence-parallel", is_flag=True, help="Split the residual stream along the sequence over them.")
+@click.option("--dp-shard", default=1, show_default=True, help="Ranks that FSDP2 shards over.")
+@click.option("--plan", help="A plan to use: a YAML or JSON file, or a dotted path to a dict or function.")
+@click.option("--precision", type=click.Choice(["float32", "bf16"]), default="bf16", show_default=True,
+              help="What a step computes in.")  # fmt: skip
+@click.option("--weights", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True,
+              help="Dtype in which parameters, gradients and AdamW's state are kept.")  # fmt: skip
+@click.option("--save", type=click.Path(path_type=Path), help="Write the plan to this YAML file: edit, then --plan it.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def plan(model: str, weights: str, save: Path | None, as_json: bool, **degrees: Any) -> None:
+    """Show how MODEL would be cut, what stays on a rank, and what the ranks would send. Runs and downloads nothing.
+
+    MODEL is a checkpoint folder, a config.json, or a model type of transformers such as qwen3.
+    """
+    from shardwright.distributed.config import ParallelConfig
+
+    config = ParallelConfig(**degrees)
+
+    from shardwright.estimate.command import run
+
+    run(model, config, weights=weights, save=save, as_json=as_json)
+
+
+@main.command()
+@click.argument("model")
+@click.option("--tp", default=1, show_default=True, help="Tensor-parallel ranks.")
+@click.option("--dp-shard", default=1, show_default=True, help="Ranks that FSDP2 shards over.")
+@click.option("--dp-replicate", default=1, show_default=True, help="Replicas of the sharded model (HSDP).")
+@click.option("--sequence-parallel", is_flag=True, help="Split the residual stream along the sequence over the tp ranks.")
+@click.option("--activation-checkpointing", is_flag=True, help="Recompute every block in backward.")
+@click.option("--accumulate", default=1, show_default=True, help="Micro-batches per data-parallel rank.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def verify(model: str, accumulate: int, as_json: bool, activation_checkpointing: bool, **degrees: Any) -> None:
+    """Prove that MODEL, sharded, computes what it computes in one process. Exit code 0 only if it is exact.
+
+    MODEL is a checkpoint folder, a config.json, or a model type of transformers such as qwen3. A tiny copy of it is
+    trained for one step on gloo ranks of this machine; no weights are read or downloaded.
+    """
+    from shardwright.distributed.config import ParallelConfig
+
+    config = ParallelConfig(activation_checkpointing="full" if activation_checkpointing else "none", **degrees)
+
+    from shardwright.verify.cli import verify_command
+
+    raise SystemExit(verify_command(model, config, accumulate, as_json))
+
+
 if __name__ == "__main__":
     main()

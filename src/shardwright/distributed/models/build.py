@@ -107,7 +107,7 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
             return found
     for mapping in _CLASSES:
         if type(config) in mapping:
-            found = mapping[type(config)]
+            found: Any = mapping[type(config)]
             return found[0] if isinstance(found, tuple) else found
     raise ConfigError(
         f"The installed transformers {transformers.__version__} has no model for a {type(config).__name__} "

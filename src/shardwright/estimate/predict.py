@@ -1,0 +1,222 @@
+"""``predict``: what a plan does to a model, as data."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from shardwright.distributed.config import DTYPES, ParallelConfig
+from shardwright.distributed.models.build import build_on_meta, load_config
+from shardwright.distributed.models.resolve import resolve
+from shardwright.distributed.models.resolved import ResolvedPlan
+from shardwright.distributed.models.sources import choose_plan
+from shardwright.distributed.models.structure import block_names, numbers_to_globs
+from shardwright.distributed.plan import ParallelPlan
+from shardwright.errors import ConfigError, UnsupportedError
+from shardwright.estimate.layout import ParameterLayout, parameter_layouts
+from shardwright.estimate.memory import Memory, memory_per_rank
+from shardwright.estimate.rows import Row, module_rows
+from shardwright.estimate.traffic import Collective, predict_traffic
+
+Model = str | os.PathLike[str] | PreTrainedConfig | nn.Module
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What blocks of one kind send over the ``tp`` axis in one forward and backward of a micro-batch.
+
+    Attributes:
+        where: the glob of the blocks; ``""`` is what lies outside of them (embedding, head, loss).
+        blocks: how many there are.
+        collectives: of one block.
+    """
+
+    where: str
+    blocks: int
+    collectives: tuple[Collective, ...]
+
+    def sent_per_token(self, tp: int) -> float:
+        """Bytes that each rank sends per token, for one block."""
+        return sum(call.sent(call.token_bytes, tp) for call in self.collectives)
+
+    def sent_fixed(self, tp: int) -> float:
+        """Bytes that each rank sends per micro-batch, however many tokens it has, for one block."""
+        return sum(call.sent(call.fixed_bytes, tp) for call in self.collectives)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a plan does to a model.
+
+    Attributes:
+        model: the model's class name.
+        plan: the plan that applies, as it can be saved, edited and passed back.
+        config: the degrees that were asked for, ``dp_shard`` filled in.
+        weights: dtype in which parameters, gradients and AdamW's state are kept.
+        blocks: glob of the repeated blocks -> how many.
+        rows: one per pattern of modules.
+        parameters: number of them, and how many tensor parallelism cuts.
+        attributes: module glob -> sizes that the module's code sees on a rank.
+        memory: bytes per rank.
+        unsharded: bytes with one rank.
+        traffic: TP collectives, by kind of block.
+        notes: sentences of the plan and of its resolution.
+    """
+
+    model: str
+    plan: ParallelPlan
+    config: ParallelConfig
+    weights: str
+    blocks: dict[str, int]
+    rows: tuple[Row, ...]
+    parameters: int
+    cut: int
+    attributes: dict[str, dict[str, int]]
+    memory: Memory
+    unsharded: Memory
+    traffic: tuple[Traffic, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def cut_share(self) -> float:
+        """The share of the parameters that tensor parallelism cuts, between 0 and 1."""
+        return self.cut / self.parameters if self.parameters else 0.0
+
+    def collectives(self) -> Counter[str]:
+        """TP collectives of a whole training step, by kind."""
+        return Counter({
+            kind: sum(part.blocks * sum(call.kind == kind for call in part.collectives) for part in self.traffic)
+            for kind in dict.fromkeys(call.kind for part in self.traffic for call in part.collectives)
+        })  # fmt: skip
+
+    def sent_per_token(self) -> float:
+        """Bytes that each rank sends per token over the ``tp`` axis in a training step."""
+        return sum(part.blocks * part.sent_per_token(self.config.tp) for part in self.traffic)
+
+    def sent_fixed(self) -> float:
+        """Bytes that each rank sends per micro-batch besides."""
+        return sum(part.blocks * part.sent_fixed(self.config.tp) for part in self.traffic)
+
+
+def predict(model: Model, config: ParallelConfig, *, weights: str = "float32") -> Prediction:
+    """What the plan that applies does to ``model``: styles, memory and TP traffic. Nothing is run or allocated.
+
+    Args:
+        model: a checkpoint folder, a ``config.json``, a model type of transformers, a transformers config, or a model
+            (on meta, for example). Folders are asked for their config only.
+        config: ``dp_shard=-1`` counts as 1. ``precision.param`` is the dtype of the TP traffic.
+        weights: dtype that the parameters are kept in; a model's own counts where ``model`` is one.
+
+    Raises:
+        ConfigError: there is no such model, its config is broken, or the degrees cannot work.
+        PlanError: the model cannot be parallelized that way; the message says why.
+        UnsupportedError: context parallelism.
+    """
+    if weights not in DTYPES:
+        raise ConfigError(f"weights is {weights!r}; it must be one of {', '.join(DTYPES)}.")
+    if config.cp > 1:
+        raise UnsupportedError(f"cp is {config.cp}: context parallelism is not supported yet. Use cp=1.")
+    config = config.with_(dp_shard=max(config.dp_shard, 1))
+    built = model if isinstance(model, nn.Module) else build_on_meta(load_config(model), dtype=getattr(torch, weights))
+    plan = choose_plan(built, config.plan)
+    resolved = resolve(built, plan, config.tp, sequence_parallel=config.sequence_parallel)
+    layouts = parameter_layouts(built, resolved)
+    return Prediction(
+        model=type(built).__name__,
+        plan=plan,
+        config=config,
+        weights=_dtypes(layouts),
+        blocks=dict(Counter(numbers_to_globs(name) for name in block_names(built))),
+        rows=tuple(module_rows(built, plan, resolved, layouts, config.dp_shard)),
+        parameters=sum(layout.numel for layout in layouts),
+        cut=sum(layout.numel for layout in layouts if layout.cut),
+        attributes=_attributes(resolved),
+        memory=memory_per_rank(layouts, config.tp, config.dp_shard),
+        unsharded=memory_per_rank([replace(layout, placement=_WHOLE) for layout in layouts], 1, 1),
+        traffic=tuple(_traffic(built, resolved, config)),
+        notes=tuple(dict.fromkeys(resolved.notes)),
+    )
+
+
+_WHOLE = torch.distributed.tensor.Replicate()
+
+
+def _dtypes(layouts: Iterable[ParameterLayout]) -> str:
+    counts: Counter[torch.dtype] = Counter()
+    for layout in layouts:
+        counts[layout.dtype] += layout.numel
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype, _ in counts.most_common())
+
+
+def _attributes(resolved: ResolvedPlan) -> dict[str, dict[str, int]]:
+    found: dict[str, dict[str, int]] = {}
+    for name, values in resolved.attributes.items():
+        if values:
+            found.setdefault(numbers_to_globs(name), {}).update(values)
+    return found
+
+
+def _traffic(model: nn.Module, resolved: ResolvedPlan, config: ParallelConfig) -> Iterable[Traffic]:
+    """Blocks that send the same are one line, in the model's order; what lies outside comes last."""
+    itemsize = getattr(torch, config.precision.param).itemsize
+    traffic = predict_traffic(model, resolved, itemsize)
+    outside = traffic.pop("")
+    kinds: dict[Any, list[tuple[Collective, ...]]] = {}
+    for name in block_names(model):
+        if calls := tuple(replace(call, cause=numbers_to_globs(call.cause)) for call in traffic.get(name, ())):
+            signature = frozenset(Counter(replace(call, cause="") for call in calls).items())
+            kinds.setdefault((numbers_to_globs(name), signature), []).append(calls)
+    for (where, _), blocks in kinds.items():
+        yield Traffic(where, len(blocks), blocks[0])
+    if outside:
+        yield Traffic("", 1, tuple(outside))
+
+
+def to_dict(prediction: Prediction) -> dict[str, Any]:
+    """Everything in ``prediction`` as plain data, for JSON."""
+    config, tp = prediction.config, prediction.config.tp
+    return {
+        "model": prediction.model,
+        "parallel": config.to_dict(),
+        "weights": prediction.weights,
+        "plan": prediction.plan.to_dict(),
+        "blocks": prediction.blocks,
+        "modules": [row.to_dict() for row in prediction.rows],
+        "rank_local_attributes": prediction.attributes,
+        "parameters": {"total": prediction.parameters, "cut": prediction.cut, "cut_share": prediction.cut_share},
+        "bytes_per_rank": prediction.memory.to_dict(),
+        "bytes_unsharded": prediction.unsharded.to_dict(),
+        "tp_collectives": {
+            "per_training_step": dict(prediction.collectives()),
+            "sent_per_token": prediction.sent_per_token(),
+            "sent_per_micro_batch": prediction.sent_fixed(),
+            "parts": [_traffic_dict(part, tp) for part in prediction.traffic],
+        },
+        "notes": list(prediction.notes),
+    }
+
+
+def _traffic_dict(part: Traffic, tp: int) -> dict[str, Any]:
+    return {
+        "where": part.where or "outside of the blocks",
+        "blocks": part.blocks,
+        "sent_per_token": part.sent_per_token(tp),
+        "sent_per_micro_batch": part.sent_fixed(tp),
+        "collectives": [
+            {
+                "kind": call.kind,
+                "phase": "backward" if call.backward else "forward",
+                "bytes_per_token": call.token_bytes,
+                "fixed_bytes": call.fixed_bytes,
+                "cause": call.cause,
+            }
+            for call in part.collectives
+        ],
+    }

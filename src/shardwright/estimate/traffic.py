@@ -1,0 +1,248 @@
+"""The collectives over the ``tp`` axis of one training step, read off the resolved plan.
+
+A step is one forward and backward of a micro-batch, without recomputation. The rules are those of
+:mod:`shardwright.distributed.styles`, whose real calls the tests count. One thing a plan does not say is taken for
+granted: readers in one region whose inputs have the same width read the same tensor.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from shardwright.distributed.models.huggingface import head_name, text_config
+from shardwright.distributed.models.resolved import READERS, WRITERS, ResolvedPlan, StyleUse
+from shardwright.distributed.models.structure import block_names
+from shardwright.distributed.styles.linear import features, parameter_shape
+
+FLOAT32 = 4
+# What transformers' configs call the number of experts that see a token.
+EXPERTS_PER_TOKEN_KEYS = (
+    "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One call over the ``tp`` ranks.
+
+    Attributes:
+        kind: ``"all_reduce"``, ``"all_gather"`` or ``"reduce_scatter"``.
+        backward: in backward rather than in forward.
+        token_bytes: size of the whole tensor per token; 0 where the size does not depend on the tokens.
+        fixed_bytes: size of the whole tensor where it does not depend on the tokens.
+        cause: the module that it is for.
+    """
+
+    kind: str
+    backward: bool
+    token_bytes: int = 0
+    fixed_bytes: int = 0
+    cause: str = ""
+
+    def sent(self, size: int, tp: int) -> float:
+        """Bytes that each of ``tp`` ranks sends for a tensor of ``size`` bytes, in a ring (Patarasuk, Yuan 2009)."""
+        return size * (tp - 1) / tp * (2 if self.kind == "all_reduce" else 1)
+
+
+def predict_traffic(model: nn.Module, resolved: ResolvedPlan, itemsize: int) -> dict[str, list[Collective]]:
+    """The collectives of every block, by name; those outside of the blocks under ``""``.
+
+    Args:
+        itemsize: bytes of the dtype that the model computes in.
+    """
+    traffic: dict[str, list[Collective]] = {"": []}
+    if resolved.tp == 1:
+        return traffic
+    step = _Step(model, resolved, itemsize)
+    for scope, collective in step.collectives():
+        traffic.setdefault(scope, []).append(collective)
+    return traffic
+
+
+class _Step:
+    """Goes through a resolved plan; every method yields the collectives of one kind of place."""
+
+    def __init__(self, model: nn.Module, resolved: ResolvedPlan, itemsize: int) -> None:
+        self.model = model
+        self.modules = dict(model.named_modules())
+        self.resolved = resolved
+        self.itemsize = itemsize
+        self.blocks = set(block_names(model))
+        self.head = head_name(model)
+        self.widths: dict[str, int] = {}
+        for name, use in resolved.modules.items():
+            if use.style in WRITERS and (scope := self.scope(name)):
+                self.widths.setdefault(scope, features(self.modules[name], out=True))
+
+    def collectives(self) -> Iterator[tuple[str, Collective]]:
+        for name, use in self.resolved.modules.items():
+            for collective in OWN[use.style](self, name, use):
+                yield self.scope(name), collective
+        for name in self.reading():
+            for collective in self.input(name):
+                yield self.scope(name), collective
+        for name in self.resolved.regions:
+            for collective in self.region(name):
+                yield self.scope(name), collective
+        yield from self.entries()
+        yield from self.gradient_sums()
+
+    def scope(self, name: str) -> str:
+        """The block that ``name`` is in (or is), or ``""``."""
+        while name and name not in self.blocks:
+            name = name.rpartition(".")[0]
+        return name
+
+    def stream(self, name: str) -> int:
+        """Width of the residual stream around ``name``: what writers of its block write."""
+        return self.widths.get(self.scope(name)) or next(iter(self.widths.values()), 0)
+
+    def forward(self, kind: str, width: int, cause: str) -> Collective:
+        return Collective(kind, False, width * self.itemsize, cause=cause)
+
+    def backward(self, kind: str, width: int, cause: str) -> Collective:
+        return Collective(kind, True, width * self.itemsize, cause=cause)
+
+    def reading(self) -> list[str]:
+        """One reader for each input that is read: the first of its region and width."""
+        first: dict[tuple[str | None, int], str] = {}
+        for name, use in self.resolved.modules.items():
+            if use.style in READERS or use.style == "colwise_logits":
+                key = (name if use.region is None else use.region, features(self.modules[name], out=False))
+                first.setdefault(key, name)
+        return list(first.values())
+
+    def input(self, name: str) -> Iterator[Collective]:
+        """Handing a whole or gathered input to the readers of a region."""
+        use = self.resolved.modules[name]
+        region = self.resolved.regions.get(use.region or "")
+        width = features(self.modules[name], out=False)
+        if use.sequence or (self.resolved.blocks and name == self.head):
+            yield self.forward("all_gather", width, name)
+            yield self.backward("reduce_scatter", width, name)
+        elif use.region is None or region is None or not region.direct:
+            yield self.backward("all_reduce", width, name)
+
+    def region(self, name: str) -> Iterator[Collective]:
+        """A sequence-parallel region gathers its input, and its result is split again."""
+        use = self.resolved.regions[name]
+        if use.block is not None:
+            yield self.forward("all_gather", self.stream(name), name)
+            yield self.backward("reduce_scatter" if use.direct else "all_gather", self.stream(name), name)
+
+    def entries(self) -> Iterator[tuple[str, Collective]]:
+        """The first sequence-parallel block of a list cuts a whole stream; without a head, the end gathers it."""
+        lists = {name.rpartition(".")[0]: name for name in reversed(self.resolved.blocks)}
+        for name in lists.values():
+            yield "", self.backward("all_gather", self.stream(name), name)
+        head = self.resolved.modules.get(self.head) if self.head is not None else None
+        if lists and (head is None or head.style != "colwise_logits"):
+            yield "", self.forward("all_gather", self.stream(next(reversed(lists.values()))), self.head or "output")
+
+    def gradient_sums(self) -> Iterator[tuple[str, Collective]]:
+        """Gradients of whole parameters that see a share of the work: summed together in float32, scope by scope."""
+        sizes: dict[str, int] = {}
+        for name, parameters in self.resolved.summed.items():
+            scope = self.scope(name)
+            for own in parameters:
+                param = self.modules[name]._parameters[own]
+                if param is not None and param.requires_grad:
+                    sizes[scope] = sizes.get(scope, 0) + param.numel() * FLOAT32
+        for scope, size in sizes.items():
+            yield scope, Collective("all_reduce", True, fixed_bytes=size, cause="gradients of whole parameters")
+
+
+Rule = Callable[[_Step, str, StyleUse], Iterator[Collective]]
+
+
+def _none(step: _Step, name: str, use: StyleUse) -> Iterator[Collective]:
+    return iter(())
+
+
+def _gather_output(step: _Step, name: str, use: StyleUse) -> Iterator[Collective]:
+    yield step.forward("all_gather", features(step.modules[name], out=True), name)
+
+
+def _heads(step: _Step, name: str, use: StyleUse) -> Iterator[Collective]:
+    width = features(step.modules[name], out=True)
+    yield step.forward("all_gather", width, name)
+    yield step.backward("reduce_scatter", width, name)
+
+
+def _loss(step: _Step, name: str, use: StyleUse) -> Iterator[Collective]:
+    """Cross-entropy on shards: the largest logit of every token, then three sums, in float32."""
+    yield Collective("all_reduce", False, FLOAT32, cause="loss")
+    yield Collective("all_reduce", False, 3 * FLOAT32, cause="loss")
+
+
+def _write(step: _Step, name: str, use: StyleUse) -> Iterator[Collective]:
+    width = features(step.modules[name], out=True)
+    if use.sequence:
+        yield step.forward("reduce_scatter", width, name)
+        yield step.backward("all_gather", width, name)
+    else:
+        yield step.forward("all_reduce", width, name)
+
+
+def _write_split(step: _Step, name: str, use: StyleUse) -> Iterator[Collective]:
+    yield step.backward("all_gather", features(step.modules[name], out=False), name)
+    yield from _write(step, name, use)
+
+
+def _vocabulary(step: _Step, name: str, use: StyleUse) -> Iterator[Collective]:
+    yield step.forward("all_reduce", parameter_shape(step.modules[name], "weight")[1], name)
+
+
+def _embedding_features(step: _Step, name: str, use: StyleUse) -> Iterator[Collective]:
+    yield step.forward("all_gather", parameter_shape(step.modules[name], "weight")[1], name)
+
+
+def _experts(step: _Step, name: str, use: StyleUse) -> Iterator[Collective]:
+    """Hidden states (and routing weights) go to every rank's slice of the experts; the outputs are summed."""
+    width, module = step.stream(name), step.modules[name]
+    routed = len(inspect.signature(type(module).forward).parameters) > 2
+    if not routed:  # then every expert is called on every token: [experts * tokens, features]
+        width *= max((param.shape[0] for param in module._parameters.values() if param is not None), default=1)
+    yield step.forward("all_reduce", width, name)
+    yield step.backward("all_reduce", width, name)
+    if routed:
+        yield step.backward("all_reduce", _experts_per_token(step.model), name)
+
+
+def _experts_per_token(model: nn.Module) -> int:
+    config = text_config(model)
+    values = config.to_dict() if config is not None else {}
+    return next((values[key] for key in EXPERTS_PER_TOKEN_KEYS if isinstance(values.get(key), int)), 0)
+
+
+def _rotary_key(step: _Step, name: str, use: StyleUse) -> Iterator[Collective]:
+    yield step.backward("all_reduce", use.options["rope_dim"], name)
+
+
+# What a style does by itself; reading an input is _Step.input.
+OWN: dict[str, Rule] = {
+    "colwise": _none,
+    "packed_colwise": _none,
+    "kv_heads": _none,
+    "colwise_gather_output": _gather_output,
+    "fused_qkv": _heads,
+    "colwise_logits": _loss,
+    "rowwise": _write,
+    "packed_rowwise": _write,
+    "rowwise_split_input": _write_split,
+    "embedding_rowwise": _vocabulary,
+    "embedding_colwise": _embedding_features,
+    "embedding_slice": _none,
+    "sequence_parallel": _none,
+    "replicate": _none,
+    "replicated_with_grad_allreduce": _none,
+    "local_params": _none,
+    "mla_kv_a_proj": _rotary_key,
+    "moe_tp_experts": _experts,
+    "moe_identity_expert": _none,
+    "all_reduce": _experts,
+}

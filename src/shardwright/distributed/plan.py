@@ -137,7 +137,7 @@ class ParallelPlan:
 
 
 def _require_strings(name: str, values: Iterable[Any]) -> None:
-    if isinstance(values, str) or not all(isinstance(value, str) for value in values):
+    if isinstance(values, str) or not isinstance(values, Iterable) or any(not isinstance(v, str) for v in values):
         raise PlanError(f"{name} must be a list of strings, not {values!r}.")
 
 

@@ -22,6 +22,7 @@ from transformers.core_model_loading import (
     rename_source_key,
     revert_weight_conversion,
 )
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from shardwright.checkpoint.folder import Entry
 from shardwright.checkpoint.lazy import LazyTensor, NotLazyError
@@ -157,38 +158,55 @@ class Writing:
     tensors: tuple[str, ...]
     entries: Mapping[str, Tensor]
 
-    def convert(self, values: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+    def convert(self, values: Mapping[str, Tensor], skeleton: PreTrainedModel) -> dict[str, Tensor]:
         """The entries' values, from the whole tensors ``values``."""
-        made = revert_weight_conversion(model, dict(values))
+        made = _revert(skeleton, dict(values))
         return {name: made[name] for name in self.entries}
 
 
-def plan_save(model: PreTrainedModel, state: Mapping[str, Tensor]) -> list[Writing]:
-    """How the tensors ``state`` (name -> tensor of whole shape; only shape and dtype matter) become file entries.
+@dataclass(frozen=True)
+class SavePlan:
+    """Which tensors become which file entries, and the entries (on meta) in the order of the files."""
 
-    It is the reverse of what was done when the model was loaded; of transformers' rules, when it was not.
+    writings: tuple[Writing, ...]
+    entries: dict[str, Tensor]
+
+
+def plan_save(skeleton: PreTrainedModel) -> SavePlan:
+    """How the tensors of ``skeleton`` (a whole model on meta) become file entries; one of those that are tied.
+
+    It is the reverse of what was done when the model was loaded, which ``skeleton._weight_conversions`` says as in
+    any transformers model; where that is not set, the reverse of transformers' rules for the class.
 
     Raises:
         CheckpointError: tensors that cannot be converted a few at a time.
     """
-    metas = {name: torch.empty(value.shape, dtype=value.dtype, device="meta") for name, value in state.items()}
-    made = revert_weight_conversion(model, metas)
+    metas = remove_tied_weights_from_state_dict(skeleton.state_dict(), skeleton)
+    for name in skeleton._keys_to_ignore_on_save or ():
+        metas.pop(name, None)
+    made = _revert(skeleton, metas)
     same = {id(meta): name for name, meta in metas.items()}
     writings = [Writing((same[id(value)],), {name: value}) for name, value in made.items() if id(value) in same]
     renamed = {name for writing in writings for name in writing.tensors}
-    for names in _converted_together(model, [name for name in metas if name not in renamed]):
-        entries = revert_weight_conversion(model, {name: metas[name] for name in names})
+    for names in _converted_together(skeleton, [name for name in metas if name not in renamed]):
+        entries = _revert(skeleton, {name: metas[name] for name in names})
         writings.append(Writing(tuple(names), entries))
     if {name for writing in writings for name in writing.entries} != set(made):
         raise CheckpointError(
-            f"The weights of {type(model).__name__} cannot be turned into their file layout a few at a time. Gather "
+            f"The weights of {type(skeleton).__name__} cannot be turned into their file layout a few at a time. Gather "
             "the model and use its own save_pretrained."
         )
-    return writings
+    return SavePlan(tuple(writings), made)
 
 
-def _converted_together(model: PreTrainedModel, names: Sequence[str]) -> list[list[str]]:
-    rules = vars(model).get("_weight_conversions") or get_model_conversion_mapping(model, add_legacy=False)
+def _revert(skeleton: PreTrainedModel, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    if vars(skeleton).get("_weight_conversions") == []:  # nothing was converted: transformers would only sort
+        return values
+    return revert_weight_conversion(skeleton, values)
+
+
+def _converted_together(skeleton: PreTrainedModel, names: Sequence[str]) -> list[list[str]]:
+    rules = vars(skeleton).get("_weight_conversions") or get_model_conversion_mapping(skeleton, add_legacy=False)
     converters: list[Any] = [rule.reverse_transform() for rule in rules[::-1] if isinstance(rule, WeightConverter)]
     groups: dict[str, list[str]] = {}
     for name in sorted(names, key=dot_natural_key):

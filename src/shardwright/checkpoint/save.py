@@ -1,0 +1,203 @@
+"""``save_pretrained``: from a sharded model to a plain Hugging Face folder, written by all ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from shardwright.checkpoint.atomic import abandon, begin, finish, unfinished
+from shardwright.checkpoint.build import build_on_meta
+from shardwright.checkpoint.conversion import SavePlan, Writing, plan_save
+from shardwright.checkpoint.folder import INDEX
+from shardwright.checkpoint.together import all_here, barrier, rank_and_world, same_error_everywhere
+from shardwright.errors import CheckpointError, UnsupportedError
+
+_PATTERN = "model{suffix}.safetensors"
+
+
+@torch.no_grad()
+def save_pretrained(
+    model: nn.Module,
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    max_shard_size: int | str = "5GB",
+    timeout: float = 120.0,
+) -> None:
+    """Write ``model`` as the folder that plain transformers would write: same names, same layout, same bytes.
+
+    Collective: every rank calls it, and ``path`` is on a disk that all of them see. The files are dealt out to the
+    ranks; weights are gathered one at a time, and each rank keeps those of the one file it writes at the moment. So
+    a rank needs host memory for one file, and device memory for one whole weight (one group of weights, where they
+    are converted together, such as the experts of one layer).
+
+    The folder appears under its name when it is whole; a model folder of that name is replaced.
+
+    Args:
+        model: a transformers model, sharded or not.
+        path: the folder.
+        tokenizer: saved along with it.
+        max_shard_size: size of a file, in bytes or as ``"5GB"``.
+        timeout: seconds to wait for ranks that have not called this yet.
+
+    Raises:
+        CheckpointError: not all ranks made this call in time; the folder cannot be written (a full disk, not shared by
+            all ranks, something there that is no model folder); on every rank alike.
+        UnsupportedError: not a transformers model.
+    """
+    folder = Path(path).absolute()
+    all_here(f"save_pretrained({folder})", timeout)
+    rank, _ = rank_and_world()
+    with same_error_everywhere(f"Saving to {folder}"):
+        skeleton = _skeleton_of(model)
+        plan = plan_save(skeleton)
+        split = split_state_dict_into_shards_factory(
+            plan.entries, get_storage_size=_bytes_of, filename_pattern=_PATTERN, max_shard_size=max_shard_size
+        )
+        _check_ties(model, skeleton)
+        if rank == 0:
+            _check_replaceable(folder)
+            begin(folder)
+    try:
+        with same_error_everywhere(f"Saving to {folder}"):
+            if not unfinished(folder).is_dir():
+                raise CheckpointError(
+                    f"Rank 0 made {unfinished(folder)}, but rank {rank} does not see it. Save to a disk that all share."
+                )
+        _write_files(model, skeleton, plan, split.filename_to_tensors, unfinished(folder))
+        with same_error_everywhere(f"Saving to {folder}"):
+            if rank == 0:
+                total = {"total_parameters": skeleton.num_parameters(), **split.metadata}
+                places = split.tensor_to_filename if split.is_sharded else None
+                _write_the_rest(skeleton, tokenizer, unfinished(folder), total, places)
+                finish(folder)
+    except CheckpointError:
+        if rank == 0:
+            abandon(folder)
+        raise
+    barrier()
+
+
+def _skeleton_of(model: nn.Module) -> PreTrainedModel:
+    """A whole copy of ``model`` on meta, of the class it had before FSDP2 gave it another."""
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedError(
+            f"{type(model).__name__} is no transformers model, so it has no Hugging Face layout. Save its state with "
+            "torch.distributed.checkpoint."
+        )
+    cls = next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))
+    skeleton = build_on_meta(deepcopy(model.config), cls, next(model.parameters()).dtype)
+    skeleton.generation_config = deepcopy(model.generation_config)
+    if "_weight_conversions" in vars(model):
+        vars(skeleton)["_weight_conversions"] = model._weight_conversions
+    here = {name: (tuple(value.shape), value.dtype) for name, value in model.state_dict().items()}
+    there = {name: (tuple(value.shape), value.dtype) for name, value in skeleton.state_dict().items()}
+    different = sorted(name for name in {*here, *there} if here.get(name) != there.get(name))
+    if different:
+        name = different[0]
+        raise UnsupportedError(
+            f"{name} is {here.get(name, 'not')} in the model, but {there.get(name, 'not')} in a {cls.__name__} of the "
+            f"model's own config ({len(different)} such tensors). Make model.config fit the model before saving it."
+        )
+    return skeleton
+
+
+def _check_ties(model: nn.Module, skeleton: nn.Module) -> None:
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    first: dict[int, str] = {}
+    for name, parameter in skeleton.named_parameters(remove_duplicate=False):
+        other = first.setdefault(id(parameter), name)
+        if tensors[name] is not tensors[other]:
+            raise CheckpointError(
+                f"The config ties {name} to {other}, but in this model they are two weights. Set "
+                "model.config.tie_word_embeddings to False to save both, or tie them again."
+            )
+
+
+def _check_replaceable(folder: Path) -> None:
+    if folder.exists() and not (folder / "config.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} exists and is no model folder, so it is not replaced. Choose another name.")
+
+
+def _write_files(
+    model: nn.Module, skeleton: PreTrainedModel, plan: SavePlan, files: dict[str, list[str]], folder: Path
+) -> None:
+    rank, world = rank_and_world()
+    state = model.state_dict()
+    names = list(files)
+    for start in range(0, len(names), world):
+        round_ = names[start : start + world]
+        mine = set(files[round_[rank]]) if rank < len(round_) else set()
+        wanted = {entry for name in round_ for entry in files[name]}
+        tensors = dict(_gathered(state, skeleton, plan, wanted, mine))
+        with same_error_everywhere(f"Writing {round_[0]}"):
+            if mine:
+                ordered = {entry: tensors.pop(entry) for entry in files[round_[rank]]}
+                _save(ordered, folder / round_[rank])
+
+
+def _gathered(
+    state: dict[str, Tensor], skeleton: PreTrainedModel, plan: SavePlan, wanted: set[str], mine: set[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """The entries in ``mine``, on the CPU. Takes part in gathering all that are ``wanted`` by some rank."""
+    for writing in plan.writings:
+        if wanted.isdisjoint(writing.entries):
+            continue
+        whole = {name: _whole(state[name]) for name in writing.tensors}
+        if not mine.isdisjoint(writing.entries):
+            yield from _converted(writing, whole, skeleton, mine)
+
+
+def _converted(
+    writing: Writing, whole: dict[str, Tensor], skeleton: PreTrainedModel, mine: set[str]
+) -> Iterator[tuple[str, Tensor]]:
+    for name, value in writing.convert(whole, skeleton).items():
+        if name in mine:
+            yield name, value.to("cpu", copy=True).contiguous()
+
+
+def _bytes_of(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _save(tensors: dict[str, Tensor], file: Path) -> None:
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise CheckpointError(f"Cannot write {file}: {error}.") from error
+
+
+def _write_the_rest(
+    skeleton: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    total: dict[str, Any],
+    places: dict[str, str] | None,
+) -> None:
+    if places is not None:
+        text = json.dumps({"metadata": total, "weight_map": places}, indent=2, sort_keys=True)
+        (folder / INDEX).write_text(text + "\n", encoding="utf-8")
+    config = skeleton.config
+    config.dtype = str(next(skeleton.parameters()).dtype).removeprefix("torch.")
+    config.architectures = [type(skeleton).__name__]
+    config.save_pretrained(folder)
+    if skeleton.can_generate():
+        skeleton.generation_config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)

@@ -1,0 +1,121 @@
+"""Meshes at any size, on a fake process group: axes, flattened axes, neighbours, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+
+import pytest
+import torch
+from tiny_models import build
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from shardwright import ParallelConfig, make_mesh, parallelize
+from shardwright.distributed.config import Degrees
+from shardwright.distributed.mesh import AXES, axis, data_parallel_mesh
+from shardwright.distributed.parallelizer import fsdp2_strategy_parallelize
+from shardwright.errors import ConfigError, UnsupportedError
+
+FLATTENED = {"dp": (0, 1), "dp_shard_cp": (1, 2), "dp_cp": (0, 1, 2)}
+
+
+@pytest.mark.parametrize("rank", [0, 77, 255])
+@pytest.mark.parametrize("sizes", [(2, 16, 1, 8), (1, 64, 2, 2), (4, 4, 4, 4), (256, 1, 1, 1), (1, 1, 1, 256)])
+def test_axes_of_256_ranks(fake_world: Callable[..., None], sizes: tuple[int, int, int, int], rank: int) -> None:
+    fake_world(256, rank)
+    mesh = make_mesh(Degrees(*sizes), "cpu")
+    assert mesh.mesh_dim_names == AXES
+    assert tuple(mesh.shape) == sizes
+    assert [mesh[name].size() for name in AXES] == list(sizes)
+    everyone = torch.arange(256).view(sizes)
+    here = (everyone == rank).nonzero()[0].tolist()
+    assert list(mesh.get_coordinate() or ()) == here
+    for name, dims in FLATTENED.items():
+        size = prod(sizes[dim] for dim in dims)
+        assert mesh[name].size() == size, name
+        place = tuple(slice(None) if dim in dims else here[dim] for dim in range(4))
+        assert mesh[name].mesh.flatten().tolist() == everyone[place].flatten().tolist(), name
+
+
+def test_neighbouring_ranks_share_a_tensor_parallel_group(fake_world: Callable[..., None]) -> None:
+    fake_world(1024, 517)
+    mesh = make_mesh(ParallelConfig(dp_replicate=4, tp=8), "cpu")
+    assert mesh["dp_shard"].size() == 32
+    assert mesh["tp"].mesh.tolist() == list(range(512, 520))
+
+
+def test_a_world_of_one(fake_world: Callable[..., None]) -> None:
+    fake_world(1)
+    mesh = make_mesh(ParallelConfig(), "cpu")
+    assert [mesh[name].size() for name in (*AXES, *FLATTENED)] == [1] * 7
+    model = build("llama")
+    names = [name for name, _ in model.named_parameters()]
+    assert parallelize(model, ParallelConfig(), mesh) is model
+    assert [name for name, _ in model.named_parameters()] == names
+
+
+def test_degrees_that_do_not_fit_show_every_factor(fake_world: Callable[..., None]) -> None:
+    fake_world(12)
+    with pytest.raises(ConfigError, match=r"dp_replicate \(2\) x dp_shard \(3\) x cp \(1\) x tp \(4\) = 24.* is 12"):
+        make_mesh(ParallelConfig(dp_replicate=2, dp_shard=3, tp=4), "cpu")
+    with pytest.raises(ConfigError, match=r"tp \(5\) = 5 does not divide the world size 12"):
+        make_mesh(ParallelConfig(tp=5), "cpu")
+    with pytest.raises(ConfigError, match=r"8, .*12"):
+        make_mesh(Degrees(1, 2, 1, 4), "cpu")
+
+
+def test_no_process_group() -> None:
+    with pytest.raises(ConfigError, match="init_process_group"):
+        make_mesh(ParallelConfig(), "cpu")
+
+
+def test_data_parallel_axes(fake_world: Callable[..., None]) -> None:
+    fake_world(16)
+    mesh = make_mesh(Degrees(1, 8, 1, 2), "cpu")
+    assert data_parallel_mesh(mesh, "dp_replicate", "dp_shard_cp").ndim == 1
+    hybrid = make_mesh(Degrees(2, 4, 1, 2), "cpu")
+    assert tuple(data_parallel_mesh(hybrid, "dp_replicate", "dp_shard_cp").shape) == (2, 4)
+    with pytest.raises(ConfigError, match="'tensor'"):
+        axis(mesh, "tensor")
+
+
+@pytest.mark.parametrize("call", [parallelize, fsdp2_strategy_parallelize])
+def test_context_parallelism_is_refused_by_name(fake_world: Callable[..., None], call: Callable[..., object]) -> None:
+    fake_world(4)
+    mesh = make_mesh(Degrees(1, 2, 2, 1), "cpu")
+    model = build("llama")
+    before = dict(model.named_parameters())
+    with pytest.raises(UnsupportedError, match="cp=2"):
+        _ = call(model, ParallelConfig(cp=2), mesh) if call is parallelize else call(model, mesh)
+    assert all(value is before[name] for name, value in model.named_parameters())
+
+
+def test_a_mesh_without_the_axis_that_was_named(fake_world: Callable[..., None]) -> None:
+    fake_world(4)
+    mesh = init_device_mesh("cpu", (1, 2, 2), mesh_dim_names=("copies", "data", "tensor"))
+    model = build("llama")
+    before = dict(model.named_parameters())
+    with pytest.raises(ConfigError, match="no axis 'dp_"):
+        fsdp2_strategy_parallelize(model, mesh)
+    with pytest.raises(ConfigError, match="no axis 'tp'"):
+        fsdp2_strategy_parallelize(model, mesh, dp_replicate_mesh_name="copies", dp_shard_cp_mesh_name="data")
+    assert all(value is before[name] for name, value in model.named_parameters())
+
+
+def test_local_shapes_on_512_ranks(fake_world: Callable[..., None]) -> None:
+    """A model on meta, cut over 8 tensor-parallel and 32 sharding ranks, each of which holds 1/256 of every matrix."""
+    fake_world(512, 300)
+    config = LlamaConfig(
+        vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=2, num_attention_heads=16,
+        num_key_value_heads=8,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    parallelize(model, ParallelConfig(dp_replicate=2, tp=8), make_mesh(ParallelConfig(dp_replicate=2, tp=8), "cpu"))
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter, DTensor), name
+        assert parameter.is_meta, name
+        share = 256 if parameter.ndim == 2 else 32
+        assert parameter.to_local().numel() * share == parameter.numel(), name

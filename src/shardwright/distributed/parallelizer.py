@@ -214,7 +214,7 @@ def parallelize_model(
     check_agreement(model, device_mesh, repr(resolved))
     blocks = block_names(model)
     if resolved is not None:
-        apply_tensor_parallel(model, tp_mesh, resolved, scopes=blocks if mp_policy else ())
+        apply_tensor_parallel(model, tp_mesh, resolved, units=blocks if mp_policy else ())
     if config.activation_checkpointing != "none":
         apply_activation_checkpointing(model, blocks, config.activation_checkpointing)
     if config.compile:

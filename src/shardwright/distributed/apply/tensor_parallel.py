@@ -12,14 +12,14 @@ from shardwright.distributed.models.ties import restore_ties
 from shardwright.distributed.styles import make_style
 from shardwright.distributed.styles.base import Style, distribute_parameter
 from shardwright.distributed.styles.forward import wrap_forward
-from shardwright.distributed.styles.gradient_sum import sum_gradients_of
+from shardwright.distributed.styles.gradient_sum import make_local
 from shardwright.distributed.styles.local_view import LocalAttributes
 from shardwright.distributed.styles.outputs import PlainOutputs
 from shardwright.distributed.styles.regions import Region, SequenceBlock, SequenceLength, SequenceRegion, SharedInput
 
 
 def apply_tensor_parallel(
-    model: nn.Module, mesh: DeviceMesh, resolved: ResolvedPlan, *, scopes: Iterable[str] = ()
+    model: nn.Module, mesh: DeviceMesh, resolved: ResolvedPlan, *, units: Iterable[str] = ()
 ) -> None:
     """Cut the parameters of ``model`` over ``mesh`` and wrap its modules, in place.
 
@@ -28,8 +28,8 @@ def apply_tensor_parallel(
     Args:
         mesh: the one-dimensional ``tp`` mesh.
         resolved: what :func:`shardwright.distributed.models.resolve.resolve` found for this model and mesh size.
-        scopes: modules that gather their parameters for themselves (FSDP2 units): gradients of replicated parameters
-            are summed over the ranks once for each of them, and once for the rest.
+        units: modules that gather their parameters for themselves (FSDP2 units): gradients of replicated parameters are
+            summed over the ranks once for each of them, and once for the rest.
     """
     shared = {name: SharedInput() for name in resolved.regions}
     lengths = {name: SequenceLength() for name in resolved.blocks}
@@ -37,30 +37,28 @@ def apply_tensor_parallel(
         module = model.get_submodule(owner)
         distribute_parameter(module, name, mesh, make_style(style).placement(module, name))
     for name, use in resolved.modules.items():
-        _make(use, shared, lengths, _block_of(name, lengths))._apply(model.get_submodule(name), mesh)
+        _make(name, use, resolved, shared, lengths)._apply(model.get_submodule(name), mesh)
     restore_ties(model, resolved.ties)
     for name, values in resolved.attributes.items():
         wrap_forward(model.get_submodule(name), LocalAttributes(values))
     _wrap_regions(model, mesh, resolved, shared, lengths)
-    _sum_gradients(model, mesh, resolved, list(scopes))
+    _make_local(model, mesh, resolved, list(units))
     wrap_forward(model, PlainOutputs())
 
 
-def _block_of(name: str, lengths: dict[str, SequenceLength]) -> str | None:
-    parent = name.rpartition(".")[0]
-    return parent if parent in lengths else None
-
-
 def _make(
-    use: StyleUse, shared: dict[str, SharedInput], lengths: dict[str, SequenceLength], block: str | None
+    name: str,
+    use: StyleUse,
+    resolved: ResolvedPlan,
+    shared: dict[str, SharedInput],
+    lengths: dict[str, SequenceLength],
 ) -> Style:
     options = dict(use.options)
-    if use.region is not None and use.style in READERS | WRITERS:
+    if use.style in READERS | WRITERS and use.region is not None:
         options["shared"] = shared[use.region]
-    if use.sequence and use.style in READERS and block is not None:
-        options["length"] = lengths[block]
-    if use.sequence and use.style in WRITERS:
-        options["sequence_output"] = True
+        if use.sequence:
+            # A reader or writer directly below a block is in no region of that block; its parent is the block.
+            options["length"] = lengths[resolved.regions[use.region].block or name.rpartition(".")[0]]
     return make_style(use.style, **options)
 
 
@@ -82,12 +80,14 @@ def _wrap_regions(
         wrap_forward(module, SequenceBlock(module, lengths[name], mesh))
 
 
-def _sum_gradients(model: nn.Module, mesh: DeviceMesh, resolved: ResolvedPlan, scopes: list[str]) -> None:
-    """Assign every summed parameter to the innermost scope that holds it."""
-    members: dict[str, dict[str, tuple[str, ...]]] = {}
-    for name, parameters in resolved.summed.items():
-        inside = [scope for scope in scopes if name == scope or name.startswith(f"{scope}.")]
-        scope = max(inside, key=len, default="")
-        members.setdefault(scope, {})[name[len(scope) :].lstrip(".")] = parameters
-    for scope, below in members.items():
-        sum_gradients_of(model.get_submodule(scope), below, mesh)
+def _make_local(model: nn.Module, mesh: DeviceMesh, resolved: ResolvedPlan, units: list[str]) -> None:
+    """Give every unit its whole parameters as local tensors; a parameter belongs to the innermost unit around it."""
+    below: dict[str, dict[str, tuple[str, ...]]] = {}
+    for name, parameters in resolved.whole.items():
+        inside = [unit for unit in units if name == unit or name.startswith(f"{unit}.")]
+        unit = max(inside, key=len, default="")
+        below.setdefault(unit, {})[name[len(unit) :].lstrip(".")] = parameters
+    for unit, places in below.items():
+        prefix = f"{unit}." if unit else ""
+        summed = {path for path in places if (f"{prefix}{path}" if path else unit) in resolved.summed}
+        make_local(model.get_submodule(unit), places, summed, mesh)

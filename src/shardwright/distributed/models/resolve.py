@@ -15,7 +15,7 @@ from shardwright.distributed.models.heads import check_heads
 from shardwright.distributed.models.huggingface import head_name, text_config
 from shardwright.distributed.models.key_values import share_projections
 from shardwright.distributed.models.overlay import find_regions, overlay_sequence_parallel
-from shardwright.distributed.models.resolved import READERS, SHARDED, ResolvedPlan, StyleUse
+from shardwright.distributed.models.resolved import READERS, SHARDED, WRITERS, ResolvedPlan, StyleUse
 from shardwright.distributed.models.structure import block_names, numbers_to_globs, owns_parameters
 from shardwright.distributed.models.ties import Tie, find_ties
 from shardwright.distributed.plan import ParallelPlan, match_names
@@ -47,7 +47,7 @@ def resolve(model: nn.Module, plan: ParallelPlan, tp: int, *, sequence_parallel:
     find_regions(modules, resolved)
     if sequence_parallel:
         overlay_sequence_parallel(model, modules, resolved)
-    _collect_summed(modules, resolved)
+    _collect_whole(modules, resolved)
     _check_styles(modules, resolved)
     return resolved
 
@@ -182,13 +182,21 @@ def _cover(modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
             resolved.modules[name] = StyleUse("replicate", rule="")
 
 
-def _collect_summed(modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
+def _collect_whole(modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
+    """List the parameters that stay whole, and the modules among whose gradients are sums."""
     for name, use in resolved.modules.items():
-        own = tuple(key for key, param in modules[name]._parameters.items() if param is not None)
-        if use.style in SUMMED and own:
-            resolved.summed[name] = own
-        elif use.style in ("rowwise", "packed_rowwise") and use.sequence and "bias" in own:
-            resolved.summed[name] = ("bias",)
+        style = make_style(use.style, **use.options)
+        whole = tuple(
+            key
+            for key, param in modules[name]._parameters.items()
+            if param is not None and (name, key) not in resolved.parameters
+            if style.placement(modules[name], key).is_replicate()
+        )
+        if not whole or use.options.get("outside"):
+            continue  # norms outside of the blocks see to their own gradients
+        resolved.whole[name] = whole
+        if use.style in SUMMED or (use.sequence and use.style in WRITERS):
+            resolved.summed[name] = whole
 
 
 def _check_styles(modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:

@@ -161,14 +161,25 @@ class _SumGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: Group, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.group = group
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
         return tuple(t.view_as(t) for t in tensors)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
         # Summed in float32: the buffers are small, and bf16 sums of many ranks lose what FSDP's fp32 reduction keeps.
-        flat = all_reduce(torch.cat([grad.reshape(-1).float() for grad in grads]), ctx.group)
-        pieces = flat.split([grad.numel() for grad in grads])
-        return None, *(piece.view_as(grad).to(grad.dtype) for piece, grad in zip(pieces, grads, strict=True))
+        # A number per tensor says on how many ranks it was used: one that none has used has no gradient.
+        parts = [torch.zeros_like(t) if g is None else g for t, g in zip(tensors, grads, strict=True)]
+        used = torch.tensor([float(grad is not None) for grad in grads], device=tensors[0].device)
+        flat = all_reduce(torch.cat([used, *(part.reshape(-1).float() for part in parts)]), ctx.group)
+        used, *pieces = flat.split([len(grads), *(part.numel() for part in parts)])
+        if all(grad is not None for grad in grads):
+            return None, *(piece.view_as(t).to(t.dtype) for piece, t in zip(pieces, tensors, strict=True))
+        return None, *(
+            piece.view_as(t).to(t.dtype) if count else None
+            for piece, t, count in zip(pieces, tensors, used.tolist(), strict=True)
+        )
 
 
 def sum_gradients(tensors: list[Tensor], group: Group) -> list[Tensor]:

@@ -99,17 +99,16 @@ def parameters_as(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[Non
 
 
 def local_parameters(module: nn.Module) -> dict[str, Tensor]:
-    """This rank's part of the module's own DTensor parameters, differentiable."""
+    """The module's own parameters as this rank's local tensors, differentiable."""
     summed = module.__dict__.get("_summed_parameters")  # set by styles.gradient_sum
-    return {
-        name: summed.local(name, param) if summed is not None and name in summed.names else param.to_local()
-        for name, param in _distributed(module)
-    }
-
-
-def _distributed(module: nn.Module) -> list[tuple[str, DTensor]]:
-    # A Parameter that holds a DTensor is one, which type checkers cannot know.
-    return [(name, param) for name, param in module._parameters.items() if isinstance(param, DTensor)]  # type: ignore
+    local: dict[str, Any] = {}
+    for name, param in cast(dict[str, Any], module._parameters).items():
+        if isinstance(param, DTensor):
+            alone = summed is not None and name in summed.names
+            local[name] = summed.local(param) if alone else param.to_local()
+        elif param is not None:
+            local[name] = param  # its unit has made it local
+    return local
 
 
 @contextmanager

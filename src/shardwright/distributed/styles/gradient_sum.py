@@ -1,9 +1,12 @@
-"""Replicated parameters whose gradient is a sum over the tensor-parallel ranks.
+"""Whole parameters while the unit they belong to runs, and those among them whose gradient is a sum over the ranks.
 
 A norm on this rank's heads, or on its part of the sequence, is the same weight on every rank but sees only that rank's
-share of the work. The sum is part of the autograd graph: where a *scope* (the model, or an FSDP2 unit) begins, its
+share of the work. The sum is part of the autograd graph: where a *unit* (an FSDP2 unit, or the model) begins, its
 parameters of this kind pass through one function together, whose backward sums all their gradients in one collective.
 So they are right under plain ``loss.backward()``, under accumulation and with any optimizer.
+
+While the unit runs, its whole parameters are plain local tensors wherever code reads them: some modules use a child's
+weight without calling the child.
 """
 
 from __future__ import annotations
@@ -17,64 +20,69 @@ from torch.distributed.tensor import DTensor
 from shardwright.distributed.styles import collectives as c
 from shardwright.distributed.styles.forward import Around, Forward, wrap_forward
 
-
-class GradientSum:
-    """The parameters of one scope, while its forward runs."""
-
-    def __init__(self, group: c.Group) -> None:
-        self.group = group
-        self.members: list[tuple[str, str]] = []  # (module path below the scope, parameter name)
-        self.tensors: dict[tuple[str, str], Tensor] = {}
+Place = tuple[str, str]  # module path below the unit, parameter name
 
 
 class SummedParameters:
-    """What one module knows: which of its parameters are summed, and where to find them while the scope runs."""
+    """The parameters of one module whose gradients are summed, for when it is called by itself."""
 
-    def __init__(self, scope: GradientSum, path: str, names: tuple[str, ...]) -> None:
-        self.scope = scope
-        self.path = path
+    def __init__(self, group: c.Group, names: tuple[str, ...]) -> None:
+        self.group = group
         self.names = names
 
-    def local(self, name: str, param: DTensor) -> Tensor:
-        """The local tensor of a summed parameter."""
-        together = self.scope.tensors.get((self.path, name))
-        if together is not None:
-            return together
-        # Outside of the scope's forward: a module called by itself, or recomputed in backward.
+    def local(self, param: DTensor) -> Tensor:
         local = param.to_local()
-        return c.sum_gradients([local], self.scope.group)[0] if local.requires_grad else local
+        return c.sum_gradients([local], self.group)[0] if local.requires_grad else local
 
 
-class SummingScope(Around):
-    """Puts the parameters of a scope through one sum."""
+class UnitParameters(Around):
+    """Makes the whole parameters of a unit local while it runs."""
 
-    def __init__(self, scope: GradientSum) -> None:
-        self.scope = scope
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self.group = c.Group.of(mesh)
+        self.summed: list[Place] = []
+        self.others: list[Place] = []
 
     def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        scope = self.scope
-        local: dict[tuple[str, str], Tensor] = {}
-        for path, name in scope.members:
-            param = module.get_submodule(path)._parameters[name]
-            if isinstance(param, DTensor) and param.requires_grad:
+        owners: dict[Place, dict[str, Any]] = {}
+        local: dict[Place, Tensor] = {}
+        for path, name in (*self.summed, *self.others):
+            owner = module.get_submodule(path)._parameters
+            param: Any = owner[name]
+            # On two axes or more it is still FSDP2's: of a unit of its own below this one.
+            if isinstance(param, DTensor) and param.device_mesh.ndim == 1:
+                owners[path, name] = owner
                 local[path, name] = param.to_local()
-        if local:
-            scope.tensors = dict(zip(local, c.sum_gradients(list(local.values()), scope.group), strict=True))
+        summed = [place for place in self.summed if place in local and local[place].requires_grad]
+        if summed:
+            together = c.sum_gradients([local[place] for place in summed], self.group)
+            local.update(zip(summed, together, strict=True))
+        before = {place: owner[place[1]] for place, owner in owners.items()}
+        _put(owners, local)
         try:
             return forward(*args, **kwargs)
         finally:
-            scope.tensors = {}
+            _put(owners, before)
 
 
-def sum_gradients_of(scope: nn.Module, members: dict[str, tuple[str, ...]], mesh: DeviceMesh) -> None:
-    """Sum the gradients of these parameters over the ranks of ``mesh``.
+def _put(owners: dict[Place, dict[str, Any]], tensors: dict[Place, Any]) -> None:
+    for place, owner in owners.items():
+        owner[place[1]] = tensors[place]
+
+
+def make_local(unit: nn.Module, places: dict[str, tuple[str, ...]], summed: set[str], mesh: DeviceMesh) -> None:
+    """Make whole parameters local while ``unit`` runs.
 
     Args:
-        scope: the module that holds them and whose forward they are used in.
-        members: module path below ``scope`` -> names of the module's own parameters.
+        places: module path below ``unit`` -> names of the module's own parameters.
+        summed: those among the paths whose gradients are summed over the ranks of ``mesh``.
     """
-    gradient_sum = GradientSum(c.Group.of(mesh))
-    for path, names in members.items():
-        scope.get_submodule(path).__dict__["_summed_parameters"] = SummedParameters(gradient_sum, path, names)
-        gradient_sum.members += [(path, name) for name in names]
-    wrap_forward(scope, SummingScope(gradient_sum))
+    around = UnitParameters(mesh)
+    for path, names in places.items():
+        found = [(path, name) for name in names]
+        if path in summed:
+            around.summed += found
+            unit.get_submodule(path).__dict__["_summed_parameters"] = SummedParameters(around.group, names)
+        else:
+            around.others += found
+    wrap_forward(unit, around)

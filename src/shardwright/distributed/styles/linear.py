@@ -175,7 +175,7 @@ class _RowwiseForward(Around):
     def __init__(self, style: Rowwise, mesh: DeviceMesh) -> None:
         self.group = c.Group.of(mesh)
         self.split_input = style.split_input
-        self.sequence_output = style.sequence_output
+        self.length = style.length
         self.shared = style.shared
 
     def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -194,12 +194,12 @@ class _RowwiseForward(Around):
         return y if bias is None else y + bias
 
     def _reduced(self, y: Tensor) -> Tensor:
-        if not self.sequence_output:
+        if self.length is None:
             return c.reduce_from_region(y, self.group)
-        if y.ndim != 3:
+        if y.ndim != 3 or y.shape[SEQUENCE_DIM] != self.length.value:
             raise PlanError(
-                f"Sequence parallelism expects [batch, sequence, features] from a row-parallel layer, got shape "
-                f"{tuple(y.shape)}."
+                f"Sequence parallelism expects [batch, sequence, features] with a sequence of {self.length.value} from "
+                f"a row-parallel layer, got shape {tuple(y.shape)}. Use this model without sequence parallelism."
             )
         return c.reduce_scatter_from_region(y, SEQUENCE_DIM, self.group)
 
@@ -209,22 +209,22 @@ class Rowwise(Style, RowwiseParallel):
 
     Args:
         split_input: the input is whole and each rank takes its slice of it.
-        sequence_output: leave the sum split along the sequence (sequence parallelism).
+        length: leave the sum split along the sequence, which is so long in this block (sequence parallelism).
         shared: the region's shared input, which is told that the region has been written.
     """
 
     name = "rowwise"
 
     def __init__(
-        self, *, split_input: bool = False, sequence_output: bool = False, shared: SharedInput | None = None
+        self, *, split_input: bool = False, length: SequenceLength | None = None, shared: SharedInput | None = None
     ) -> None:
         RowwiseParallel.__init__(
             self,
             input_layouts=Replicate() if split_input else Shard(-1),
-            output_layouts=Shard(SEQUENCE_DIM) if sequence_output else Replicate(),
+            output_layouts=Replicate() if length is None else Shard(SEQUENCE_DIM),
         )
         self.split_input = split_input
-        self.sequence_output = sequence_output
+        self.length = length
         self.shared = shared or SharedInput()
 
     def check(self, module: nn.Module, name: str, size: int) -> None:

@@ -116,16 +116,28 @@ class SequenceRegion(Around):
         def whole(x: Tensor) -> Tensor:
             return c.gather(x, SEQUENCE_DIM, length, self.group, partial_grad=self.direct)
 
+        def cut(x: Tensor) -> Tensor:
+            return _cut(x, length, self.group)
+
         args, kwargs = on_first_tensor(whole, self.first, args, kwargs)
         self.shared.open(direct=self.direct)
         try:
             result = forward(*args, **kwargs)
         finally:
             self.shared.close()
-        return result if self.direct else on_result(self._cut, result)
+        return result if self.direct else on_result(cut, result)
 
-    def _cut(self, x: Tensor) -> Tensor:
-        return c.scatter(x, SEQUENCE_DIM, self.group)
+
+def _cut(x: Tensor, length: int, group: c.Group) -> Tensor:
+    """This rank's part of a region's result ``[batch, sequence, features]`` or ``[batch * sequence, features]``."""
+    if x.ndim == 2 and x.shape[0] % max(length, 1) == 0:
+        return c.scatter(x.unflatten(0, (-1, length)), SEQUENCE_DIM, group).flatten(0, 1)
+    if x.ndim < 3 or x.shape[SEQUENCE_DIM] != length:
+        raise PlanError(
+            f"Sequence parallelism expects [batch, sequence, features] with a sequence of {length} from a region, got "
+            f"shape {tuple(x.shape)}. Use this model without sequence parallelism."
+        )
+    return c.scatter(x, SEQUENCE_DIM, group)
 
 
 class SequenceBlock(Around):

@@ -53,22 +53,25 @@ class _SequenceForward(Around):
         self.outside = outside
 
     def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with parameters_as(module, local_parameters(module)):
-            if not self.outside:
+        tensors = local_parameters(module)
+        if not self.outside or not args or not isinstance(args[0], DTensor):
+            with parameters_as(module, tensors):
                 return forward(*args, **kwargs)
-            x, *others = args
-            chunk = x.to_local() if isinstance(x, DTensor) else c.scatter(x, SEQUENCE_DIM, self.group)
-            return sequence_sharded(forward(chunk, *others, **kwargs), x.shape[SEQUENCE_DIM], self.mesh)
+        x, *others = args
+        trained = [name for name, tensor in tensors.items() if tensor.requires_grad]
+        if trained:
+            tensors.update(zip(trained, c.sum_gradients([tensors[name] for name in trained], self.group), strict=True))
+        with parameters_as(module, tensors):
+            return sequence_sharded(forward(x.to_local(), *others, **kwargs), x.shape[SEQUENCE_DIM], self.mesh)
 
 
 class SequenceParallelNorm(Style, SequenceParallel):
     """A module that treats every position on its own, run on this rank's part of the sequence.
 
-    Its gradients are partial sums (:mod:`.gradient_sum`).
-
     Args:
-        outside: it stands outside of the blocks, where the residual stream is a DTensor (or still whole) rather than a
-            plain chunk.
+        outside: it stands outside of the blocks. What it gets there tells what to do: a DTensor is the residual stream
+            behind the blocks, split along the sequence, and the gradients are summed here; a plain tensor is whole, and
+            so are the gradients. Inside a block every input is a chunk, and the unit sums (:mod:`.gradient_sum`).
     """
 
     name = "sequence_parallel"

@@ -17,79 +17,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 
 from shardwright.distributed.styles import collectives as c
+from shardwright.distributed.styles.implicit import ImplicitDTensor, mark
 from shardwright.distributed.styles.layout import sharded
 
 
-class ShardedLogits(DTensor):
+class ShardedLogits(ImplicitDTensor):
     """A DTensor sharded on its last dim, the vocabulary."""
 
     __slots__ = ()
 
     @classmethod
+    def keeps(cls, x: DTensor) -> bool:
+        return len(x.placements) == 1 and x.placements[0].is_shard(x.ndim - 1)
+
+    @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
         on_shards = _ON_SHARDS.get(func)
         if on_shards is not None:
-            result = on_shards(*args, **kwargs)
+            result = on_shards(*args, **(kwargs or {}))
             if result is not NotImplemented:
                 return result
-        mesh = next(x.device_mesh for x in _tensors((args, kwargs)) if isinstance(x, DTensor))
-        with torch._C.DisableTorchFunctionSubclass():
-            return _returned(func(*_distributed(args, mesh), **_distributed(kwargs, mesh)))
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 def sharded_logits(local: Tensor, vocabulary: int, mesh: DeviceMesh) -> ShardedLogits:
     """This rank's slice ``[..., vocabulary / tp]`` as logits of the whole vocabulary."""
-    return _as_logits(sharded(local, -1, vocabulary, mesh))
-
-
-def _as_logits(x: DTensor) -> ShardedLogits:
-    # The class, not a copy: the tensor keeps its place in the autograd graph. The layouts of the two are the same.
-    x.__class__ = ShardedLogits
-    return x  # type: ignore[return-value]
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, (tuple, list)):
-        return []
-    return [x for item in value for x in _tensors(item)]
-
-
-def _distributed(value: Any, mesh: DeviceMesh) -> Any:
-    """``value`` with its plain tensors, which are equal on every rank, as replicated DTensors."""
-    if isinstance(value, Tensor) and not isinstance(value, DTensor):
-        return DTensor.from_local(value, mesh, [Replicate()], run_check=False)
-    if isinstance(value, dict):
-        return {key: _distributed(item, mesh) for key, item in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_distributed(item, mesh) for item in value)
-    return value
-
-
-def _returned(value: Any) -> Any:
-    """What the caller gets: logits where the vocabulary is still sharded, plain tensors otherwise."""
-    if isinstance(value, DTensor):
-        if _vocabulary_sharded(value):
-            return _as_logits(value)
-        return value.full_tensor()
-    if type(value) in (tuple, list):
-        return type(value)(_returned(item) for item in value)
-    if isinstance(value, tuple):  # a named tuple, such as torch.max's
-        return type(value)([_returned(item) for item in value])
-    return value
-
-
-def _vocabulary_sharded(x: DTensor) -> bool:
-    return len(x.placements) == 1 and x.placements[0].is_shard(x.ndim - 1)
+    return mark(sharded(local, -1, vocabulary, mesh), ShardedLogits)
 
 
 def _local(x: ShardedLogits) -> tuple[Tensor, c.Group, int]:

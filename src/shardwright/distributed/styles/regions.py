@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from shardwright.distributed.styles import collectives as c
 from shardwright.distributed.styles.forward import Around, Forward, original_class
+from shardwright.distributed.styles.implicit import ImplicitDTensor, mark
 from shardwright.distributed.styles.layout import sharded
 from shardwright.errors import PlanError
 
@@ -164,9 +165,15 @@ class SequenceBlock(Around):
         return x.to_local() if isinstance(x, DTensor) else c.scatter(x, SEQUENCE_DIM, self.group)
 
 
-def sequence_sharded(local: Tensor, length: int, mesh: DeviceMesh) -> DTensor:
+class SequenceSharded(ImplicitDTensor):
+    """The residual stream between the blocks, split along the sequence."""
+
+    __slots__ = ()
+
+
+def sequence_sharded(local: Tensor, length: int, mesh: DeviceMesh) -> SequenceSharded:
     """This rank's chunk as a DTensor that knows the whole length."""
-    return sharded(local, SEQUENCE_DIM, length, mesh)
+    return mark(sharded(local, SEQUENCE_DIM, length, mesh), SequenceSharded)
 
 
 def first_argument(module: nn.Module) -> str:

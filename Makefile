@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install test lint demo clean
+.PHONY: install test lint zoo demo clean
 
 install: $(READY)
 
@@ -23,6 +23,9 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+zoo: install
+	$(BIN)/python -m shardwright.verify.zoo --output docs/architectures.md
 
 demo: install
 	$(BIN)/python examples/demo.py

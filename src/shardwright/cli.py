@@ -96,7 +96,7 @@ def plan(model: str, weights: str, save: Path | None, as_json: bool, **degrees: 
 @click.option("--tp", default=1, show_default=True, help="Tensor-parallel ranks.")
 @click.option("--dp-shard", default=1, show_default=True, help="Ranks that FSDP2 shards over.")
 @click.option("--dp-replicate", default=1, show_default=True, help="Replicas of the sharded model (HSDP).")
-@click.option("--sequence-parallel", is_flag=True, help="Split the residual stream along the sequence over the tp ranks.")
+@click.option("--sequence-parallel", is_flag=True, help="Split the residual stream along the sequence.")
 @click.option("--activation-checkpointing", is_flag=True, help="Recompute every block in backward.")
 @click.option("--accumulate", default=1, show_default=True, help="Micro-batches per data-parallel rank.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")

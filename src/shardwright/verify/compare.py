@@ -20,12 +20,15 @@ FLOOR = 1e-3
 
 @dataclass
 class Difference:
-    """The largest relative error of one kind of quantity and where it is."""
+    """The largest relative error of one kind of quantity and where it is; ``over``: every one that is not exact."""
 
     error: float = 0.0
     name: str = ""
+    over: dict[str, float] = field(default_factory=dict)
 
     def take(self, error: float, name: str) -> None:
+        if not error < EXACT:
+            self.over[name] = error
         if not error <= self.error:  # NaN counts as worse than everything
             self.error, self.name = (math.inf if math.isnan(error) else error), name
 
@@ -48,7 +51,9 @@ class Report:
             with the same bound: if it is exact there, the differences were float32 rounding that the model amplifies.
         float64_rel_err: the largest error of the second run, where there was one and it was not exact either.
         problems: differences that are not numbers, such as a tie that broke.
-        first_module: the first module, in order of execution, whose output differs, and its relative error.
+        first_module: the first module, in order of execution, whose output differs, and its relative error; where all
+            outputs agree, the first module in order of backward whose gradients differ.
+        first_in: ``forward`` or ``backward``, for ``first_module``.
     """
 
     exact: bool
@@ -66,6 +71,7 @@ class Report:
     float64_rel_err: float | None = None
     problems: list[str] = field(default_factory=list)
     first_module: tuple[str, float] | None = None
+    first_in: str = "forward"
 
     @property
     def worst_error(self) -> float:
@@ -85,12 +91,15 @@ class Report:
         if self.float64_rel_err is not None:
             parts.append(f"{self.float64_rel_err:.1e} in float64")
         if self.first_module is not None:
-            parts.append("first module that differs: {} ({:.1e})".format(*self.first_module))
+            name, error = self.first_module
+            parts.append(f"first to differ in {self.first_in}: {name} ({error:.1e})")
         return "; ".join([*self.problems, *parts]) or "exact"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return asdict(self)
+        """Plain data for JSON, which knows no infinity: an error that is one becomes null."""
+        data = asdict(self)
+        infinite = [name for name, value in data.items() if isinstance(value, float) and math.isinf(value)]
+        return data | dict.fromkeys(infinite)
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor, floor: float = 0.0) -> float:

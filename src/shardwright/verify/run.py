@@ -62,7 +62,8 @@ def run_case(case: Case) -> Report:
     report.plan_source = _plan_source(case)
     if not report.exact:
         sharded = case.parallelize(case.build(), case.config, shared_mesh(case.config))
-        report.first_module = first_module_that_differs(case.build(), sharded, _batches(case, torch.float32)[0])
+        found = first_module_that_differs(case.build(), sharded, _batches(case, torch.float32)[0])
+        report = replace(report, first_module=found, first_in="forward") if found is not None else report
     return report
 
 
@@ -112,11 +113,14 @@ def _over_ranks(errors: dict[str, Difference], problems: list[str]) -> tuple[dic
     for theirs, their_problems in everyone:
         for kind, difference in theirs.items():
             worst[kind].take(difference.error, difference.name)
+            worst[kind].over.update(difference.over)
         found.update(dict.fromkeys(their_problems))
     return worst, list(found)
 
 
 def _report(errors: dict[str, Difference], problems: list[str]) -> Report:
+    # Parameters come in the order in which modules run, so that the last one is the first that backward reaches.
+    wrong = [(name.rpartition(".")[0] or name, error) for name, error in errors["gradient"].over.items()]
     measured = [difference.error for kind, difference in errors.items() if kind != "loss_diff"]
     return Report(
         exact=not problems and all(error < EXACT for error in measured),
@@ -130,6 +134,8 @@ def _report(errors: dict[str, Difference], problems: list[str]) -> Report:
         parameter_rel_err=errors["parameter"].error,
         worst_updated_parameter=errors["parameter"].name,
         problems=problems,
+        first_module=wrong[-1] if wrong else None,
+        first_in="backward",
     )
 
 

@@ -184,7 +184,8 @@ class _Shrinker:
         rope = config.get("rope_parameters")
         if not isinstance(rope, dict) or "rope_type" not in rope:
             return {}
-        head_dim = decided.get("head_dim", HEAD_DIM if "head_dim" in config else self.width // heads_of(decided or {}))
+        implied = HEAD_DIM if "head_dim" in config else self.width // max(heads_of(decided), 1)
+        head_dim = decided.get("head_dim", implied)
         half = int(head_dim * rope.get("partial_rotary_factor", 1.0)) // 2
         sections = rope.get("mrope_section", DEFAULT_SECTIONS if self.multimodal else None)
         result = self.mapping(rope)

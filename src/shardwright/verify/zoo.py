@@ -43,6 +43,9 @@ MODES = {
 }
 
 
+TYPES_PER_POOL = 25
+
+
 @dataclass
 class Entry:
     """What became of one type in one mode.
@@ -94,7 +97,10 @@ def examine(model_type: str, mode_name: str, pool: RankPool, timeout: float = 90
 def examine_all(types: Iterable[str], modes: Sequence[str]) -> Iterator[Entry]:
     """Every type in every mode, one after the other, in two pools that live throughout."""
     with RankPool(2) as two, RankPool(4) as four:
-        for model_type in types:
+        for number, model_type in enumerate(types, start=1):
+            if number % TYPES_PER_POOL == 0:  # torch's caches of shapes and layouts only ever grow
+                two.close()
+                four.close()
             for mode in modes:
                 pool = two if MODES[mode].config.least_world_size == 2 else four
                 entry = examine(model_type, mode, pool)

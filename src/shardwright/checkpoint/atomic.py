@@ -36,6 +36,22 @@ def finish(folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def recover(parent: Path) -> None:
+    """Give folders in ``parent`` their names back that were killed in the middle of :func:`finish`."""
+    for old in parent.glob(".*.old"):
+        folder = parent / old.name.removeprefix(".").removesuffix(".old")
+        if not folder.exists():
+            old.rename(folder)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder; a kill in the middle leaves nothing under its name."""
+    gone = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(gone, ignore_errors=True)
+    folder.rename(gone)
+    shutil.rmtree(gone)
+
+
 def abandon(folder: Path) -> None:
     """Remove the unfinished folder."""
     shutil.rmtree(unfinished(folder), ignore_errors=True)

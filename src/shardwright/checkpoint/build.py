@@ -64,7 +64,10 @@ def model_class_of(config: PreTrainedConfig) -> type[Any]:
 
 
 def build_on_meta(
-    config: PreTrainedConfig, model_class: type[Any] | None = None, dtype: torch.dtype | None = None, **kwargs: Any
+    config: PreTrainedConfig,
+    model_class: type[Any] | None = None,
+    dtype: torch.dtype | str | None = None,
+    **kwargs: Any,
 ) -> PreTrainedModel:
     """A model of random nothing: every parameter and buffer on meta, ties made, dtypes as transformers loads them.
 

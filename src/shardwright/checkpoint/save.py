@@ -61,7 +61,7 @@ def save_pretrained(
     all_here(f"save_pretrained({folder})", timeout)
     rank, _ = rank_and_world()
     with same_error_everywhere(f"Saving to {folder}"):
-        skeleton = _skeleton_of(model)
+        skeleton = skeleton_of(model)
         plan = plan_save(skeleton)
         split = split_state_dict_into_shards_factory(
             plan.entries, get_storage_size=_bytes_of, filename_pattern=_PATTERN, max_shard_size=max_shard_size
@@ -79,9 +79,10 @@ def save_pretrained(
         _write_files(model, skeleton, plan, split.filename_to_tensors, unfinished(folder))
         with same_error_everywhere(f"Saving to {folder}"):
             if rank == 0:
-                total = {"total_parameters": skeleton.num_parameters(), **split.metadata}
-                places = split.tensor_to_filename if split.is_sharded else None
-                _write_the_rest(skeleton, tokenizer, unfinished(folder), total, places)
+                if split.is_sharded:
+                    total = {"total_parameters": skeleton.num_parameters(), **split.metadata}
+                    _write_index(unfinished(folder), total, split.tensor_to_filename)
+                write_description(skeleton, tokenizer, unfinished(folder))
                 finish(folder)
     except CheckpointError:
         if rank == 0:
@@ -90,7 +91,7 @@ def save_pretrained(
     barrier()
 
 
-def _skeleton_of(model: nn.Module) -> PreTrainedModel:
+def skeleton_of(model: nn.Module) -> PreTrainedModel:
     """A whole copy of ``model`` on meta, of the class it had before FSDP2 gave it another."""
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedError(
@@ -183,16 +184,13 @@ def _save(tensors: dict[str, Tensor], file: Path) -> None:
         raise CheckpointError(f"Cannot write {file}: {error}.") from error
 
 
-def _write_the_rest(
-    skeleton: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    folder: Path,
-    total: dict[str, Any],
-    places: dict[str, str] | None,
-) -> None:
-    if places is not None:
-        text = json.dumps({"metadata": total, "weight_map": places}, indent=2, sort_keys=True)
-        (folder / INDEX).write_text(text + "\n", encoding="utf-8")
+def _write_index(folder: Path, total: dict[str, Any], places: dict[str, str]) -> None:
+    text = json.dumps({"metadata": total, "weight_map": places}, indent=2, sort_keys=True)
+    (folder / INDEX).write_text(text + "\n", encoding="utf-8")
+
+
+def write_description(skeleton: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    """Write config, generation config and tokenizer: all of a model folder but its weights."""
     config = skeleton.config
     config.dtype = str(next(skeleton.parameters()).dtype).removeprefix("torch.")
     config.architectures = [type(skeleton).__name__]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
@@ -17,9 +18,9 @@ def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def barrier() -> None:
+def barrier(group: dist.ProcessGroup | None = None) -> None:
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(group)
 
 
 def all_here(what: str, timeout: float) -> None:
@@ -49,7 +50,7 @@ def all_here(what: str, timeout: float) -> None:
 
 
 @contextmanager
-def same_error_everywhere(what: str) -> Generator[None, None, None]:
+def same_error_everywhere(what: str, group: dist.ProcessGroup | None = None) -> Generator[None, None, None]:
     """Run a body without collectives on every rank; where it fails on one, all ranks raise the first rank's error.
 
     Raises:
@@ -64,7 +65,7 @@ def same_error_everywhere(what: str) -> Generator[None, None, None]:
     except OSError as caught:
         error = CheckpointError(f"{what} failed: {caught}.")
         error.__cause__ = caught
-    messages = _from_all(None if error is None else str(error))
+    messages = from_all(None if error is None else str(error), group)
     failed = [rank for rank, message in enumerate(messages) if message is not None]
     if error is not None:
         raise error
@@ -72,10 +73,11 @@ def same_error_everywhere(what: str) -> Generator[None, None, None]:
         raise CheckpointError(f"On rank {failed[0]}: {messages[failed[0]]}")
 
 
-def _from_all(value: str | None) -> list[str | None]:
+def from_all(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """``value`` of every rank, by rank."""
     _, world = rank_and_world()
     if world == 1:
         return [value]
-    values: list[str | None] = [None] * world
-    dist.all_gather_object(values, value)
+    values: list[Any] = [None] * world
+    dist.all_gather_object(values, value, group=group)
     return values

@@ -1,0 +1,142 @@
+"""A training checkpoint as a Hugging Face folder, and what is in it. Needs no GPU and no other rank."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from transformers import AutoTokenizer, GenerationConfig
+
+from shardwright.checkpoint.build import build_on_meta, read_config
+from shardwright.checkpoint.fill import to_empty
+from shardwright.checkpoint.manifest import read_manifest, verify
+from shardwright.checkpoint.save import save_pretrained
+from shardwright.checkpoint.state import MODEL, OPTIMIZER, model_tensors
+from shardwright.checkpoint.storage import SafeReader, read_tensors
+from shardwright.checkpoint.store import DESCRIPTION, STATE, RunInfo, list_checkpoints, read_info
+from shardwright.errors import CheckpointError
+
+
+def find_checkpoint(path: Path) -> Path:
+    """``path`` itself, or the newest checkpoint in it.
+
+    Raises:
+        CheckpointError: neither.
+    """
+    if (path / "run.json").is_file():
+        return path
+    for root in (path, path / "checkpoints"):
+        if found := list_checkpoints(root):
+            return found[-1]
+    raise CheckpointError(f"{path} is no training checkpoint and contains none (a folder such as step-00000100).")
+
+
+def export(path: Path, out: Path) -> None:
+    """Write the model in a training checkpoint as a folder that plain transformers loads.
+
+    Args:
+        path: a checkpoint, or the folder of a run: its newest one.
+        out: the folder to make; a model folder of that name is replaced. Host memory: the whole model.
+
+    Raises:
+        CheckpointError: damaged, or ``out`` cannot be written.
+    """
+    folder = find_checkpoint(path)
+    verify(folder)
+    reader = SafeReader(folder / STATE)
+    stored = _model_part(reader.read_metadata())
+    config = read_config(folder / DESCRIPTION)
+    model = build_on_meta(config, None, config.dtype)
+    to_empty(model, "cpu")
+    tensors = model_tensors(model)
+    if set(tensors) != set(stored):
+        raise CheckpointError(f"{folder} does not hold a {type(model).__name__} as its config says.")
+    read_tensors(tensors, reader)
+    if (folder / DESCRIPTION / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder / DESCRIPTION, local_files_only=True)
+    tokenizer = None
+    if (folder / DESCRIPTION / "tokenizer_config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(folder / DESCRIPTION, local_files_only=True)
+    save_pretrained(model, out, tokenizer)
+
+
+def _model_part(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
+    return {
+        name: value
+        for name, value in metadata.state_dict_metadata.items()
+        if name.startswith(MODEL) and isinstance(value, TensorStorageMetadata)
+    }
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What is in a checkpoint.
+
+    Attributes:
+        folder: where it is.
+        info: what it says about the run.
+        model_type: of its config.
+        parameters: how many numbers the model has.
+        dtypes: dtype -> tensors of the model.
+        optimizer_tensors: how many tensors the optimizer has.
+        files: how many files.
+        size: bytes of all files.
+    """
+
+    folder: Path
+    info: RunInfo
+    model_type: str
+    parameters: int
+    dtypes: dict[str, int]
+    optimizer_tensors: int
+    files: int
+    size: int
+
+    def lines(self) -> list[str]:
+        """For people: one fact a line."""
+        info = self.info
+        dtypes = ", ".join(f"{count} tensors {dtype}" for dtype, count in self.dtypes.items())
+        facts: dict[str, Any] = {
+            "checkpoint": self.folder,
+            "step": info.step,
+            "saved": f"{info.saved} by {info.world_size} ranks",
+            **({} if info.metric is None else {"metric": f"{info.metric:.6g}"}),
+            "model": f"{self.model_type}, {self.parameters:,} parameters ({dtypes})",
+            "optimizer": f"{self.optimizer_tensors} tensors, {len(info.state['groups'])} parameter groups",
+            "files": f"{self.files}, {self.size / 1e9:.3f} GB",
+            **{key: value for key, value in info.notes.items() if not isinstance(value, (dict, list))},
+            "versions": ", ".join(f"{name} {version}" for name, version in info.versions.items()),
+        }
+        return [f"{key:<12}{value}" for key, value in facts.items()]
+
+
+def inspect(path: Path, check: bool = True) -> Contents:
+    """What is in a training checkpoint.
+
+    Args:
+        path: a checkpoint, or the folder of a run: its newest one.
+        check: read every file and compare its checksum.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    folder = find_checkpoint(path)
+    if check:
+        verify(folder)
+    sums = read_manifest(folder)
+    metadata = SafeReader(folder / STATE).read_metadata()
+    stored = _model_part(metadata)
+    return Contents(
+        folder=folder,
+        info=read_info(folder),
+        model_type=read_config(folder / DESCRIPTION).model_type,
+        parameters=sum(prod(value.size) for value in stored.values()),
+        dtypes=dict(Counter(str(value.properties.dtype).removeprefix("torch.") for value in stored.values())),
+        optimizer_tensors=sum(name.startswith(OPTIMIZER) for name in metadata.state_dict_metadata),
+        files=len(sums) + 1,
+        size=sum(size for size, _ in sums.values()),
+    )

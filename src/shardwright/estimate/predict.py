@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from shardwright.distributed.config import DTYPES, ParallelConfig
+from shardwright.distributed.config import DTYPES, ParallelConfig, Precision
 from shardwright.distributed.models.build import build_on_meta, load_config
 from shardwright.distributed.models.resolve import resolve
 from shardwright.distributed.models.resolved import ResolvedPlan
@@ -166,7 +166,9 @@ def _attributes(resolved: ResolvedPlan) -> dict[str, dict[str, int]]:
 def _traffic(model: nn.Module, resolved: ResolvedPlan, config: ParallelConfig) -> Iterable[Traffic]:
     """Blocks that send the same are one line, in the model's order; what lies outside comes last."""
     itemsize = getattr(torch, config.precision.param).itemsize
-    traffic = predict_traffic(model, resolved, itemsize)
+    # shardwright.parallelize leaves FSDP2 out where there is nothing to shard and nothing to cast.
+    units = config.dp_shard * config.dp_replicate > 1 or config.precision != Precision()
+    traffic = predict_traffic(model, resolved, itemsize, units=units)
     outside = traffic.pop("")
     kinds: dict[Any, list[tuple[Collective, ...]]] = {}
     for name in block_names(model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -57,9 +58,9 @@ class _Look:
         lines = textwrap.wrap(style.replace("_", "_ "), _NARROW_STYLE, break_long_words=False)
         return "\n".join(line.replace(" ", "") for line in lines)
 
-    def heading(self, first: str, second: str, joint: str = " ") -> str:
-        """A heading of two words, on two lines in a terminal."""
-        return f"{first}{joint}{second}" if self.plain else f"{first}\n{second}"
+    def heading(self, text: str) -> str:
+        """A heading, on two lines in a terminal."""
+        return text if self.plain else "\n".join(re.split("[- ]", text, maxsplit=1))
 
     def shade(self, style: str) -> str:
         return "" if self.plain else style
@@ -162,9 +163,9 @@ def _traffic(prediction: Prediction, look: _Look) -> Iterable[RenderableType]:
     table = look.table()
     table.add_column("TP calls, forward + backward", overflow="fold")
     for kind in KINDS:
-        table.add_column(look.heading(*kind.split("_"), "-"), justify="right", no_wrap=True)
-    table.add_column(look.heading("sent", "per token"), justify="right", no_wrap=True)
-    table.add_column(look.heading("gradient", "sums"), justify="right", no_wrap=True)
+        table.add_column(look.heading(kind.replace("_", "-")), justify="right", no_wrap=True)
+    table.add_column(look.heading("sent per token"), justify="right", no_wrap=True)
+    table.add_column(look.heading("gradient sums"), justify="right", no_wrap=True)
     for part in prediction.traffic:
         where = f"{part.where}, each of {part.blocks}" if part.where else "outside of the blocks"
         sent = part.sent_per_token(tp), part.sent_fixed(tp)

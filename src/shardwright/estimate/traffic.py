@@ -8,14 +8,14 @@ granted: readers in one region whose inputs have the same width read the same te
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
 from shardwright.distributed.models.huggingface import head_name, text_config
 from shardwright.distributed.models.resolved import READERS, WRITERS, ResolvedPlan, StyleUse
-from shardwright.distributed.models.structure import block_names
+from shardwright.distributed.models.structure import block_names, is_norm
 from shardwright.distributed.styles.linear import features, parameter_shape
 
 FLOAT32 = 4
@@ -48,16 +48,19 @@ class Collective:
         return size * (tp - 1) / tp * (2 if self.kind == "all_reduce" else 1)
 
 
-def predict_traffic(model: nn.Module, resolved: ResolvedPlan, itemsize: int) -> dict[str, list[Collective]]:
+def predict_traffic(
+    model: nn.Module, resolved: ResolvedPlan, itemsize: int, *, units: bool
+) -> dict[str, list[Collective]]:
     """The collectives of every block, by name; those outside of the blocks under ``""``.
 
     Args:
         itemsize: bytes of the dtype that the model computes in.
+        units: whether blocks are units of FSDP2, which sum gradients of whole parameters each for itself.
     """
     traffic: dict[str, list[Collective]] = {"": []}
     if resolved.tp == 1:
         return traffic
-    step = _Step(model, resolved, itemsize)
+    step = _Step(model, resolved, itemsize, units=units)
     for scope, collective in step.collectives():
         traffic.setdefault(scope, []).append(collective)
     return traffic
@@ -66,17 +69,15 @@ def predict_traffic(model: nn.Module, resolved: ResolvedPlan, itemsize: int) -> 
 class _Step:
     """Goes through a resolved plan; every method yields the collectives of one kind of place."""
 
-    def __init__(self, model: nn.Module, resolved: ResolvedPlan, itemsize: int) -> None:
+    def __init__(self, model: nn.Module, resolved: ResolvedPlan, itemsize: int, *, units: bool) -> None:
         self.model = model
+        self.units = units
         self.modules = dict(model.named_modules())
         self.resolved = resolved
         self.itemsize = itemsize
         self.blocks = set(block_names(model))
         self.head = head_name(model)
-        self.widths: dict[str, int] = {}
-        for name, use in resolved.modules.items():
-            if use.style in WRITERS and (scope := self.scope(name)):
-                self.widths.setdefault(scope, features(self.modules[name], out=True))
+        self.widths = {block: width for block in block_names(model) if (width := self.stream_width(block))}
 
     def collectives(self) -> Iterator[tuple[str, Collective]]:
         for name, use in self.resolved.modules.items():
@@ -98,8 +99,16 @@ class _Step:
         return name
 
     def stream(self, name: str) -> int:
-        """Width of the residual stream around ``name``: what writers of its block write."""
+        """Width of the residual stream around ``name``."""
         return self.widths.get(self.scope(name)) or next(iter(self.widths.values()), 0)
+
+    def stream_width(self, block: str) -> int:
+        """What the first writer of a block writes, or the width of the first norm directly below it; 0 for neither."""
+        for name, use in self.resolved.modules.items():
+            if use.style in WRITERS and name.startswith(f"{block}."):
+                return features(self.modules[name], out=True)
+        norms = (child for child in self.modules[block].children() if is_norm(child))
+        return next((param.numel() for norm in norms for param in norm.parameters()), 0)
 
     def forward(self, kind: str, width: int, cause: str) -> Collective:
         return Collective(kind, False, width * self.itemsize, cause=cause)
@@ -109,18 +118,29 @@ class _Step:
 
     def reading(self) -> list[str]:
         """One reader for each input that is read: the first of its region and width."""
-        first: dict[tuple[str | None, int], str] = {}
-        for name, use in self.resolved.modules.items():
-            if use.style in READERS or use.style == "colwise_logits":
-                key = (name if use.region is None else use.region, features(self.modules[name], out=False))
-                first.setdefault(key, name)
+        layers: dict[str | None, list[str]] = {}
+        for name in self.modules:
+            use = self.resolved.modules.get(name)
+            if use is not None and (use.style in READERS | WRITERS or use.style == "colwise_logits"):
+                layers.setdefault(use.region, []).append(name)
+        first: dict[tuple[str, int], str] = {}
+        for region, names in layers.items():
+            for name in names:
+                style = self.resolved.modules[name].style
+                # A last layer whose output is gathered is the one that writes the region, from an input of its own.
+                writes = style == "colwise_gather_output" and name == names[-1]
+                if style not in WRITERS:
+                    first.setdefault((name if region is None or writes else region, self.width_in(name)), name)
         return list(first.values())
+
+    def width_in(self, name: str) -> int:
+        return features(self.modules[name], out=False)
 
     def input(self, name: str) -> Iterator[Collective]:
         """Handing a whole or gathered input to the readers of a region."""
         use = self.resolved.modules[name]
         region = self.resolved.regions.get(use.region or "")
-        width = features(self.modules[name], out=False)
+        width = self.width_in(name)
         if use.sequence or (self.resolved.blocks and name == self.head):
             yield self.forward("all_gather", width, name)
             yield self.backward("reduce_scatter", width, name)
@@ -144,16 +164,40 @@ class _Step:
             yield "", self.forward("all_gather", self.stream(next(reversed(lists.values()))), self.head or "output")
 
     def gradient_sums(self) -> Iterator[tuple[str, Collective]]:
-        """Gradients of whole parameters that see a share of the work: summed together in float32, scope by scope."""
+        """Gradients of whole parameters that see a share of the work: summed together in float32, unit by unit."""
         sizes: dict[str, int] = {}
         for name, parameters in self.resolved.summed.items():
-            scope = self.scope(name)
-            for own in parameters:
-                param = self.modules[name]._parameters[own]
-                if param is not None and param.requires_grad:
-                    sizes[scope] = sizes.get(scope, 0) + param.numel() * FLOAT32
-        for scope, size in sizes.items():
-            yield scope, Collective("all_reduce", True, fixed_bytes=size, cause="gradients of whole parameters")
+            unit = self.scope(name) if self.units else ""
+            sizes[unit] = sizes.get(unit, 0) + self.gradient_size(name, parameters)
+        for unit, size in sizes.items():
+            if size:
+                yield unit, Collective("all_reduce", True, fixed_bytes=size, cause="gradients of whole parameters")
+        for name in self.norms_behind_blocks():
+            if size := self.gradient_size(name, self.modules[name]._parameters):
+                yield "", Collective("all_reduce", True, fixed_bytes=size, cause=name)
+
+    def gradient_size(self, name: str, parameters: Iterable[str]) -> int:
+        """Bytes of their gradients in float32, each with a number that says on how many ranks it was used."""
+        found = (self.modules[name]._parameters[own] for own in parameters)
+        return sum((param.numel() + 1) * FLOAT32 for param in found if param is not None and param.requires_grad)
+
+    def norms_behind_blocks(self) -> list[str]:
+        """Norms outside of the blocks that see the stream while it is split.
+
+        Beside a list of blocks, a single norm is the final one, wherever it is registered; of several, those after it.
+        """
+        norms = [name for name, use in self.resolved.modules.items() if use.options.get("outside")]
+        order = {name: place for place, name in enumerate(self.modules)}
+        found = []
+        for name in norms:
+            parent = name.rpartition(".")[0]
+            beside = [other for other in norms if other.rpartition(".")[0] == parent]
+            blocks = [
+                order[block] for block in self.resolved.blocks if block.startswith(f"{parent}." if parent else "")
+            ]
+            if len(beside) == 1 or order[name] > max(blocks, default=0):
+                found.append(name)
+        return found
 
 
 Rule = Callable[[_Step, str, StyleUse], Iterator[Collective]]

@@ -15,7 +15,14 @@ from shardwright.distributed.styles.forward import wrap_forward
 from shardwright.distributed.styles.gradient_sum import make_local
 from shardwright.distributed.styles.local_view import LocalAttributes
 from shardwright.distributed.styles.outputs import PlainOutputs
-from shardwright.distributed.styles.regions import Region, SequenceBlock, SequenceLength, SequenceRegion, SharedInput
+from shardwright.distributed.styles.regions import (
+    Region,
+    SequenceBlock,
+    SequenceLength,
+    SequenceRegion,
+    SharedInput,
+    WholeBlock,
+)
 
 
 def apply_tensor_parallel(
@@ -78,6 +85,8 @@ def _wrap_regions(
     for name in resolved.blocks:
         module = model.get_submodule(name)
         wrap_forward(module, SequenceBlock(module, lengths[name], mesh))
+    for name in resolved.whole_blocks:
+        wrap_forward(model.get_submodule(name), WholeBlock())
 
 
 def _make_local(model: nn.Module, mesh: DeviceMesh, resolved: ResolvedPlan, units: list[str]) -> None:

@@ -3,7 +3,7 @@
 The overlay needs nothing from the plan but which layers read and write. In a block with tensor-parallel layers, the
 children that hold them become regions, which gather the sequence and leave it split again; norms and other layers that
 treat positions one by one stay on this rank's part. Children without tensor-parallel layers that may mix positions run
-on the whole sequence.
+on the whole sequence, and so do blocks whose own code cannot run on a part (:mod:`.sequence_check`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from dataclasses import replace
 from torch import nn
 
 from shardwright.distributed.models.resolved import READERS, WRITERS, RegionUse, ResolvedPlan, StyleUse
-from shardwright.distributed.models.structure import block_names, is_norm, owns_parameters
+from shardwright.distributed.models.sequence_check import unsplittable_blocks
+from shardwright.distributed.models.structure import block_names, is_norm, numbers_to_globs, owns_parameters
 
 # What may stand in a direct region, beside its one writer: work on this rank's share only.
 _RANK_LOCAL = frozenset({"colwise", "packed_colwise", "fused_qkv", "kv_heads", "replicated_with_grad_allreduce"})
@@ -33,25 +34,61 @@ def find_regions(modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
 
 
 def overlay_sequence_parallel(model: nn.Module, modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
-    """Split the residual stream of every block that has tensor-parallel layers."""
-    for block in block_names(model):
-        styled = [name for name in _below(block, modules) if _is_tensor_parallel(name, resolved)]
-        if not styled:
-            continue
-        resolved.blocks.append(block)
-        own = resolved.modules.get(block)
-        if own is not None and own.style == "replicate":
-            resolved.modules[block] = replace(own, style="replicated_with_grad_allreduce")
-        for child, module in modules[block].named_children():
-            _overlay_child(f"{block}.{child}", module, block, modules, resolved)
+    """Split the residual stream of every block that has tensor-parallel layers and can run on a part of it."""
+    blocks = [
+        name
+        for name in block_names(model)
+        if any(_is_tensor_parallel(other, resolved) for other in _below(name, modules))
+    ]
+    if not blocks:
+        resolved.notes.append("Sequence parallelism does nothing: no block has tensor-parallel layers under this plan.")
+        return
+    whole = unsplittable_blocks(model, blocks, lambda name: _child_kind(name, modules, resolved) == "region")
+    for reason in dict.fromkeys(whole.values()):
+        names = sorted({numbers_to_globs(name) for name, why in whole.items() if why == reason})
+        resolved.notes.append(f"{', '.join(names)} stays on the whole sequence: {reason}.")
+    resolved.whole_blocks = list(whole) if len(whole) < len(blocks) else []
+    for block in blocks:
+        if block not in whole:
+            _overlay_block(block, modules, resolved)
+    _overlay_norms(modules, resolved)
+
+
+def _overlay_block(block: str, modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
+    resolved.blocks.append(block)
+    own = resolved.modules.get(block)
+    if own is not None and own.style == "replicate":
+        resolved.modules[block] = replace(own, style="replicated_with_grad_allreduce")
+    for child, _ in modules[block].named_children():
+        name = f"{block}.{child}"
+        kind, use = _child_kind(name, modules, resolved), resolved.modules.get(name)
+        if kind == "region":
+            _make_region(name, _below(name, modules), block, resolved)
+        elif kind == "layer" and use is not None:
+            resolved.modules[name] = replace(use, sequence=True)
+        elif kind == "local" and use is not None and use.style == "replicate":
+            resolved.modules[name] = StyleUse("sequence_parallel", rule="on this rank's part of the sequence")
+
+
+def _child_kind(name: str, modules: dict[str, nn.Module], resolved: ResolvedPlan) -> str:
+    """What a child of a block is: ``region`` (gathers the sequence), ``layer`` (a reader or writer), ``local``."""
+    module, use = modules[name], resolved.modules.get(name)
+    leaf = not list(module.children())
+    if any(_is_tensor_parallel(other, resolved) for other in _below(name, modules)):
+        return "layer" if leaf and use is not None and use.style in READERS | WRITERS else "region"
+    if leaf and (use is None or use.style != "replicate" or is_norm(module) or isinstance(module, nn.Linear)):
+        return "local"
+    return "region" if any(owns_parameters(modules[other]) for other in _below(name, modules)) else "local"
+
+
+def _overlay_norms(modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
+    """Norms beside the lists of blocks take the stream as it comes."""
     lists = {_parent(_parent(block)) for block in resolved.blocks}
     for name, use in list(resolved.modules.items()):
         inside = name.startswith(tuple(f"{block}." for block in resolved.blocks))
         explicit = use.style == "sequence_parallel" and not inside
         if explicit or (use.style == "replicate" and _parent(name) in lists and is_norm(modules[name])):
-            resolved.modules[name] = StyleUse(
-                "sequence_parallel", {"outside": True}, rule="norm of the residual stream"
-            )
+            resolved.modules[name] = StyleUse("sequence_parallel", {"outside": True}, "norm of the stream")
 
 
 def _below(name: str, modules: dict[str, nn.Module]) -> list[str]:
@@ -64,26 +101,6 @@ def _is_tensor_parallel(name: str, resolved: ResolvedPlan) -> bool:
         use.style in READERS | WRITERS | {"moe_tp_experts", "all_reduce", "mla_kv_a_proj"}
         or any(owner == name for owner, _ in resolved.parameters)
     )
-
-
-def _overlay_child(
-    name: str, module: nn.Module, block: str, modules: dict[str, nn.Module], resolved: ResolvedPlan
-) -> None:
-    names = _below(name, modules)
-    use = resolved.modules.get(name)
-    if any(_is_tensor_parallel(other, resolved) for other in names):
-        if not list(module.children()) and use is not None:
-            resolved.modules[name] = replace(use, sequence=True)  # a reader or writer directly below the block
-        else:
-            _make_region(name, names, block, resolved)
-    elif use is not None and not list(module.children()):
-        if use.style == "replicate" and (is_norm(module) or isinstance(module, nn.Linear)):
-            resolved.modules[name] = StyleUse("sequence_parallel", rule="on this rank's part of the sequence")
-        elif use.style == "replicate":
-            resolved.regions[name] = RegionUse(block, direct=False)
-    elif any(owns_parameters(modules[other]) for other in names):
-        resolved.regions[name] = RegionUse(block, direct=False)
-        resolved.notes.append(f"{name} runs on the whole sequence on every rank.")
 
 
 def _make_region(name: str, names: list[str], block: str, resolved: ResolvedPlan) -> None:

@@ -202,11 +202,6 @@ def _collect_whole(modules: dict[str, nn.Module], resolved: ResolvedPlan) -> Non
 def _check_styles(modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
     for name, use in resolved.modules.items():
         make_style(use.style, **use.options).check(modules[name], name, resolved.tp)
-    if resolved.tp > 1 and resolved.sequence_parallel and not resolved.blocks:
-        raise PlanError(
-            f"Sequence parallelism was asked for, but no block has tensor-parallel layers under this plan "
-            f"({resolved.source}). Leave sequence_parallel out, or pass a plan that names the blocks' layers."
-        )
 
 
 def sharded_fraction(model: nn.Module, resolved: ResolvedPlan) -> float:

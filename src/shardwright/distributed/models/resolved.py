@@ -50,6 +50,7 @@ class ResolvedPlan:
         parameters: (module name, parameter name) -> style name, for bare parameters with a style of their own.
         regions: module name -> its region.
         blocks: the sequence-parallel blocks.
+        whole_blocks: blocks that stay on the whole sequence in a model where others do not.
         whole: module name -> its parameters that are not cut.
         summed: module name -> those whose gradient is a sum over the ranks.
         attributes: module name -> attribute values that are rank-local from now on.
@@ -64,6 +65,7 @@ class ResolvedPlan:
     parameters: dict[tuple[str, str], str] = field(default_factory=dict)
     regions: dict[str, RegionUse] = field(default_factory=dict)
     blocks: list[str] = field(default_factory=list)
+    whole_blocks: list[str] = field(default_factory=list)
     whole: dict[str, tuple[str, ...]] = field(default_factory=dict)
     summed: dict[str, tuple[str, ...]] = field(default_factory=dict)
     attributes: dict[str, dict[str, int]] = field(default_factory=dict)

@@ -104,8 +104,7 @@ def local_parameters(module: nn.Module) -> dict[str, Tensor]:
     local: dict[str, Any] = {}
     for name, param in cast(dict[str, Any], module._parameters).items():
         if isinstance(param, DTensor):
-            alone = summed is not None and name in summed.names
-            local[name] = summed.local(param) if alone else param.to_local()
+            local[name] = summed.local(param) if summed is not None and name in summed.names else param.to_local()
         elif param is not None:
             local[name] = param  # its unit has made it local
     return local

@@ -165,6 +165,17 @@ class SequenceBlock(Around):
         return x.to_local() if isinstance(x, DTensor) else c.scatter(x, SEQUENCE_DIM, self.group)
 
 
+class WholeBlock(Around):
+    """A block that needs the whole sequence, behind one that leaves the stream split."""
+
+    def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return forward(*(_joined(x) for x in args), **{name: _joined(x) for name, x in kwargs.items()})
+
+
+def _joined(x: Any) -> Any:
+    return x.full_tensor() if isinstance(x, SequenceSharded) else x
+
+
 class SequenceSharded(ImplicitDTensor):
     """The residual stream between the blocks, split along the sequence."""
 

@@ -62,7 +62,7 @@ def run_case(case: Case) -> Report:
     report.plan_source = _plan_source(case)
     if not report.exact:
         sharded = case.parallelize(case.build(), case.config, shared_mesh(case.config))
-        found = first_module_that_differs(case.build(), sharded, _batches(case, torch.float32)[0])
+        found = first_module_that_differs(case.build(), sharded, case.batch(0))
         report = replace(report, first_module=found, first_in="forward") if found is not None else report
     return report
 
@@ -144,6 +144,6 @@ def _plan_source(case: Case) -> str:
         return "none: tp is 1"
     if case.parallelize is not api.parallelize:
         return f"custom: {case.parallelize.__name__}"
-    source = [choose_plan(case.build(), case.config.plan).source] if dist.get_rank() == 0 else [None]
+    source = [choose_plan(case.build(), case.config.plan, case.config.tp).source] if dist.get_rank() == 0 else [None]
     dist.broadcast_object_list(source)
     return str(source[0])

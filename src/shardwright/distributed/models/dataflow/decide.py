@@ -24,9 +24,11 @@ from shardwright.distributed.models.dataflow.play import (
     Inputs,
     Record,
     Sharding,
+    full_run,
     rank_runs,
+    some_ranks_forward,
 )
-from shardwright.distributed.models.dataflow.regions import Key, Region, dependencies
+from shardwright.distributed.models.dataflow.regions import Key, Masks, Region, dependencies
 from shardwright.distributed.models.dataflow.tape import CODE_ERRORS, Mismatch
 from shardwright.distributed.models.huggingface import text_config
 
@@ -94,7 +96,9 @@ class Study:
     def attempt(self, extra: Sharding) -> Finding | None:
         """What the ranks show when ``extra`` is added to what has been decided; None where it is not exact."""
         try:
-            finding = rank_runs(self.hollow, self.record, self.inputs, self.sharding.with_(extra), self.size)
+            both = self.sharding.with_(extra)
+            some_ranks_forward(self.hollow, self.record, self.inputs, both, self.size)
+            finding = rank_runs(self.hollow, self.record, self.inputs, both, self.size)
         except Mismatch as error:
             self.error = f"{self.kind(str(error)) if str(error) in self.hollow.stubs else error} gets other values"
             return None
@@ -132,6 +136,29 @@ def decide(study: Study, regions: list[Region]) -> list[Group]:
                 _settle(study, group)
             decided.insert(0, group)
     return decided
+
+
+def recheck(study: Study, groups: list[Group], *, seed: int) -> None:
+    """Play every rank with other values than those that the decisions were made with.
+
+    Where that fails, the groups are put together again one by one, and those with which it fails stay whole.
+    """
+    study.record = full_run(study.hollow, study.inputs, seed=seed)
+    chosen = [group for group in groups if group.sharding is not None]
+    everything = study.sharding
+    study.sharding = Sharding()
+    finding = study.attempt(everything)
+    if finding is not None:
+        study.sharding, study.finding = everything, finding
+        return
+    study.finding = Finding()
+    for group in reversed(chosen):
+        assert group.sharding is not None
+        finding = study.attempt(group.sharding)
+        if finding is None:
+            group.sharding, group.reason = None, f"it is not exact on slices with other values ({study.error})"
+        else:
+            study.sharding, study.finding = study.sharding.with_(group.sharding), finding
 
 
 def _groups(study: Study, regions: list[Region]) -> list[Group]:
@@ -200,6 +227,7 @@ def _cuts(study: Study, group: Group, regions: list[Region], pieces: int) -> Sha
     """
     region = regions[0]
     pinned = set(study.sharding.cuts_out)
+    written = set(study.sharding.cuts_in)
     outs, ins = {name for name, _ in region.outs}, {name for name, _ in region.ins}
     stubs = study.hollow.stubs
     whole_ins = (outs & ins) | pinned | {n for n in ins if stubs[n].kind != "linear" or not study.usable(n)}
@@ -209,7 +237,7 @@ def _cuts(study: Study, group: Group, regions: list[Region], pieces: int) -> Sha
     if any(stubs[name].kind == "opaque" or not study.usable(name) for name, _ in readers):
         group.reason = "a weight in it is used outside of its layer"
         return None
-    if not writers or not readers:
+    if not writers or not readers or any(name in written for name, _ in readers):
         group.reason = "its layers follow one another"
         return None
     if any(not _divides(study, key, pieces) for key in writers):
@@ -242,7 +270,7 @@ def _from_masks(
     study: Study,
     group: Group,
     regions: list[Region],
-    masks: list[dict],  # type: ignore[type-arg]
+    masks: list[Masks],
     writers: list[Key],
     readers: list[Key],
     writer_cut: Callable[[str], Cut],
@@ -260,7 +288,8 @@ def _from_masks(
     parameters: dict[str, Cut] = {}
     for name in regions[0].parameters:
         per_entry = [m[name].reshape(m[name].shape[0], -1).any(1) if m[name].ndim else m[name] for m in masks]
-        if per_entry[0].ndim and per_entry[0].numel() >= study.size:
+        # The style of a bare parameter of three dims or more cuts another dim (batched experts): not this one.
+        if masks[0][name].ndim in (1, 2) and per_entry[0].numel() >= study.size:
             cut = cut_from_masks(per_entry, equal_only=True)
             if cut is not None:
                 parameters[study.kind(name)] = cut

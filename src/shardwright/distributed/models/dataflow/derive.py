@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from shardwright.distributed.models.dataflow.decide import Study, decide
+from shardwright.distributed.models.dataflow.decide import Study, decide, recheck
 from shardwright.distributed.models.dataflow.emit import make_plan
 from shardwright.distributed.models.dataflow.hollow import Hollow, hollow_copy
 from shardwright.distributed.models.dataflow.inputs import candidate_inputs
@@ -23,7 +24,7 @@ def derive_plan(model: nn.Module, example_inputs: Any = None, *, tp: int = 2, ch
     """The tensor-parallel plan that ``model``'s own code allows.
 
     The model is copied without its weights and run once in full and once as every rank of a sharded model; nothing of
-    the model's size is allocated, and ``model``, which may be on meta, is not changed. See ``docs/dataflow.md``.
+    the model's size is allocated, and ``model``, which may be on meta, is not changed.
 
     Args:
         model: any module.
@@ -31,7 +32,7 @@ def derive_plan(model: nn.Module, example_inputs: Any = None, *, tp: int = 2, ch
             values do not matter (meta tensors will do). None: made from a transformers model's config, or guessed from
             the first layer.
         tp: the number of tensor-parallel ranks that the plan is for.
-        check: run it all a second time, with other values and inputs of another shape, and drop what does not hold.
+        check: play every rank once more, with other values, and make whole what does not hold, region by region.
 
     Returns:
         A plan whose styles are exact. Where nothing can be said about the model, a plan without styles whose note says
@@ -43,7 +44,9 @@ def derive_plan(model: nn.Module, example_inputs: Any = None, *, tp: int = 2, ch
     hollow, inputs, record = attempt
     study = Study(hollow, record, inputs, tp)
     groups = decide(study, find_regions(hollow, record))
-    return make_plan(model, study, groups)
+    if check:
+        recheck(study, groups, seed=1)
+    return replace(make_plan(model, study, groups), tp=tp)
 
 
 def _first_run(model: nn.Module, example_inputs: Any) -> tuple[Hollow, Inputs, Record] | str:

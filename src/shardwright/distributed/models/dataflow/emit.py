@@ -12,7 +12,7 @@ from shardwright.distributed.models.dataflow.cuts import Cut
 from shardwright.distributed.models.dataflow.decide import Group, Study
 from shardwright.distributed.models.dataflow.repeats import Repeats, index_glob
 from shardwright.distributed.models.huggingface import head_name
-from shardwright.distributed.plan import ParallelPlan, glob_to_regex
+from shardwright.distributed.plan import ParallelPlan, match_names
 
 T = TypeVar("T")
 
@@ -132,20 +132,14 @@ def _globs(names: Iterable[str], by_kind: dict[str, T], repeats: Repeats) -> dic
     matching: dict[str, set[T | None]] = {}
     for name, value in answer.items():
         matching.setdefault(index_glob(name), set()).add(value)
+    # A glob also matches names that are no index where it has a star.
+    clear = {glob for glob, values in matching.items() if len(values) == 1 and match_names(glob, matching) == [glob]}
     result: dict[str, T] = {}
     for name, value in answer.items():
         if value is not None:
             glob = index_glob(name)
-            result[glob if len(matching[glob]) == 1 and _only(glob, answer) else name] = value
+            result[glob if glob in clear else name] = value
     return result
-
-
-def _only(glob: str, names: Iterable[str]) -> bool:
-    """Whether the glob matches names that differ in indices alone."""
-    if "*" not in glob:
-        return True
-    pattern = glob_to_regex(glob)
-    return all(index_glob(name) == glob for name in names if pattern.fullmatch(name))
 
 
 def _notes(model: nn.Module, study: Study, groups: list[Group], found: Answers) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from shardwright.distributed.models.dataflow.repeats import Repeats, find_repeats
 from shardwright.distributed.models.dataflow.tape import CODE_ERRORS, Idle, Tape
@@ -148,9 +149,9 @@ def _random_buffer(buffer: Tensor, name: str, generator: torch.Generator) -> Ten
 
 def _use_plain_attention(model: nn.Module) -> None:
     """Attention kernels that need a GPU give way to torch's own, in the copy's own configs."""
-    for module in model.modules():
-        config = module.__dict__.get("config")
-        if "flash" in str(vars(config).get("_attn_implementation_internal", "")) if config is not None else False:
+    configs = {id(c): c for m in model.modules() if isinstance(c := m.__dict__.get("config"), PreTrainedConfig)}
+    for config in configs.values():
+        if "flash" in (config._attn_implementation or ""):
             config._attn_implementation = "sdpa"
 
 
@@ -160,30 +161,32 @@ def _install(hollow: Hollow, name: str, module: nn.Module, kind: str) -> Stub:
         def opaque(*args: Any, **kwargs: Any) -> Tensor:
             return hollow.tape.opaque(name, args, kwargs)
 
-        module.forward = opaque  # type: ignore[method-assign]
+        module.forward = opaque
         return Stub(kind, 0, 0)
-    rows, columns = module.weight.shape  # type: ignore[union-attr, misc]
+    weight = module._parameters["weight"]
+    assert weight is not None
+    rows, columns = weight.shape
     if kind == "table":
-        _install_table(hollow, name, module)
+        _install_table(hollow, name, module, weight)
         return Stub(kind, rows, columns)
     width_in, width_out = (rows, columns) if is_transposed(module) else (columns, rows)
 
     def linear(x: Tensor) -> Tensor:
         return hollow.tape.linear(name, x, width_out)
 
-    module.forward = linear  # type: ignore[method-assign]
+    module.forward = linear
     return Stub(kind, width_in, width_out)
 
 
-def _install_table(hollow: Hollow, name: str, module: nn.Module) -> None:
+def _install_table(hollow: Hollow, name: str, module: nn.Module, weight: Tensor) -> None:
     """Only the look-up itself is replaced, so that a subclass may scale or shift what comes out of the table."""
     own_forward = module.forward
 
     def look_up(*args: Any, **kwargs: Any) -> Any:
-        with _Lookup(module.weight, lambda ids, width: hollow.tape.table(name, ids, width)):  # type: ignore[arg-type]
+        with _Lookup(weight, lambda ids, width: hollow.tape.table(name, ids, width)):
             return own_forward(*args, **kwargs)
 
-    module.forward = look_up  # type: ignore[method-assign]
+    module.forward = look_up
 
 
 class _Lookup(torch.overrides.TorchFunctionMode):

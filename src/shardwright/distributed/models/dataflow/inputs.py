@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from shardwright.distributed.models.dataflow.play import Inputs
 
 # Neither is a likely head count, so that a dim's size tells what it is.
-BATCH, LENGTH = 3, 11
+BATCH, LENGTH = 3, 7
 
 
 def candidate_inputs(model: nn.Module, example_inputs: Any = None) -> Iterator[Inputs]:

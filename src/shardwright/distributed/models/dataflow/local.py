@@ -44,13 +44,14 @@ def local_values(module: nn.Module, attributes: Iterable[str], size: int) -> dic
 
 def divided_view(config: Any, names: frozenset[str], size: int) -> Any:
     """``config`` as it is, except that the integers in ``names`` read as divided by ``size``."""
-    view = object.__new__(_divided(type(config), names, size))
+    cls: Any = type(config)
+    view: Any = object.__new__(_divided(cls, names, size))
     object.__setattr__(view, "__dict__", vars(config))
     return view
 
 
 @cache
-def _divided(cls: type, names: frozenset[str], size: int) -> type:
+def _divided(cls: Any, names: frozenset[str], size: int) -> type:
     def getattribute(self: Any, key: str) -> Any:
         value = cls.__getattribute__(self, key)
         return value // size if key in names else value
@@ -74,7 +75,7 @@ def is_config(value: Any) -> bool:
 
 def watched_view(config: Any, note: Callable[[str, int], None]) -> Any:
     """``config`` as it is, telling ``note`` of every integer that is read from it."""
-    cls = type(config)
+    cls: Any = type(config)
 
     def getattribute(self: Any, key: str) -> Any:
         value = cls.__getattribute__(self, key)
@@ -82,6 +83,8 @@ def watched_view(config: Any, note: Callable[[str, int], None]) -> Any:
             note(key, value)
         return value
 
-    view = object.__new__(type(cls.__name__, (cls,), {"__getattribute__": getattribute, "__module__": cls.__module__}))
+    view: Any = object.__new__(
+        type(cls.__name__, (cls,), {"__getattribute__": getattribute, "__module__": cls.__module__})
+    )
     object.__setattr__(view, "__dict__", vars(config))
     return view

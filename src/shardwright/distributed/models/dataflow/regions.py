@@ -19,6 +19,8 @@ from shardwright.distributed.models.dataflow.tape import Call
 
 Key = tuple[str, int]
 OUTPUT: Key = ("", -1)
+# What a rank's share depends on: call key or parameter name -> where a change would change it.
+Masks = dict[Any, Tensor]
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def find_regions(hollow: Hollow, record: Record) -> list[Region]:
     ]
 
 
-def dependencies(hollow: Hollow, record: Record, region: Region, writers: list[Key], shares: list[Any]) -> list[_Masks]:
+def dependencies(hollow: Hollow, record: Record, region: Region, writers: list[Key], shares: list[Any]) -> list[Masks]:
     """What every rank's share of the writers' inputs depends on.
 
     Args:
@@ -104,7 +106,7 @@ def dependencies(hollow: Hollow, record: Record, region: Region, writers: list[K
             tensors.append(source)
             grads.append(grad)
         torch.autograd.backward(tensors, grads, retain_graph=True)
-        masks: _Masks = {}
+        masks: Masks = {}
         for key in region.outs:
             call = calls[key]
             masks[key] = _touched(call)
@@ -113,9 +115,6 @@ def dependencies(hollow: Hollow, record: Record, region: Region, writers: list[K
         result.append(masks)
     run.tracing = False
     return result
-
-
-_Masks = dict[Any, Tensor]
 
 
 def _touched(call: Call) -> Tensor:

@@ -231,11 +231,10 @@ def _resolved(
     tp_shard_plan: dict[str, ParallelStyle] | str | None,
     sequence_parallel: bool,
 ) -> ResolvedPlan | None:
-    """The plan for this model and mesh, checked; None where there is one tensor-parallel rank."""
+    """The plan for this model and mesh, checked (heads too); None where there is one tensor-parallel rank."""
     if tp_mesh.size() == 1:
         return None
-    validate_tp_mesh(model, tp_mesh)
     if isinstance(tp_shard_plan, dict):
         sequence_parallel |= asks_for_sequence_parallel(tp_shard_plan.values())
-    plan = choose_plan(model, tp_shard_plan)
+    plan = choose_plan(model, tp_shard_plan, tp_mesh.size())
     return resolve(model, plan, tp_mesh.size(), sequence_parallel=sequence_parallel)

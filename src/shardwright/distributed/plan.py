@@ -14,7 +14,7 @@ from typing import Any
 
 from shardwright.errors import PlanError
 
-_KEYS = ("styles", "optional", "local_attributes", "source", "notes")
+_KEYS = ("styles", "optional", "local_attributes", "source", "tp", "notes")
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class ParallelPlan:
             head count, a width) and that become rank-local: they are divided by the tensor-parallel size, on the
             instance, never in the shared config.
         source: where the plan comes from, for reports (``"custom"``, ``"optimized: qwen3"``, ``"huggingface"``, ...).
+        tp: the only tensor-parallel size that the plan is for; None where it suits any that divides the model's heads.
         notes: sentences for the reader of a report, for example what falls back to a gather and what that costs.
     """
 
@@ -37,6 +38,7 @@ class ParallelPlan:
     local_attributes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     source: str = "custom"
     notes: tuple[str, ...] = field(default=())
+    tp: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.styles, Mapping):
@@ -51,6 +53,8 @@ class ParallelPlan:
         stray = sorted(set(self.optional) - set(self.styles))
         if stray:
             raise PlanError(f"optional names {', '.join(map(repr, stray))}, which styles does not have.")
+        if self.tp is not None and (not isinstance(self.tp, int) or self.tp < 1):
+            raise PlanError(f"tp is {self.tp!r}; it must be a whole number >= 1, or left out.")
         if not isinstance(self.source, str):
             raise PlanError(f"source is {self.source!r}; it must be a string.")
         object.__setattr__(self, "styles", dict(self.styles))
@@ -66,6 +70,7 @@ class ParallelPlan:
     def to_dict(self) -> dict[str, Any]:
         return {
             "source": self.source,
+            "tp": self.tp,
             "styles": dict(self.styles),
             "optional": sorted(self.optional),
             "local_attributes": {glob: list(names) for glob, names in self.local_attributes.items()},

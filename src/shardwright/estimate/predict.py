@@ -125,7 +125,7 @@ def predict(model: Model, config: ParallelConfig, *, weights: str = "float32") -
         raise UnsupportedError(f"cp is {config.cp}: context parallelism is not supported yet. Use cp=1.")
     config = config.with_(dp_shard=max(config.dp_shard, 1))
     built = model if isinstance(model, nn.Module) else build_on_meta(load_config(model), dtype=getattr(torch, weights))
-    plan = choose_plan(built, config.plan)
+    plan = choose_plan(built, config.plan, config.tp)
     resolved = resolve(built, plan, config.tp, sequence_parallel=config.sequence_parallel)
     layouts = parameter_layouts(built, resolved)
     return Prediction(

@@ -39,8 +39,7 @@ def resolve(model: nn.Module, plan: ParallelPlan, tp: int, *, sequence_parallel:
     _match(model, modules, plan, resolved)
     _specialise(model, modules, resolved)
     _settle_ties(modules, resolved)
-    if any(use.style in READERS for use in resolved.modules.values()) and (note := check_heads(model, tp)):
-        resolved.notes.append(note)
+    _check_size(model, plan, resolved)
     share_projections(model, modules, resolved)
     _localise_attributes(modules, plan, resolved)
     _cover(modules, resolved)
@@ -50,6 +49,17 @@ def resolve(model: nn.Module, plan: ParallelPlan, tp: int, *, sequence_parallel:
     _collect_whole(modules, resolved)
     _check_styles(modules, resolved)
     return resolved
+
+
+def _check_size(model: nn.Module, plan: ParallelPlan, resolved: ResolvedPlan) -> None:
+    """Whether the plan is for so many ranks. One that was derived for a size has tried that size's heads."""
+    if plan.tp not in (None, resolved.tp, 1) and resolved.tp > 1:
+        raise PlanError(
+            f"The plan ({plan.source}) is for tp={plan.tp}, not for tp={resolved.tp}. Derive it for that size."
+        )
+    if plan.tp is None and any(use.style in READERS for use in resolved.modules.values()):
+        note = check_heads(model, resolved.tp)
+        resolved.notes += [note] if note else []
 
 
 def _check_plain(model: nn.Module) -> None:
@@ -129,18 +139,26 @@ def _settle_ties(modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
         sharded = {name: use for name, use in uses.items() if use is not None and use.style in SHARDED}
         if not sharded:
             continue
-        for name, use in uses.items():
-            if use is None or (use.style == "replicate" and not use.rule):
-                style = "embedding_rowwise" if isinstance(modules[name], nn.Embedding) else "colwise_logits"
-                resolved.modules[name] = StyleUse(style, rule=f"tied to {next(iter(sharded))}")
+        for name, parameter in tie.places:
+            if uses[name] is not None:
+                continue
+            rule = f"tied to {next(iter(sharded))}"
+            if isinstance(modules[name], nn.Embedding):
+                resolved.modules[name] = StyleUse("embedding_rowwise", rule=rule)
+            elif isinstance(modules[name], nn.Linear):
+                resolved.modules[name] = StyleUse("colwise_logits", rule=rule)
+            else:
+                resolved.parameters[name, parameter] = "colwise"
+                resolved.modules[name] = StyleUse("local_params", rule=rule)
         _check_tie(modules, resolved, tie)
 
 
 def _check_tie(modules: dict[str, nn.Module], resolved: ResolvedPlan, tie: Tie) -> None:
     layouts = {}
     for name, parameter in tie.places:
-        use = resolved.modules[name]
-        layouts[name] = make_style(use.style, **use.options).placement(modules[name], parameter)
+        use, bare = resolved.modules[name], resolved.parameters.get((name, parameter))
+        style = make_style(bare) if bare else make_style(use.style, **use.options)
+        layouts[name] = style.placement(modules[name], parameter)
     if len(set(layouts.values())) > 1:
         rows = ", ".join(f"{name} ({resolved.modules[name].style}: {layout})" for name, layout in layouts.items())
         raise PlanError(

@@ -28,12 +28,13 @@ logger = logging.getLogger(__name__)
 CustomPlan = Mapping[str, ParallelStyle | str] | ParallelPlan | str
 
 
-def choose_plan(model: nn.Module, custom: CustomPlan | None = None) -> ParallelPlan:
+def choose_plan(model: nn.Module, custom: CustomPlan | None = None, tp: int = 2) -> ParallelPlan:
     """The tensor-parallel plan of ``model``; says on rank 0 which source it is from and why.
 
     Args:
         custom: a dict of globs to styles (torch ``ParallelStyle`` objects or style names), a :class:`ParallelPlan`, a
             path to a plan in YAML or JSON, or a dotted path to a dict or to a function that returns one.
+        tp: the size that a plan read off the dataflow will be for; the other sources' plans suit any.
 
     Raises:
         PlanError: ``custom`` is none of these or cannot be read.
@@ -47,7 +48,7 @@ def choose_plan(model: nn.Module, custom: CustomPlan | None = None) -> ParallelP
     else:
         from shardwright.distributed.models.dataflow import derive_plan  # not needed by models that have a plan
 
-        plan, why = derive_plan(model), "neither Shardwright nor transformers has a plan for this model's blocks"
+        plan, why = derive_plan(model, tp=tp), "neither Shardwright nor transformers has a plan for this model's blocks"
     if not dist.is_initialized() or dist.get_rank() == 0:
         logger.info("Tensor-parallel plan of %s: %s, because %s.", type(model).__name__, plan.source, why)
     return plan

@@ -5,6 +5,7 @@ Arguments are passed on to ``shardwright train``, for example: python examples/d
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from rich.syntax import Syntax
 
 from shardwright.train.config import load_config
 
-CONFIG = Path(__file__).with_name("quickstart.yaml")
+CONFIG = os.path.relpath(Path(__file__).with_name("quickstart.yaml"))
 PROMPT = "def __init__(self, name"
 NEXT = """\
 [bold]What next[/]
@@ -30,7 +31,7 @@ NEXT = """\
 
 def main() -> None:
     console = Console()
-    command = ["train", str(CONFIG), *sys.argv[1:]]
+    command = ["train", CONFIG, *sys.argv[1:]]
     console.print(Rule("Train"))
     console.print(f"$ shardwright {' '.join(command)}", style="bold", highlight=False, soft_wrap=True)
     code = subprocess.run([sys.executable, "-m", "shardwright.cli", *command], check=False).returncode

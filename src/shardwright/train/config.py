@@ -14,6 +14,7 @@ from shardwright.errors import ConfigError
 from shardwright.train.settings import apply_overrides, build, read_yaml
 
 DEVICES = ("auto", "cpu", "cuda")
+NOT_FINITE = ("raise", "skip")
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,25 @@ class OutputSettings:
 
 
 @dataclass(frozen=True)
+class CheckpointSettings:
+    """Checkpoints of the run itself (``dir/checkpoints``): model, optimizer, schedule and random states.
+
+    Attributes:
+        every: steps between two checkpoints; there is one at the end too, and one at SIGTERM. 0: none at all.
+        keep: how many of the newest stay; the one with the least validation loss stays on top of them.
+        resume: true: go on from the newest checkpoint in ``output.dir``, where there is one. A path: from that one.
+    """
+
+    every: int = 0
+    keep: int = 2
+    resume: bool | str = False
+
+    def __post_init__(self) -> None:
+        _at_least("every", self.every, 0)
+        _at_least("keep", self.keep, 1)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """A whole training run.
 
@@ -164,6 +184,8 @@ class TrainConfig:
             asks for, or one for every GPU where ``sharding.dp_shard`` is -1.
         check_first_step: compare the first step (loss, every gradient, every updated weight) with the same step of the
             unsharded model in one process, and stop when they differ.
+        not_finite: what a loss or gradient that is no number does to the run: ``"raise"`` ends it with the name of the
+            parameter, before the weights are touched; ``"skip"`` leaves that update out and goes on.
     """
 
     model: ModelSettings
@@ -173,6 +195,7 @@ class TrainConfig:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     output: OutputSettings = field(default_factory=OutputSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     steps: int = 1000
     batch_size: int = 8
     accumulation: int = 1
@@ -181,6 +204,7 @@ class TrainConfig:
     device: str = "auto"
     ranks: int | None = None
     check_first_step: bool = False
+    not_finite: str = "raise"
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation"):
@@ -191,6 +215,7 @@ class TrainConfig:
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ConfigError(f"clip_norm is {self.clip_norm}; it must be above 0, or null for no clipping.")
         _one_of("device", self.device, DEVICES)
+        _one_of("not_finite", self.not_finite, NOT_FINITE)
         if self.schedule.warmup_steps > self.steps:
             raise ConfigError(
                 f"schedule.warmup_steps is {self.schedule.warmup_steps}, more than the {self.steps} steps of the run."

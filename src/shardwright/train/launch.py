@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import socket
 import sys
 import tempfile
@@ -17,17 +18,19 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from shardwright.checkpoint.store import list_checkpoints
 from shardwright.distributed.mesh import default_device_type, make_mesh
-from shardwright.errors import ConfigError, RunError, ShardwrightError
+from shardwright.errors import ConfigError, PreemptedError, RunError, ShardwrightError, UnsupportedError
 from shardwright.train.config import TrainConfig
 from shardwright.train.metrics import use_tensorboard
-from shardwright.train.output import check_output
+from shardwright.train.output import CHECKPOINTS, check_output
 from shardwright.train.place import Place, place_from_environment
 from shardwright.train.prepare import Say, digest, prepare
 from shardwright.train.rank import device_of, process_group, train
 
 REFUSED = 3  # exit code of a rank that raised a ShardwrightError: all that there is to say is in its message
 _TAIL = 30
+_LOGGERS = ("", ".agent.server.api", ".agent.server.local_elastic_agent", ".multiprocessing.errors")
 
 
 def run(config: TrainConfig, environment: Mapping[str, str]) -> None:
@@ -41,9 +44,10 @@ def run(config: TrainConfig, environment: Mapping[str, str]) -> None:
     """
     place = place_from_environment(environment)
     ranks = place.world_size if place else local_ranks(config)
+    check_engine(config)
     check_devices(config, place.local_world_size if place else ranks)
     config.check_ranks(ranks)
-    check_output(config.output)
+    check_output(config.output, resume=bool(config.checkpoint.resume))
     use_tensorboard(config.output.tensorboard)
     with tempfile.TemporaryDirectory(prefix="shardwright-") as folder:
         job = Path(folder)
@@ -54,7 +58,7 @@ def run(config: TrainConfig, environment: Mapping[str, str]) -> None:
                 train(config, prepared, make_mesh(config.sharding, device.type))
             return
         prepare(config, job, _narrator(quiet=False))
-        _start_ranks(ranks, job)
+        _start_ranks(ranks, job, config)
 
 
 def local_ranks(config: TrainConfig) -> int:
@@ -64,6 +68,14 @@ def local_ranks(config: TrainConfig) -> int:
     least = config.sharding.least_world_size
     on_gpu = config.device != "cpu" and default_device_type() == "cuda"
     return max(torch.cuda.device_count(), least) if on_gpu and config.sharding.dp_shard == -1 else least
+
+
+def check_engine(config: TrainConfig) -> None:
+    """Raises UnsupportedError for an engine that this loop does not drive yet."""
+    if config.sharding.engine != "fsdp2":
+        raise UnsupportedError(
+            f"sharding.engine is {config.sharding.engine}, which shardwright train does not drive yet. Set it to fsdp2."
+        )
 
 
 def check_devices(config: TrainConfig, local_world_size: int) -> None:
@@ -107,13 +119,14 @@ def _narrator(quiet: bool) -> Say:
     return lambda text: console.print(text, highlight=False, soft_wrap=True)
 
 
-def _start_ranks(ranks: int, job: Path) -> None:
+def _start_ranks(ranks: int, job: Path, config: TrainConfig) -> None:
     """Run ``ranks`` processes on this machine to their end, under torch's own launcher.
 
     Rank 0 has the terminal. What the others print, and what any rank writes to its standard error, goes to files; when
     a rank fails, the first cause is told once.
     """
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # told below, in one paragraph
+    for part in _LOGGERS:  # each has a level of its own; what they tell is told below, in one paragraph
+        logging.getLogger(f"torch.distributed.elastic{part}").setLevel(logging.CRITICAL)
     redirects = {rank: Std.ERR if rank == 0 else Std.ALL for rank in range(ranks)}
     launch = LaunchConfig(
         min_nodes=1,
@@ -131,15 +144,25 @@ def _start_ranks(ranks: int, job: Path) -> None:
     except ChildFailedError as error:
         raise _cause(error, job) from None
     except SignalException as error:
-        raise RunError(f"Stopped by {error.sigval.name}; all {ranks} ranks have ended.") from None
+        raise _stopped(error.sigval, ranks, config) from None
+
+
+def _stopped(signal_: signal.Signals, ranks: int, config: TrainConfig) -> RunError:
+    """What to say when this process was told to end and has ended the ranks, which had time to save a checkpoint."""
+    what = f"Stopped by {signal_.name}; all {ranks} ranks have ended."
+    saved = list_checkpoints(Path(config.output.dir) / CHECKPOINTS)
+    if signal_ is not signal.SIGTERM or not saved:
+        return RunError(what)
+    return PreemptedError(f"{what} The same command with checkpoint.resume=true goes on from {saved[-1]}.")
 
 
 def _cause(error: ChildFailedError, job: Path) -> ShardwrightError:
     """What a rank that refused has to say, since all ranks refuse alike; else the rank that failed first."""
     for failure in error.failures.values():
         report = failure.error_file_data["message"]
-        if failure.exitcode == REFUSED and isinstance(report, dict):
-            return RunError(report["message"].partition(": ")[2])  # without the name of the class
+        if failure.exitcode in (REFUSED, PreemptedError.exit_code) and isinstance(report, dict):
+            kind = RunError if failure.exitcode == REFUSED else PreemptedError
+            return kind(report["message"].partition(": ")[2])  # without the name of the class
     rank, failure = min(error.failures.items(), key=lambda item: _time_of(item[1]))
     report = failure.error_file_data["message"]
     if not isinstance(report, dict):  # it was killed before it could say anything

@@ -28,12 +28,9 @@ def whole(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], clip_norm: float | None) -> Tensor:
-    """Scale the gradients so that their global norm is at most ``clip_norm``; returns the norm before that, 0-dim."""
-    trained = [p for p in parameters if p.grad is not None]
-    if clip_norm is None:
-        return whole(nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
-    return whole(nn.utils.clip_grad_norm_(trained, clip_norm))
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The global norm of the gradients, 0-dim; a DTensor where they are."""
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 class Trainer:
@@ -89,13 +86,27 @@ class Trainer:
         dist.all_reduce(total, group=self._dp.get_group())
         return total / targets
 
-    def update(self) -> Tensor:
-        """Clip, step the optimizer and the learning rate, clear the gradients; returns the gradient norm, 0-dim."""
-        norm = clip_gradients(self.model.parameters(), self._clip_norm)
+    def gradient_norm(self) -> Tensor:
+        """The global norm of the gradients that :meth:`backward` left, 0-dim."""
+        return gradient_norm(self.model.parameters())
+
+    def update(self, norm: Tensor | None = None) -> Tensor:
+        """Clip, step the optimizer and the learning rate, clear the gradients; returns the gradient norm, 0-dim.
+
+        Args:
+            norm: what :meth:`gradient_norm` returned, where it is known.
+        """
+        norm = self.gradient_norm() if norm is None else norm
+        if self._clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), self._clip_norm, norm)
         self.optimizer.step()
+        self.leave_out()
+        return whole(norm)
+
+    def leave_out(self) -> None:
+        """Go on to the next step without an update from the gradients there are."""
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
 
     @torch.no_grad()
     def validate(self, rows: np.ndarray, rows_at_once: int) -> float:

@@ -8,6 +8,7 @@ import sys
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,16 +63,34 @@ def use_tensorboard(wanted: bool | None) -> bool:
     return installed if wanted is None else wanted
 
 
-class MetricsFiles:
-    """``metrics.jsonl`` and TensorBoard events in one folder; a context manager that closes both."""
+def _lines_until(file: Path, done: int) -> list[dict[str, Any]]:
+    """The lines of the first ``done`` steps. A kill may have cut the last line short: it is not among them."""
+    if not done or not file.is_file():
+        return []
+    whole = [line for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    return [line for line in map(json.loads, whole) if line["step"] <= done]
 
-    def __init__(self, folder: Path, tensorboard: bool) -> None:
+
+class MetricsFiles:
+    """``metrics.jsonl`` and TensorBoard events in one folder; a context manager that closes both.
+
+    Args:
+        done: steps that a resumed run has behind it; their lines stay, later ones go.
+
+    Attributes:
+        losses: those of the lines that stayed.
+    """
+
+    def __init__(self, folder: Path, tensorboard: bool, done: int = 0) -> None:
+        kept = _lines_until(folder / "metrics.jsonl", done)
+        self.losses = [line["loss"] for line in kept]
         self._lines = (folder / "metrics.jsonl").open("w", encoding="utf-8", buffering=1)
+        self._lines.writelines(json.dumps(line) + "\n" for line in kept)
         self._events = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._events = SummaryWriter(str(folder / "tensorboard"))
+            self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1 if done else None)
 
     def write(self, metrics: Metrics) -> None:
         values = {key: value for key, value in asdict(metrics).items() if value is not None}

@@ -82,8 +82,9 @@ def _require_enough(data: DataSettings, sequences: int, tokens: int, files: int)
     needed = data.validation + 1
     if sequences < needed:
         held = f" and {data.validation} more to hold out (data.validation)" if data.validation else ""
+        given = "1 file gives" if files == 1 else f"{files:,} files give"
         raise ConfigError(
-            f"The text is too short: {files} file{'s' * (files != 1)} give{'s' * (files == 1)} {tokens:,} tokens, which make {sequences} sequences of "
+            f"The text is too short: {given} {tokens:,} tokens, which make {sequences} sequences of "
             f"data.sequence_length = {data.sequence_length}; training needs at least 1{held}. Give more text, or "
             "lower data.sequence_length or data.validation."
         )

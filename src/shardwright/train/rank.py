@@ -12,25 +12,30 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from rich.logging import RichHandler
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from shardwright.api import parallelize
+from shardwright.checkpoint.load import load_pretrained
+from shardwright.checkpoint.save import save_pretrained
 from shardwright.distributed.mesh import AXES, default_device_type
+from shardwright.errors import RunError
 from shardwright.train.check import checked_step, reference_step
+from shardwright.train.checkpointing import Checkpoints, first_not_finite, is_finite, require_equal_ranks
 from shardwright.train.config import TrainConfig
 from shardwright.train.dataset import Order, TokenRows
-from shardwright.train.export import export_model
-from shardwright.train.loop import Trainer
+from shardwright.train.loop import Trainer, whole
 from shardwright.train.model import build_model, model_config
 from shardwright.train.optim import make_optimizer, make_schedule
 from shardwright.train.output import MODEL
 from shardwright.train.place import Place
 from shardwright.train.prepare import TOKENIZER
-from shardwright.train.progress import show_curve
+from shardwright.train.progress import ConsoleHandler, show_curve
 from shardwright.train.recorder import Recorder
 from shardwright.train.tokenizer import load_tokenizer
+
+log = logging.getLogger(__name__)
 
 
 def device_of(config: TrainConfig, place: Place) -> torch.device:
@@ -77,20 +82,26 @@ def train(config: TrainConfig, job: Path, mesh: DeviceMesh) -> None:
     architecture = model_config(config.model, tokenizer)
     data = TokenRows(job)
     order = Order(len(data), config.batch_size, config.data.validation, config.seed)
+    require_equal_ranks(config)
     trainer = _trainer(config, architecture, mesh, data, device)
     _say(console, _headline(trainer, mesh, device, config.sharding.sequence_parallel))
 
     # One stream of dropout for each data-parallel rank, the same on the ranks that share its rows.
     torch.manual_seed(int(np.random.SeedSequence([config.seed, mesh["dp"].get_local_rank()]).generate_state(1)[0]))
+    checkpoints = Checkpoints(config, trainer, tokenizer, mesh, device)
+    done = checkpoints.resume()
+    if done:
+        _say(console, f"Resumed after step {done}.")
     first = None
-    if config.check_first_step:
+    if config.check_first_step and not done:
         reference = reference_step(config, architecture, data, order.rows(0)) if dist.get_rank() == 0 else None
         *first, difference = checked_step(trainer, order.rows(0), reference)
         _say(console, f"[green]The first step equals one process.[/] Relative differences: {difference}")
-    losses = _train_all(config, trainer, order, console, device, tuple(first) if first else None)
+    with checkpoints.listening():
+        losses = _train_all(config, trainer, order, console, device, tuple(first) if first else None, checkpoints, done)
 
     folder = Path(config.output.dir) / MODEL
-    export_model(trainer.model, architecture, tokenizer, folder)
+    save_pretrained(trainer.model, folder, tokenizer)
     show_curve(console, losses)
     _say(console, f"Saved [bold]{folder}[/] for AutoModelForCausalLM.from_pretrained.")
 
@@ -100,7 +111,7 @@ def _console() -> Console:
     console = Console(quiet=dist.get_rank() != 0)
     log = logging.getLogger("shardwright")
     log.setLevel(logging.INFO if dist.get_rank() == 0 else logging.ERROR)
-    log.handlers = [RichHandler(console=console, show_time=False, show_level=False, show_path=False)]
+    log.handlers = [ConsoleHandler(console)]
     return console
 
 
@@ -111,8 +122,14 @@ def _say(console: Console, text: str) -> None:
 def _trainer(
     config: TrainConfig, architecture: PreTrainedConfig, mesh: DeviceMesh, data: TokenRows, device: torch.device
 ) -> Trainer:
-    model = build_model(config.model, architecture, config.seed).to(device)
-    parallelize(model, config.sharding, mesh)
+    if config.model.path is not None:
+        dtype = getattr(torch, config.model.dtype)
+        model: nn.Module = load_pretrained(
+            config.model.path, config.sharding, mesh, model_class=AutoModelForCausalLM, dtype=dtype
+        ).train()
+    else:
+        model = build_model(config.model, architecture, config.seed).to(device)
+        parallelize(model, config.sharding, mesh)
     optimizer = make_optimizer(model, config.optimizer)
     schedule = make_schedule(optimizer, config.schedule, config.steps)
     return Trainer(model, optimizer, schedule, mesh, data, device, config.accumulation, config.clip_norm)
@@ -136,19 +153,51 @@ def _train_all(
     console: Console,
     device: torch.device,
     first: tuple[torch.Tensor, ...] | None,
+    checkpoints: Checkpoints,
+    done: int,
 ) -> list[float]:
-    """All steps; ``first`` is the loss and gradient norm of step 0 where that has been taken. Returns the losses."""
+    """The steps after the first ``done``; ``first`` is the loss and gradient norm of step 0 where that has been taken.
+
+    Returns the losses of all recorded steps.
+    """
     rows_at_once = config.batch_size // (config.accumulation * trainer.dp_size)
-    with Recorder(config, console, device) as recorder:
-        for step in range(config.steps):
+    with Recorder(config, console, device, done) as recorder:
+        for step in range(done, config.steps):
             lr = trainer.learning_rate
             if step == 0 and first is not None:
                 loss, norm = first
             else:
-                loss = trainer.backward(order.rows(step))
-                norm = trainer.update()
+                loss, raw_norm = trainer.backward(order.rows(step)), trainer.gradient_norm()
+                norm = whole(raw_norm)
+                if not is_finite(loss, norm):
+                    _not_finite(config, trainer, step, loss, norm)
+                    checkpoints.after(step, None)
+                    continue
+                trainer.update(raw_norm)
             held_out = None
             if recorder.validates(step):
                 held_out = trainer.validate(order.held_out, rows_at_once)
             recorder.record(step, loss, norm, lr, held_out)
+            checkpoints.after(step, held_out)
     return recorder.losses
+
+
+def _not_finite(config: TrainConfig, trainer: Trainer, step: int, loss: torch.Tensor, norm: torch.Tensor) -> None:
+    """Do what the config says about a step whose loss or gradient is no number.
+
+    Raises:
+        RunError: on every rank, where that ends the run; the weights are those of the step before.
+    """
+    name = first_not_finite(trainer.model)
+    where = f" (first in the gradient of {name})" if name else ""
+    what = (
+        f"Step {step + 1} has loss {loss.item()} and gradient norm {norm.item()}{where} at a learning rate of "
+        f"{trainer.learning_rate:.2e}."
+    )
+    if config.not_finite == "raise":
+        raise RunError(
+            f"{what} Training cannot go on from there. Lower optimizer.lr, raise schedule.warmup_steps, or lower "
+            "clip_norm; or leave such steps out with not_finite=skip."
+        )
+    log.warning("%s It is left out.", what)
+    trainer.leave_out()

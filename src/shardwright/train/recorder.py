@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from contextlib import ExitStack
 from types import TracebackType
@@ -12,7 +11,6 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
 
-from shardwright.errors import RunError
 from shardwright.train.config import TrainConfig
 from shardwright.train.metrics import Metrics, MetricsFiles, peak_memory_gib, use_tensorboard
 from shardwright.train.output import start_output
@@ -24,13 +22,17 @@ class Recorder:
 
     Attributes:
         losses: the loss of every recorded step.
+
+    Args:
+        done: steps that a resumed run has behind it.
     """
 
-    def __init__(self, config: TrainConfig, console: Console, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, console: Console, device: torch.device, done: int = 0) -> None:
         self.losses: list[float] = []
         self._config = config
         self._console = console
         self._device = device
+        self._done = done
         self._tokens_per_step = config.batch_size * config.data.sequence_length
         self._stack = ExitStack()
 
@@ -38,10 +40,12 @@ class Recorder:
         self._files: MetricsFiles | None = None
         if dist.get_rank() == 0:
             output = self._config.output
-            folder = start_output(output, self._config.to_yaml())
-            self._files = self._stack.enter_context(MetricsFiles(folder, use_tensorboard(output.tensorboard)))
+            folder = start_output(output, self._config.to_yaml(), resumed=self._done > 0)
+            files = MetricsFiles(folder, use_tensorboard(output.tensorboard), self._done)
+            self._files = self._stack.enter_context(files)
+            self.losses = files.losses
             self._progress = self._stack.enter_context(ProgressBar(self._console, self._config.steps))
-        self._last_step, self._last_time = 0, time.perf_counter()
+        self._last_step, self._last_time = self._done, time.perf_counter()
         return self
 
     def __exit__(
@@ -57,20 +61,11 @@ class Recorder:
         return self._is_last(step) or (every > 0 and (step + 1) % every == 0)
 
     def record(self, step: int, loss: Tensor, norm: Tensor, lr: float, validation_loss: float | None) -> None:
-        """Take note of ``step`` (from 0), where one is due.
-
-        Raises:
-            RunError: loss or gradient norm is not finite; on every rank, since all have the same numbers.
-        """
+        """Take note of ``step`` (from 0), where one is due."""
         due = (step + 1) % self._config.output.log_every == 0 or self._is_last(step) or step == 0
         if not due and validation_loss is None:
             return
         values = loss.item(), norm.item()  # waits for the device, so the time below is that of finished work
-        if not all(map(math.isfinite, values)):
-            raise RunError(
-                f"Step {step + 1} has loss {values[0]} and gradient norm {values[1]} at a learning rate of {lr:.2e}. "
-                "Training cannot go on from there. Lower optimizer.lr, raise schedule.warmup_steps, or lower clip_norm."
-            )
         self.losses.append(values[0])
         now, done = time.perf_counter(), step + 1
         speed = None  # a first step that was checked was taken before the clock started

@@ -58,6 +58,10 @@ def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> dict[str,
         try:
             parsed = yaml.safe_load(value)
         except yaml.YAMLError:
+            if value.lstrip().startswith(("[", "{")):
+                raise ConfigError(
+                    f"The value in {text!r} is not valid YAML; put quotes around what is in it."
+                ) from None
             parsed = value  # such as *.py, which YAML would take for an alias; whoever reads the key checks it
         result = _with(result, key.split("."), parsed, text)
     return result

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from shardwright.distributed.mesh import make_mesh
-from shardwright.errors import ShardwrightError
+from shardwright.errors import PreemptedError, ShardwrightError
 from shardwright.train.config import load_config
 from shardwright.train.launch import REFUSED
 from shardwright.train.place import place_from_environment
@@ -30,5 +30,7 @@ def _work(job: Path) -> None:
 if __name__ == "__main__":
     try:
         _work(Path(sys.argv[1]))
+    except PreemptedError as error:
+        sys.exit(error.exit_code)
     except ShardwrightError:
         sys.exit(REFUSED)

@@ -6,7 +6,7 @@ Pure: needs no process group, no GPU and no weights.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -15,6 +15,7 @@ from shardwright.distributed.models.heads import check_heads
 from shardwright.distributed.models.huggingface import head_name, text_config
 from shardwright.distributed.models.key_values import share_projections
 from shardwright.distributed.models.overlay import find_regions, overlay_sequence_parallel
+from shardwright.distributed.models.partial_check import modules_on_slices
 from shardwright.distributed.models.resolved import READERS, SHARDED, WRITERS, ResolvedPlan, StyleUse
 from shardwright.distributed.models.structure import block_names, numbers_to_globs, owns_parameters
 from shardwright.distributed.models.ties import Tie, find_ties
@@ -23,6 +24,9 @@ from shardwright.distributed.styles import canonical_style, make_style
 from shardwright.distributed.styles.local_view import CONFIG
 from shardwright.errors import PlanError
 
+# Layers that hand on this rank's slice, and modules that sum over the ranks before they return.
+RANK_LOCAL = frozenset({"colwise", "packed_colwise", "fused_qkv", "kv_heads"})
+SUMMING = frozenset({"moe_tp_experts", "all_reduce"})
 SUMMED = ("replicated_with_grad_allreduce", "sequence_parallel", "kv_heads")
 
 
@@ -43,6 +47,7 @@ def resolve(model: nn.Module, plan: ParallelPlan, tp: int, *, sequence_parallel:
     share_projections(model, modules, resolved)
     _localise_attributes(modules, plan, resolved)
     _cover(modules, resolved)
+    _declare_partial(model, modules, resolved)
     find_regions(modules, resolved)
     if sequence_parallel:
         overlay_sequence_parallel(model, modules, resolved)
@@ -198,6 +203,30 @@ def _cover(modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
             resolved.modules[name] = StyleUse("local_params", rule="owns parameters with styles")
         elif owns_parameters(module) and name not in resolved.modules:
             resolved.modules[name] = StyleUse("replicate", rule="")
+
+
+def _declare_partial(model: nn.Module, modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
+    """Sum the gradients of whole modules that the plan does not name, but that work on this rank's slice."""
+    readers = [name.rpartition(".")[0] for name, use in resolved.modules.items() if use.style in RANK_LOCAL]
+    inside = tuple({f"{region}." for region in readers if region})
+    unnamed = {
+        name
+        for name, use in resolved.modules.items()
+        if use.style == "replicate" and not use.rule and name.startswith(inside)
+    }
+    if not inside or not unnamed:
+        return
+    sliced = modules_on_slices(model, unnamed, _styled(resolved, RANK_LOCAL), _styled(resolved, SUMMING))
+    for name in sliced:
+        resolved.modules[name] = StyleUse("replicated_with_grad_allreduce", rule="works on this rank's slice")
+
+
+def _styled(resolved: ResolvedPlan, styles: frozenset[str]) -> Callable[[str], bool]:
+    def check(name: str) -> bool:
+        use = resolved.modules.get(name)
+        return use is not None and use.style in styles
+
+    return check
 
 
 def _collect_whole(modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:

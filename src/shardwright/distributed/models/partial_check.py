@@ -1,0 +1,93 @@
+"""Whole parameters that a plan forgot to declare as seeing only this rank's work: found in the autograd graph.
+
+A copy of the model without its weights runs once. A module whose input can be traced back to the output of a
+column-parallel layer, with no row-parallel or gathering layer in between, works on this rank's slice; the gradient of
+its parameters is then a sum over the ranks, whatever the plan says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shardwright.distributed.models.dataflow.hollow import Hollow, hollow_copy
+from shardwright.distributed.models.dataflow.inputs import candidate_inputs
+from shardwright.distributed.models.dataflow.play import full_run
+from shardwright.distributed.models.dataflow.tape import CODE_ERRORS, Mismatch
+
+
+class _Boundary(torch.autograd.Function):
+    """Marks the output of a module that makes its result whole for itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def modules_on_slices(
+    model: nn.Module, candidates: set[str], is_sliced: Callable[[str], bool], is_summed: Callable[[str], bool]
+) -> set[str]:
+    """Those among ``candidates`` whose input is this rank's slice of something.
+
+    Args:
+        candidates: names of modules with whole parameters.
+        is_sliced: whether a linear layer of this name hands on a slice.
+        is_summed: whether a module of this name sums its ranks' results before it returns.
+    """
+    for inputs in candidate_inputs(model):
+        hollow = hollow_copy(model)
+        kind = hollow.repeats.kind_of
+        kinds = {kind(name) for name in candidates}
+        seen: dict[str, list[Any]] = {}
+        for name, module in hollow.model.named_modules():
+            original = hollow.repeats.original_name(name)
+            if is_summed(original):
+                module.register_forward_hook(_mark)
+            if kind(original) in kinds and name not in hollow.stubs:
+                module.register_forward_hook(_noting(seen.setdefault(kind(original), [])))
+        try:
+            full_run(hollow, inputs)
+        except (Mismatch, *CODE_ERRORS):
+            continue
+        sliced = {found for found, nodes in seen.items() if any(_reaches(hollow, node, is_sliced) for node in nodes)}
+        return {name for name in candidates if kind(name) in sliced}
+    return set()
+
+
+def _mark(module: nn.Module, args: Any, output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return _Boundary.apply(output)
+    if isinstance(output, tuple):
+        return tuple(_Boundary.apply(x) if isinstance(x, Tensor) and x.requires_grad else x for x in output)
+    return output
+
+
+def _noting(nodes: list[Any]) -> Callable[..., None]:
+    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        nodes.extend(x.grad_fn for x in args if isinstance(x, Tensor) and x.grad_fn is not None)
+
+    return note
+
+
+def _reaches(hollow: Hollow, start: Any, is_sliced: Callable[[str], bool]) -> bool:
+    """Whether the graph behind ``start`` comes to a sliced layer before any other layer."""
+    seen, open_ends = set(), [start]
+    while open_ends:
+        node = open_ends.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        call = node.call if node.name() == "_FullStubBackward" else None
+        if call is not None:
+            if is_sliced(hollow.repeats.original_name(call.name)):
+                return True
+        elif node.name() != "_BoundaryBackward":
+            open_ends += [before for before, _ in node.next_functions]
+    return False

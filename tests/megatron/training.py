@@ -155,7 +155,7 @@ def shard(case: Case, model: nn.Module, optimizer: Optimizer | None) -> nn.Modul
         torch_tensor_parallel(model, mesh["tp"])
     elif case.tp > 1:
         resolved = resolve(model, choose_plan(model, None), case.tp, sequence_parallel=case.plan == "sequence")
-        apply_tensor_parallel(model, mesh["tp"], resolved, scopes=step.unit_names)
+        apply_tensor_parallel(model, mesh["tp"], resolved, units=step.unit_names)
     if case.checkpointing != "none":
         apply_activation_checkpointing(model, step.unit_names, case.checkpointing)
     if case.compile:

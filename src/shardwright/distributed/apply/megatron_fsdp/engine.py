@@ -13,8 +13,10 @@ What is different from the package (0.5 and 0.6; its behaviour was found by expe
   between ranks. Here it is an empty shard.
 * The start of a backward is missed for outputs that are neither tensors nor tuples (a ``ModelOutput``); the model's
   own hook finds them in any structure.
-* ``overlap_grad_reduce=False`` reduces twice with ``optim``; ``overlap_param_gather=False`` leaves stale weights with
-  ``optim`` and ``optim_grads``. Neither does here.
+* ``overlap_grad_reduce=False`` reduces twice with ``optim``. Here it reduces once, after backward.
+* Gathered weights stay in use, and gathers that run ahead write old weights back, when the distributed parameters
+  change after a forward without backward, or, with ``overlap_param_gather=False``, at all. Here nothing gathered or in
+  flight outlives the raw parameters (:meth:`ShardedModel._replace_param_with_distributed_if_needed`).
 * The NaN check raises on one rank while the others wait for it; here all ranks raise, with the same message.
 """
 
@@ -75,6 +77,11 @@ class _Buffer(ParamAndGradBuffer):
         """The group of a distributed parameter, and its number in it."""
         group = self.parameter_groups[self.param_to_param_group[param.orig_param]]
         return group, next(i for i, raw in enumerate(group.params) if raw is param.orig_param)
+
+    def _reset_parameters(self, old: list[nn.Parameter], new: list[nn.Parameter]) -> None:
+        # Coming off the meta device, a DTensor stays the same object, which the package would then forget.
+        other = [(before, after) for before, after in zip(old, new, strict=True) if before is not after]
+        super()._reset_parameters([before for before, _ in other], [after for _, after in other])
 
     @property
     def trained(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
@@ -145,6 +152,13 @@ class ShardedModel(MegatronFSDP):
         self._overlap_grad_reduce = self.ddp_config.overlap_grad_reduce
         self._check_gradients = check_gradients
         self._in_backward = False
+        # Tensor parallelism reads whole parameters outside of units when the model begins, not when their module does.
+        self._read_by_root = [
+            raw
+            for group in self.param_and_grad_buffer.parameter_groups
+            for raw in group.params
+            if group.fsdp_unit_id is None and isinstance(raw, DTensor) and raw.placements[0].is_replicate()
+        ]
         for name, param in self.param_and_grad_buffer.optimizer_named_parameters:
             param._megatron_fsdp_model = self.raw_param[name]._megatron_fsdp_model = self
         for raw in self.raw_param.values():
@@ -183,15 +197,23 @@ class ShardedModel(MegatronFSDP):
         return self.module(*args, **kwargs)
 
     def all_gather_and_wait_parameters_ready(self, params: Any, prefetch: bool = True, **others: Any) -> None:
-        super().all_gather_and_wait_parameters_ready(params, prefetch and self._overlap_param_gather, **others)
+        # Tensor parallelism shows whole parameters as plain tensors while the model runs; they are gathered already.
+        raw = [param for param in params if param in self.param_and_grad_buffer.param_to_param_group]
+        super().all_gather_and_wait_parameters_ready(raw, prefetch and self._overlap_param_gather, **others)
 
     def synchronize_gradient_reduce(self) -> None:
         self.grad_reduce_pipeline.wait_for_previous_grad_reduce(0)
         self.grad_reduce_pipeline.reset()
 
-    def finish_grad_sync(self, force_all_reduce: bool | None = False) -> None:
-        super().finish_grad_sync()
-        self.synchronize_param_gather()
+    def _replace_param_with_distributed_if_needed(self) -> None:
+        if not self.is_param_fsdp_distributed:
+            # Gathers that run ahead would write old weights over what is written from here on, and gathered weights
+            # would be old ones.
+            pipeline = self.all_gather_pipeline
+            for bucket, backward in list(pipeline.param_gather_event_map):
+                pipeline.wait_bucket_ready(bucket, backward)
+            pipeline.reset()
+        super()._replace_param_with_distributed_if_needed()
 
     def _before_forward(self, *_: Any) -> None:
         if torch._C._current_graph_task_id() == -1:  # else: recomputed within a backward
@@ -200,8 +222,8 @@ class ShardedModel(MegatronFSDP):
         if self.is_param_fsdp_distributed:
             # An optimizer, or whoever loads weights, may have written into the distributed parameters.
             self.install_optimized_model_weights()
-            self.synchronize_param_gather()
             self._replace_param_with_raw_if_needed()
+        self.all_gather_and_wait_parameters_ready(self._read_by_root, prefetch=False)
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         tensors = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.requires_grad]

@@ -155,7 +155,11 @@ def axis_names(mesh: DeviceMesh) -> list[str]:
 
 
 def _has_nccl_allocator() -> bool:
-    for package, module in (("megatron", "megatron.core.nccl_allocator"), ("apex", "apex.contrib.nccl_allocator")):
-        if find_spec(package) is not None and find_spec(module) is not None:
-            return True
-    return False
+    return any(_importable(module) for module in ("megatron.core.nccl_allocator", "apex.contrib.nccl_allocator"))
+
+
+def _importable(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # one of the packages above it
+        return False

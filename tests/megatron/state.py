@@ -1,0 +1,277 @@
+"""What a sharded model holds and says, beside training: run on the ranks."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW
+from training import Case, batch, build_model, case_mesh, environment, make_optimizer, relative, shard
+
+from shardwright.distributed.apply.megatron_fsdp import (
+    Options,
+    attach_optimizer,
+    copy_full_tensor_,
+    full_tensor,
+    prepare,
+)
+from shardwright.distributed.config import ParallelConfig
+from shardwright.errors import RunError, UnsupportedError
+
+
+def step(model: nn.Module, optimizer: Any, number: int, share: int) -> None:
+    ids = batch(number, 0, share, "cpu")
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: full_tensor(param) for name, param in model.named_parameters()}
+
+
+def differences(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    assert list(a) == list(b)
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def attaching_changes_nothing() -> dict[str, Any]:
+    """An optimizer with every hyper-parameter set, before and after; and weights, state and gradients."""
+    model = build_model()
+    with environment():
+        sharded = shard(Case(), model, None)
+        ids = batch(0, 0, dist.get_rank(), "cpu")
+        sharded(input_ids=ids, labels=ids).loss.backward()
+        optimizer = AdamW(
+            [
+                {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.3, "name": "matrices"},
+                {"params": [p for p in model.parameters() if p.ndim == 1], "lr": 0.5},
+            ],
+            lr=0.1,
+            betas=(0.7, 0.8),
+        )
+        before = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        weights, params = whole_weights(model), [p for group in optimizer.param_groups for p in group["params"]]
+        grads = [full_tensor(p.grad) for p in params]
+        attach_optimizer(model, optimizer)
+        after = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        return {
+            "groups": before == after,
+            "same_parameters": all(
+                a is b for a, b in zip(params, (p for g in optimizer.param_groups for p in g["params"]), strict=True)
+            ),
+            "weights": differences(weights, whole_weights(model)),
+            "gradients": max(float((full_tensor(p.grad) - g).abs().max()) for p, g in zip(params, grads, strict=True)),
+            "state": len(optimizer.state),
+        }
+
+
+def momentum_with_dampening() -> float:
+    """SGD whose first step differs from the others: priming it with zeros would show."""
+    whole = build_model()
+    model = copy.deepcopy(whole)
+    options = {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "weight_decay": 0.1}
+    with environment():
+        optimizer = SGD(model.parameters(), **options)
+        sharded = shard(Case(), model, optimizer)
+        for number in range(2):
+            step(sharded, optimizer, number, dist.get_rank())
+        found = whole_weights(model)
+    reference = SGD(whole.parameters(), **options)
+    for number in range(2):
+        for share in range(dist.get_world_size()):
+            ids = batch(number, 0, share, "cpu")
+            (whole(input_ids=ids, labels=ids).loss / dist.get_world_size()).backward()
+        reference.step()
+        reference.zero_grad()
+    return max(relative(found[name], param) for name, param in whole.named_parameters())
+
+
+def evaluation_sees_new_weights(strategy: str) -> float:
+    """Written weights count at once, also between forwards without a backward."""
+    whole = build_model()
+    model = copy.deepcopy(whole)
+    ids = batch(0, 0, 0, "cpu")
+    worst = 0.0
+    with environment(), torch.no_grad():
+        sharded = shard(Case({"data_parallel_sharding_strategy": strategy}), model, None)
+        for _ in range(3):
+            worst = max(worst, float((sharded(input_ids=ids).logits - whole(input_ids=ids).logits).abs().max()))
+            for name, param in model.named_parameters():
+                new = torch.randn(param.shape) * 0.1
+                copy_full_tensor_(param, new)
+                whole.get_parameter(name).copy_(new)
+    return worst
+
+
+def two_forwards_then_two_backwards(strategy: str) -> float:
+    whole = build_model()
+    model = copy.deepcopy(whole)
+    batches = [batch(0, micro, dist.get_rank(), "cpu") for micro in range(2)]
+    with environment():
+        sharded = shard(Case({"data_parallel_sharding_strategy": strategy}), model, None)
+        losses = [sharded(input_ids=ids, labels=ids).loss for ids in batches]
+        for loss in losses:
+            loss.backward()
+        found = {name: full_tensor(param.grad) for name, param in model.named_parameters()}
+    for micro in range(2):
+        for share in range(dist.get_world_size()):
+            ids = batch(0, micro, share, "cpu")
+            (whole(input_ids=ids, labels=ids).loss / dist.get_world_size()).backward()
+    return max(relative(found[name], param.grad) for name, param in whole.named_parameters())
+
+
+def gradients_exist_on_every_rank() -> tuple[int, int]:
+    """How many gradients are missing, and how many shards are empty (there must be some, or this shows nothing)."""
+    model = build_model()
+    with environment():
+        sharded = shard(Case(), model, None)
+        ids = batch(0, 0, dist.get_rank(), "cpu")
+        sharded(input_ids=ids, labels=ids).loss.backward()
+        grads = [param.grad for param in model.parameters()]
+        return sum(grad is None for grad in grads), sum(grad.to_local().numel() == 0 for grad in grads)
+
+
+def not_a_number(check: bool) -> str:
+    """What a loss that is infinite on rank 1 alone leads to."""
+    model = build_model()
+    with environment():
+        sharded = shard(Case({"check_for_nan_in_grad": check}), model, None)
+        ids = batch(0, 0, dist.get_rank(), "cpu")
+        loss = sharded(input_ids=ids, labels=ids).loss
+        try:
+            (loss * (float("inf") if dist.get_rank() == 1 else 1.0)).backward()
+        except RunError as error:
+            message = str(error)
+        else:
+            message = ""
+        sharded.zero_grad()
+        sharded(input_ids=ids, labels=ids).loss.backward()  # the model is still good
+        assert all(full_tensor(param.grad).isfinite().all() for param in model.parameters())
+        return message
+
+
+def train_and_save(folder: str, tp: int) -> dict[str, Tensor]:
+    model = build_model()
+    with environment():
+        optimizer = make_optimizer(model)
+        sharded = shard(Case(tp=tp), model, optimizer)
+        step(sharded, optimizer, 0, 0)
+        dcp.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint_id=folder)
+        step(sharded, optimizer, 1, 0)
+        return whole_weights(model)
+
+
+def load_and_train(folder: str, tp: int, strategy: str) -> dict[str, Tensor]:
+    """The step after the saved one, from the checkpoint."""
+    model = build_model()
+    for param in model.parameters():
+        nn.init.zeros_(param)
+    with environment():
+        optimizer = make_optimizer(model)
+        sharded = shard(Case({"data_parallel_sharding_strategy": strategy}, tp=tp), model, optimizer)
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                param.grad = torch.zeros_like(param)
+        optimizer.step()
+        optimizer.zero_grad()
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        dcp.load(state, checkpoint_id=folder)
+        optimizer.load_state_dict(state["optimizer"])
+        step(sharded, optimizer, 1, 0)
+        return whole_weights(model)
+
+
+def from_meta(tp: int, strategy: str, tied: bool) -> dict[str, Any]:
+    """A model that is initialised while it is sharded."""
+    with torch.device("meta"):
+        model = build_model(tied)
+    torch.manual_seed(dist.get_rank())  # ranks that disagree about their random numbers
+    options = {"data_parallel_sharding_strategy": strategy, "init_nvfsdp_with_meta_device": True}
+    with environment():
+        sharded = shard(Case(options, tp=tp), model, None)
+        weights = whole_weights(model)
+        ids = batch(0, 0, 0, "cpu")
+        logits = sharded(input_ids=ids).logits.detach()
+    built = build_model(tied)
+    built.load_state_dict(weights, strict=not tied)
+    everyone = [
+        torch.empty_like(weights["lm_head.weight" if not tied else "model.embed_tokens.weight"]) for _ in range(2)
+    ]
+    dist.all_gather(everyone, next(iter(weights.values())) if tied else weights["lm_head.weight"])
+    return {
+        "logits": float((logits - built(input_ids=ids).logits).abs().max()),
+        "names": list(weights) == [name for name, _ in built.named_parameters()],
+        "ranks": float((everyone[0] - everyone[1]).abs().max()),
+        "norm": float(weights["model.norm.weight"].mean()),
+        "std": float(weights["model.embed_tokens.weight"].std()),
+        "halves": float((weights["model.embed_tokens.weight"][:32] - weights["model.embed_tokens.weight"][32:]).norm()),
+    }
+
+
+def bfloat16_compute(tp: int) -> dict[str, Any]:
+    """The engine's own mixed precision against float32."""
+    config = ParallelConfig.from_dict({"precision": "bf16", "engine": "megatron_fsdp"})
+    whole = build_model()
+    model = copy.deepcopy(whole)
+    with environment():
+        options = Options.from_config(config)
+        fields = {name: getattr(options, name) for name in ("precision",)}
+        sharded = shard(Case(fields, tp=tp), model, None)
+        share = dist.get_rank() // tp
+        ids = batch(0, 0, share, "cpu")
+        output = sharded(input_ids=ids, labels=ids)
+        dtypes = (output.loss.dtype, output.logits.dtype)
+        output.loss.backward()
+        weights = whole_weights(model)
+        grads = {name: full_tensor(param.grad) for name, param in model.named_parameters()}
+        kept = max(float((weights[name] - param).abs().max()) for name, param in whole.named_parameters())
+        stored = {param.dtype for param in model.parameters()} | {param.grad.dtype for param in model.parameters()}
+    shares = dist.get_world_size() // tp
+    for other in range(shares):
+        ids = batch(0, 0, other, "cpu")
+        (whole(input_ids=ids, labels=ids).loss / shares).backward()
+    flat = torch.cat([grads[name].flatten() for name, _ in whole.named_parameters()])
+    exact = torch.cat([param.grad.flatten() for param in whole.parameters()])
+    return {"kept": kept, "dtypes": dtypes, "stored": stored, "gradients": relative(flat, exact)}
+
+
+def refusal(kind: str) -> str:
+    """The message with which ``prepare`` refuses; the model must be untouched."""
+    model = build_model()
+    before = list(model.parameters())
+    mesh = case_mesh(Case())
+    optimizer = None
+    options: dict[str, Any] = {}
+    if kind == "foreign":
+        optimizer = AdamW([*model.parameters(), nn.Parameter(torch.zeros(3))])
+    elif kind == "used":
+        optimizer = AdamW(model.parameters())
+        model(input_ids=batch(0, 0, 0, "cpu")).logits.sum().backward()
+        optimizer.step()
+    elif kind == "meta":
+        options["init_nvfsdp_with_meta_device"] = True
+    elif kind == "no_dims":
+        model.scale = nn.Parameter(torch.tensor(1.0))
+        before = list(model.parameters())
+    elif kind == "axis":
+        options["dp_mesh_name"] = "data"
+    with environment():
+        try:
+            prepare(model, mesh, optimizer, Options(**options))
+        except (ValueError, NotImplementedError) as error:
+            assert all(a is b for a, b in zip(before, model.parameters(), strict=True))
+            return str(error)
+    return ""
+
+
+def refuses_the_cpu() -> str:
+    try:
+        prepare(build_model(), case_mesh(Case()))
+    except UnsupportedError as error:
+        return str(error)
+    return ""

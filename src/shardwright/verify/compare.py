@@ -47,6 +47,7 @@ class Report:
         sharded_fraction: share of the elements of the model's matrices that tensor parallelism split.
         plan_source: where the tensor-parallel plan came from.
         world_size: number of ranks.
+        inputs: ``text``, or ``text and images``; a vision tower takes part only in the latter.
         precision: of the run that the numbers are from. A model that is not exact in float32 is run again in float64,
             with the same bound: if it is exact there, the differences were float32 rounding that the model amplifies.
         float64_rel_err: the largest error of the second run, where there was one and it was not exact either.
@@ -67,6 +68,7 @@ class Report:
     parameter_rel_err: float = 0.0
     worst_updated_parameter: str = ""
     world_size: int = 1
+    inputs: str = "text"
     precision: str = "float32"
     float64_rel_err: float | None = None
     problems: list[str] = field(default_factory=list)

@@ -54,14 +54,15 @@ def _counts(by_type: Mapping[str, Mapping[str, Entry]], modes: Sequence[str], ti
 
 
 def _table(by_type: Mapping[str, Mapping[str, Entry]], modes: Sequence[str], titles: Mapping[str, str]) -> list[str]:
-    columns = ["type", "plan", "sharded", *(titles[mode] for mode in modes)]
+    columns = ["type", "inputs", "plan", "sharded", *(titles[mode] for mode in modes)]
     lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
     for model_type, row in sorted(by_type.items()):
         ran = next((entry for entry in row.values() if entry.plan_source), None)
         source = ran.plan_source if ran else ""
+        inputs = ran.inputs if ran else ""
         fraction = f"{ran.sharded_fraction:.0%}" if ran else ""
         cells = [_cell(row[mode]) if mode in row else "" for mode in modes]
-        lines.append(f"| {' | '.join([model_type, source, fraction, *cells])} |")
+        lines.append(f"| {' | '.join([model_type, inputs, source, fraction, *cells])} |")
     return [*lines, ""]
 
 

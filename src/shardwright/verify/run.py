@@ -59,7 +59,8 @@ def run_case(case: Case) -> Report:
         except (ShrinkError, CrashError):  # a model with dtypes written into its code; float32 has the last word
             second = report
         report = second if second.exact else replace(report, float64_rel_err=second.worst_error)
-    report.plan_source = _plan_source(case)
+    inputs = "text and images" if "pixel_values" in case.batch(0) else "text"
+    report = replace(report, plan_source=_plan_source(case), inputs=inputs)
     if not report.exact:
         sharded = case.parallelize(case.build(), case.config, shared_mesh(case.config))
         found = first_module_that_differs(case.build(), sharded, case.batch(0))

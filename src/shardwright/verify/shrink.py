@@ -19,6 +19,7 @@ WIDTH = 64
 HEAD_DIM = 16
 VOCABULARY = 160
 POSITIONS = 128
+PATCHES = 4  # of a vision tower, along one side of an image
 FIRST_FREE_ID = 4  # token ids below it keep their value
 LAST_PLAIN_ID = 79  # batches draw from FIRST_FREE_ID..LAST_PLAIN_ID; ids with a meaning come down from VOCABULARY
 
@@ -49,6 +50,7 @@ SIZES = _rules(
         r"(max_position_embeddings|n_positions|max_seq_len|n_ctx|context_length|model_max_length|max_\w+_positions)",
         POSITIONS,
     ),
+    (r"mm_tokens_per_image", 4),
     (r"original_max_position_embeddings", POSITIONS // 2),
     (r"((max_)?(image|img)_size|resolution|crop_size)", _at_most(32)),
     (r".*(sliding_window(_size)?|attention_(chunk|window)_size|local_attention|window_len)", _at_most(8)),
@@ -119,6 +121,11 @@ class _Shrinker:
         decided |= self._heads(config) | _head_dims(config) | _state_space(config, self.width)
         decided |= {name: value for name, value in ABSENT.items() if name in config and config[name] is None}
         decided |= self._rope(config, decided)
+        if type(config.get("patch_size")) is int and type(config.get("image_size")) is int:
+            decided["image_size"] = PATCHES * config["patch_size"]
+        if isinstance(config.get("image_grid_pinpoints"), list) and isinstance(config.get("vision_config"), dict):
+            side = PATCHES * config["vision_config"]["patch_size"]
+            decided["image_grid_pinpoints"] = [[side, side]]
         decided |= {"use_cache": False} if "use_cache" in config else {}
         decided |= {name: config[name] for name in ("id2label", "label2id") if name in config}
         if isinstance(overrides := config.get("per_layer_config"), dict):

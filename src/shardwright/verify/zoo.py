@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import click
@@ -22,6 +23,7 @@ from shardwright.errors import ConfigError, ShardwrightError
 from shardwright.verify.page import write_page
 from shardwright.verify.public import case_of, run
 from shardwright.verify.ranks import RankError, RankPool
+from shardwright.verify.run import Case
 from shardwright.verify.stages import CrashError, ShrinkError
 
 
@@ -63,6 +65,7 @@ class Entry:
     reason: str = ""
     plan_source: str = ""
     sharded_fraction: float = 0.0
+    inputs: str = ""
     worst_error: float = 0.0
     seconds: float = 0.0
 
@@ -72,12 +75,18 @@ def all_types() -> list[str]:
     return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})
 
 
+@lru_cache(maxsize=1)
+def _case(model_type: str) -> Case:
+    """The tiny model and its batches: the same in every mode, since all have the same tp."""
+    return case_of(model_type, _TP2)
+
+
 def examine(model_type: str, mode_name: str, pool: RankPool, timeout: float = 90.0) -> Entry:
     """Verify one type in one mode; whatever happens to it becomes an entry."""
     mode, started = MODES[mode_name], time.monotonic()
     entry = Entry(model_type, mode_name, "exact")
     try:
-        case = case_of(model_type, mode.config, accumulate=mode.accumulate)
+        case = replace(_case(model_type), config=mode.config, accumulate=mode.accumulate)
         report = run(case, pool, timeout=timeout)
     except (ShrinkError, ConfigError, ImportError) as error:
         entry.outcome, entry.reason = "not built", str(error)
@@ -87,7 +96,7 @@ def examine(model_type: str, mode_name: str, pool: RankPool, timeout: float = 90
         entry.outcome, entry.reason = "refused", str(error)
     else:
         entry.plan_source, entry.sharded_fraction = report.plan_source, report.sharded_fraction
-        entry.worst_error = report.worst_error
+        entry.worst_error, entry.inputs = report.worst_error, report.inputs
         if not report.exact:
             entry.outcome, entry.reason = "wrong", report.summary()
     entry.seconds = round(time.monotonic() - started, 2)

@@ -67,10 +67,11 @@ def reader_input(x: Tensor, group: c.Group, shared: SharedInput, length: Sequenc
     """
     if isinstance(x, DTensor):
         if x.placements == (Shard(SEQUENCE_DIM),):
-            return shared.gathered(x.to_local(), x.shape[SEQUENCE_DIM], group)
+            chunk, length_here = x.to_local(), x.shape[SEQUENCE_DIM]
+            return c.gather(chunk, SEQUENCE_DIM, length_here, group, partial_grad=True)
         x = x.full_tensor()
     if length is not None:
-        return shared.gathered(x, length.value, group)
+        return shared.gathered(x, lambda: length.gather(x, group, partial_grad=True))
     return shared.copy(x, group)
 
 
@@ -84,10 +85,13 @@ class _ColwiseForward(Around):
         self.length = style.length
         self.heads = style.heads
 
+    def _local(self, module: nn.Module) -> dict[str, Tensor]:
+        return local_parameters(module)
+
     def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x, *others = args
         x = reader_input(x, self.group, self.shared, self.length)
-        tensors = local_parameters(module)
+        tensors = self._local(module)
         local = {"nf": tensors["weight"].shape[-1]} if is_transposed(module) else {}
         with parameters_as(module, tensors), attributes_as(module, local):
             y = forward(x, *others, **kwargs)
@@ -99,6 +103,19 @@ class _ColwiseForward(Around):
             whole = c.gather(y, y.ndim - 1, self.width, self.group, partial_grad=True)
             return whole.index_select(-1, torch.tensor(self.heads[self.group.rank], device=whole.device))
         return y
+
+
+class _PackedColwiseForward(_ColwiseForward):
+    def __init__(self, style: PackedColwise, module: nn.Module, mesh: DeviceMesh) -> None:
+        super().__init__(style, module, mesh)
+        self.pieces = style.pieces
+
+    def _local(self, module: nn.Module) -> dict[str, Tensor]:
+        tensors = super()._local(module)
+        if "bias" in tensors:
+            pieces = tensors["bias"].unflatten(0, (self.pieces, self.group.size, -1))
+            tensors["bias"] = pieces.select(1, self.group.rank).flatten()
+        return tensors
 
 
 class Colwise(Style, ColwiseParallel):
@@ -143,7 +160,11 @@ class Colwise(Style, ColwiseParallel):
 
 
 class PackedColwise(Colwise):
-    """Column-parallel for a weight that packs ``pieces`` equal ones (gate|up, q|k|v): each piece is cut."""
+    """Column-parallel for a weight that packs ``pieces`` equal ones (gate|up, q|k|v): each piece is cut.
+
+    The bias stays whole and every rank takes its part of it, because FSDP2 cannot cut a vector that is cut in pieces
+    already; its gradient is summed over the ranks.
+    """
 
     name = "packed_colwise"
 
@@ -155,7 +176,12 @@ class PackedColwise(Colwise):
         super().check(module, name, size)
         check_pieces(name, features(module, out=True), self.pieces, size)
 
+    def around(self, module: nn.Module, mesh: DeviceMesh) -> Around:
+        return _PackedColwiseForward(self, module, mesh)
+
     def placement(self, module: nn.Module, parameter: str) -> Placement:
+        if len(parameter_shape(module, parameter)) == 1:
+            return Replicate()
         return _StridedShard(feature_dim(module, parameter, out=True), split_factor=self.pieces)
 
 
@@ -196,12 +222,7 @@ class _RowwiseForward(Around):
     def _reduced(self, y: Tensor) -> Tensor:
         if self.length is None:
             return c.reduce_from_region(y, self.group)
-        if y.ndim != 3 or y.shape[SEQUENCE_DIM] != self.length.value:
-            raise PlanError(
-                f"Sequence parallelism expects [batch, sequence, features] with a sequence of {self.length.value} from "
-                f"a row-parallel layer, got shape {tuple(y.shape)}. Use this model without sequence parallelism."
-            )
-        return c.reduce_scatter_from_region(y, SEQUENCE_DIM, self.group)
+        return self.length.split(y, self.group, partial=True)
 
 
 class Rowwise(Style, RowwiseParallel):

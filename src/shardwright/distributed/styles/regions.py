@@ -59,9 +59,9 @@ class SharedInput:
             return x
         return self._once(x, lambda: c.copy_to_region(x, group))
 
-    def gathered(self, x: Tensor, length: int, group: c.Group) -> Tensor:
-        """``x``, which is this rank's chunk of the sequence, whole and for rank-local work."""
-        return self._once(x, lambda: c.gather(x, SEQUENCE_DIM, length, group, partial_grad=True))
+    def gathered(self, x: Tensor, gather: Callable[[], Tensor]) -> Tensor:
+        """``x``, which is this rank's chunk of the sequence, as ``gather`` makes it whole for rank-local work."""
+        return self._once(x, gather)
 
     def _once(self, x: Tensor, make: Callable[[], Tensor]) -> Tensor:
         if not self.active:
@@ -93,10 +93,35 @@ class Region(Around):
 
 
 class SequenceLength:
-    """The full sequence length of the block that is running; its block sets it, its regions read it."""
+    """Batch size and full sequence length of the block that is running; its block sets it, its regions read it."""
 
     def __init__(self) -> None:
+        self.batch = 0
         self.value = 0
+
+    def gather(self, x: Tensor, group: c.Group, *, partial_grad: bool) -> Tensor:
+        """The whole of a chunk ``[batch, chunk, features]`` or ``[batch * chunk, features]``, in the same form."""
+        if x.ndim > 2:
+            return c.gather(x, SEQUENCE_DIM, self.value, group, partial_grad=partial_grad)
+        start, end = group.bounds(self.value)
+        chunk = x.unflatten(0, (self.batch, end - start))
+        return c.gather(chunk, SEQUENCE_DIM, self.value, group, partial_grad=partial_grad).flatten(0, 1)
+
+    def split(self, x: Tensor, group: c.Group, *, partial: bool) -> Tensor:
+        """This rank's chunk of a whole (or, where ``partial``, of a sum's parts), in the form that it came in.
+
+        Raises:
+            PlanError: neither ``[batch, sequence, features]`` nor ``[batch * sequence, features]``.
+        """
+        change = c.reduce_scatter_from_region if partial else c.scatter
+        if x.ndim == 2 and x.shape[0] == self.batch * self.value:
+            return change(x.unflatten(0, (self.batch, self.value)), SEQUENCE_DIM, group).flatten(0, 1)
+        if x.ndim < 3 or x.shape[SEQUENCE_DIM] != self.value:
+            raise PlanError(
+                f"Sequence parallelism expects [batch, sequence, features] with a sequence of {self.value} where the "
+                f"residual stream is written, got shape {tuple(x.shape)}. Use this model without sequence parallelism."
+            )
+        return change(x, SEQUENCE_DIM, group)
 
 
 class SequenceRegion(Around):
@@ -112,13 +137,11 @@ class SequenceRegion(Around):
         self.first = first_argument(module)
 
     def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        length = self.length.value
-
         def whole(x: Tensor) -> Tensor:
-            return c.gather(x, SEQUENCE_DIM, length, self.group, partial_grad=self.direct)
+            return self.length.gather(x, self.group, partial_grad=self.direct)
 
         def cut(x: Tensor) -> Tensor:
-            return _cut(x, length, self.group)
+            return self.length.split(x, self.group, partial=False)
 
         args, kwargs = on_first_tensor(whole, self.first, args, kwargs)
         self.shared.open(direct=self.direct)
@@ -127,18 +150,6 @@ class SequenceRegion(Around):
         finally:
             self.shared.close()
         return result if self.direct else on_result(cut, result)
-
-
-def _cut(x: Tensor, length: int, group: c.Group) -> Tensor:
-    """This rank's part of a region's result ``[batch, sequence, features]`` or ``[batch * sequence, features]``."""
-    if x.ndim == 2 and x.shape[0] % max(length, 1) == 0:
-        return c.scatter(x.unflatten(0, (-1, length)), SEQUENCE_DIM, group).flatten(0, 1)
-    if x.ndim < 3 or x.shape[SEQUENCE_DIM] != length:
-        raise PlanError(
-            f"Sequence parallelism expects [batch, sequence, features] with a sequence of {length} from a region, got "
-            f"shape {tuple(x.shape)}. Use this model without sequence parallelism."
-        )
-    return c.scatter(x, SEQUENCE_DIM, group)
 
 
 class SequenceBlock(Around):
@@ -161,7 +172,7 @@ class SequenceBlock(Around):
         return on_result(leave, result)
 
     def _enter(self, x: Tensor) -> Tensor:
-        self.length.value = x.shape[SEQUENCE_DIM]
+        self.length.batch, self.length.value = x.shape[0], x.shape[SEQUENCE_DIM]
         return x.to_local() if isinstance(x, DTensor) else c.scatter(x, SEQUENCE_DIM, self.group)
 
 

@@ -214,7 +214,9 @@ def parallelize_model(
     check_agreement(model, device_mesh, repr(resolved))
     blocks = block_names(model)
     if resolved is not None:
-        apply_tensor_parallel(model, tp_mesh, resolved, units=blocks if mp_policy else ())
+        # What gathers its parameters, or runs twice, sees to its whole parameters by itself.
+        alone = mp_policy is not None or config.activation_checkpointing != "none"
+        apply_tensor_parallel(model, tp_mesh, resolved, units=blocks if alone else ())
     if config.activation_checkpointing != "none":
         apply_activation_checkpointing(model, blocks, config.activation_checkpointing)
     if config.compile:

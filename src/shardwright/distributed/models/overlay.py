@@ -98,7 +98,7 @@ def _below(name: str, modules: dict[str, nn.Module]) -> list[str]:
 def _is_tensor_parallel(name: str, resolved: ResolvedPlan) -> bool:
     use = resolved.modules.get(name)
     return use is not None and (
-        use.style in READERS | WRITERS | {"moe_tp_experts", "all_reduce", "mla_kv_a_proj"}
+        use.style in READERS | WRITERS | {"moe_tp_experts", "ep_dispatch_experts", "all_reduce", "mla_kv_a_proj"}
         or any(owner == name for owner, _ in resolved.parameters)
     )
 

@@ -26,7 +26,7 @@ from shardwright.errors import PlanError
 
 # Layers that hand on this rank's slice, and modules that sum over the ranks before they return.
 RANK_LOCAL = frozenset({"colwise", "packed_colwise", "fused_qkv", "kv_heads"})
-SUMMING = frozenset({"moe_tp_experts", "all_reduce"})
+SUMMING = frozenset({"moe_tp_experts", "ep_dispatch_experts", "all_reduce"})
 SUMMED = ("replicated_with_grad_allreduce", "sequence_parallel", "kv_heads", "packed_colwise")
 
 

@@ -11,7 +11,13 @@ from typing import Any
 
 from shardwright.distributed.styles.base import Style
 from shardwright.distributed.styles.embedding import EmbeddingColwise, EmbeddingRowwise
-from shardwright.distributed.styles.experts import IdentityExpert, SummedOutput, TensorParallelExperts
+from shardwright.distributed.styles.experts import (
+    ExpertDispatch,
+    GroupedGemm,
+    IdentityExpert,
+    SummedOutput,
+    TensorParallelExperts,
+)
 from shardwright.distributed.styles.heads import KeyValueHeads
 from shardwright.distributed.styles.linear import Colwise, PackedColwise, PackedRowwise, Rowwise
 from shardwright.distributed.styles.whole import (
@@ -43,6 +49,8 @@ STYLES: dict[str, Callable[..., Style]] = {
     "moe_tp_experts": TensorParallelExperts,
     "moe_identity_expert": IdentityExpert,
     "all_reduce": SummedOutput,
+    "grouped_gemm": GroupedGemm,
+    "ep_dispatch_experts": ExpertDispatch,
 }
 # Names that plans written for older libraries use.
 ALIASES = {"colwise_rep": "colwise_gather_output", "rowwise_rep": "rowwise_split_input"}
@@ -54,6 +62,8 @@ def canonical_style(style: str) -> tuple[str, dict[str, Any]]:
     Raises:
         PlanError: no such style; the message lists those there are.
     """
+    if not isinstance(style, str):
+        raise PlanError(f"A parallel style must be a string, not {style!r}.")
     name, _, pieces = style.partition(":")
     name = ALIASES.get(name, name)
     if name not in STYLES or (pieces and (not name.startswith("packed_") or not pieces.isdigit() or int(pieces) < 1)):

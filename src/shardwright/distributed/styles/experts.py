@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.placement_types import Placement
 
 from shardwright.distributed.styles import collectives as c
 from shardwright.distributed.styles.base import LocalParameters, Style
-from shardwright.distributed.styles.forward import Around, Forward
+from shardwright.distributed.styles.forward import Around, Forward, attributes_as
+from shardwright.errors import PlanError
 
 
 class _ExpertsForward(LocalParameters):
@@ -42,6 +45,52 @@ class SummedOutput(TensorParallelExperts):
     """Any module whose own parameters are cut and whose output is this rank's part of a sum."""
 
     name = "all_reduce"
+
+
+class GroupedGemm(Style):
+    """Batched expert parameters ``[experts, ...]`` of which each rank holds whole experts."""
+
+    name = "grouped_gemm"
+
+    def placement(self, module: nn.Module, parameter: str) -> Placement:
+        return Shard(0)
+
+
+class _DispatchForward(_ExpertsForward):
+    """Every rank runs the tokens of its own experts; hidden states are whole on every rank, so none is sent."""
+
+    def __init__(self, experts: int, mesh: DeviceMesh) -> None:
+        super().__init__(mesh)
+        self.experts = experts
+
+    def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        start, end = self.group.bounds(self.experts)
+
+        def local(hidden: Tensor, index: Tensor, weights: Tensor) -> Any:
+            mine = (index >= start) & (index < end)
+            # A choice that is another rank's goes to the first expert here with weight 0: no output, no gradient.
+            return forward(hidden, torch.where(mine, index - start, 0), torch.where(mine, weights, 0))
+
+        with attributes_as(module, {"num_experts": end - start}):
+            return super().__call__(module, local, args, kwargs)
+
+
+class ExpertDispatch(TensorParallelExperts):
+    """Experts that are spread over the ranks as wholes; called with hidden states, chosen experts and their weights."""
+
+    name = "ep_dispatch_experts"
+
+    def check(self, module: nn.Module, name: str, size: int) -> None:
+        experts = module.__dict__.get("num_experts")
+        if not isinstance(experts, int) or experts % size:
+            fits = [n for n in range(1, size + 1) if isinstance(experts, int) and experts % n == 0]
+            raise PlanError(
+                f"{name} has {experts} experts, which {size} ranks do not divide. The largest size that works is "
+                f"{max(fits, default=1)}."
+            )
+
+    def around(self, module: nn.Module, mesh: DeviceMesh) -> Around:
+        return _DispatchForward(module.__dict__["num_experts"], mesh)
 
 
 class _IdentityForward(Around):

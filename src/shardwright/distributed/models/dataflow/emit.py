@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -10,7 +11,7 @@ from torch import nn
 
 from shardwright.distributed.models.dataflow.cuts import Cut
 from shardwright.distributed.models.dataflow.decide import Group, Study
-from shardwright.distributed.models.dataflow.repeats import Repeats, index_glob
+from shardwright.distributed.models.dataflow.repeats import Repeats
 from shardwright.distributed.models.huggingface import head_name
 from shardwright.distributed.plan import ParallelPlan, match_names
 
@@ -131,13 +132,13 @@ def _globs(names: Iterable[str], by_kind: dict[str, T], repeats: Repeats) -> dic
     answer = {name: by_kind.get(repeats.kind_of(name)) for name in names if name}
     matching: dict[str, set[T | None]] = {}
     for name, value in answer.items():
-        matching.setdefault(index_glob(name), set()).add(value)
+        matching.setdefault(repeats.glob(name), set()).add(value)
     # A glob also matches names that are no index where it has a star.
     clear = {glob for glob, values in matching.items() if len(values) == 1 and match_names(glob, matching) == [glob]}
     result: dict[str, T] = {}
     for name, value in answer.items():
         if value is not None:
-            glob = index_glob(name)
+            glob = repeats.glob(name)
             result[glob if glob in clear else name] = value
     return result
 
@@ -147,7 +148,8 @@ def _notes(model: nn.Module, study: Study, groups: list[Group], found: Answers) 
     notes = []
     for group in groups:
         region = group.regions[0]
-        if region.is_stream or not region.ins:
+        written = any(name in study.sharding.cuts_in for name, _ in region.outs)
+        if region.is_stream or written or not region.ins:
             continue
         outs = _short(study, (name for name, _ in region.outs))
         ins = _short(study, (name for name, _ in region.ins))
@@ -187,4 +189,4 @@ def _short(study: Study, names: Iterable[str]) -> str:
 
 
 def _readable(kind: str) -> str:
-    return index_glob(kind.replace("{", "").replace("}", ""))
+    return re.sub(r"\{\d+\}", "*", kind)

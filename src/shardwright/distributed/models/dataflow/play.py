@@ -74,6 +74,7 @@ class Record:
         param_grads: gradient of every parameter that is not a stub's.
         reads: (module, attribute) -> integer that the forward read there.
         arguments: module -> shapes of its tensor arguments that need no gradient.
+        input_grad: gradient of the first floating-point input; None where there is none.
         exposed: stubs whose weight is used by other code than their own forward, too.
     """
 
@@ -84,6 +85,7 @@ class Record:
     reads: dict[tuple[str, str], int]
     arguments: dict[str, dict[str, torch.Size]]
     exposed: frozenset[str]
+    input_grad: Tensor | None
 
 
 @dataclass
@@ -105,13 +107,13 @@ def full_run(hollow: Hollow, inputs: Inputs, seed: int = 0) -> Record:
     reads: dict[tuple[str, str], int] = {}
     arguments: dict[str, dict[str, torch.Size]] = {}
     with _reading(hollow.model, reads), _listening(hollow.model, arguments):
-        outputs = _forward(hollow, run, inputs)
+        outputs, leaf = _forward(hollow, run, inputs)
     generator = torch.Generator().manual_seed(seed + 2)
     grads = [torch.randn(o.shape, generator=generator).to(o.dtype) if o.requires_grad else None for o in outputs]
     _clear_grads(hollow.model)
     _backward(outputs, grads, retain=True)
     exposed = {n for n in hollow.stubs if any(p.grad is not None for p in hollow.model.get_submodule(n).parameters())}
-    return Record(run, outputs, grads, _param_grads(hollow), reads, arguments, frozenset(exposed))
+    return Record(run, outputs, grads, _param_grads(hollow), reads, arguments, frozenset(exposed), _grad(leaf))
 
 
 def some_ranks_forward(hollow: Hollow, record: Record, inputs: Inputs, sharding: Sharding, size: int) -> None:
@@ -136,21 +138,31 @@ def rank_runs(hollow: Hollow, record: Record, inputs: Inputs, sharding: Sharding
     for rank in range(size):
         run = RankRun(record.run, rank, size, sharding.cuts_in, sharding.cuts_out)
         with _sharded(hollow.model, sharding, rank, size):
-            outputs = _rank_forward(hollow, record, inputs, run)
+            outputs, leaf = _rank_forward(hollow, record, inputs, run)
             _clear_grads(hollow.model)
             _backward(outputs, record.output_grads, retain=False)
             runs.append((run, _param_grads(hollow)))
+            if record.input_grad is not None and not same(_filled(_grad(leaf), record.input_grad), record.input_grad):
+                raise Mismatch("the gradient of the input")
     return _compare_gradients(record, sharding, runs, size)
 
 
-def _rank_forward(hollow: Hollow, record: Record, inputs: Inputs, run: RankRun) -> list[Tensor]:
-    outputs = _forward(hollow, run, inputs)
+def _rank_forward(hollow: Hollow, record: Record, inputs: Inputs, run: RankRun) -> tuple[list[Tensor], Tensor | None]:
+    outputs, leaf = _forward(hollow, run, inputs)
     if len(outputs) != len(record.outputs):
         raise Mismatch("output")
     for mine, whole in zip(outputs, record.outputs, strict=True):
         if not same(mine, whole):
             raise Mismatch("output")
-    return outputs
+    return outputs, leaf
+
+
+def _grad(leaf: Tensor | None) -> Tensor | None:
+    return None if leaf is None else leaf.grad
+
+
+def _filled(grad: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if grad is None else grad
 
 
 def _compare_gradients(
@@ -210,15 +222,23 @@ def _error(x: Tensor, expected: Tensor) -> Tensor:
     return (x - expected).abs().flatten(0, -2).amax(0)
 
 
-def _forward(hollow: Hollow, tape: Tape, inputs: Inputs) -> list[Tensor]:
+def _forward(hollow: Hollow, tape: Tape, inputs: Inputs) -> tuple[list[Tensor], Tensor | None]:
+    """The model's floating-point outputs, and the first floating-point input, which gets a gradient."""
+    args, kwargs = _fresh(inputs.args), _fresh(dict(inputs.kwargs))
+    leaf = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()), None)
+    if leaf is not None:
+        leaf.requires_grad_()
+        # The model gets a copy, which its code may change in place.
+        args = tuple(x.clone() if x is leaf else x for x in args)
+        kwargs = {key: x.clone() if x is leaf else x for key, x in kwargs.items()}
     hollow.tape = tape
     torch.manual_seed(0)
     try:
         with torch.enable_grad():
-            output = hollow.model(*_fresh(inputs.args), **_fresh(dict(inputs.kwargs)))
+            output = hollow.model(*args, **kwargs)
     finally:
         hollow.tape = Idle()
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()], leaf
 
 
 def _fresh(values: Any) -> Any:

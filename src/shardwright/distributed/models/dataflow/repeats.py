@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-_INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
-
 
 @dataclass
 class RepeatedList:
@@ -64,6 +62,10 @@ class Repeats:
             seen.append(part)
         return ".".join(out)
 
+    def glob(self, original: str) -> str:
+        """An original name with the index of every repeated entry replaced by ``*``."""
+        return re.sub(r"\{\d+\}", "*", self.kind_of(original))
+
 
 def find_repeats(model: nn.Module, keep: int | None) -> Repeats:
     """The module lists of ``model`` that hold blocks of one class; ``keep`` of each kind stay when truncated."""
@@ -95,8 +97,3 @@ def signature(module: nn.Module) -> Hashable:
     shapes = tuple((k, None if p is None else tuple(p.shape)) for k, p in module._parameters.items())
     children = tuple((k, None if m is None else signature(m)) for k, m in module._modules.items())
     return type(module), flags, shapes, children
-
-
-def index_glob(name: str) -> str:
-    """``name`` with every index replaced by ``*``."""
-    return _INDEX.sub("*", name)

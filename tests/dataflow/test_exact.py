@@ -1,0 +1,94 @@
+"""Derived plans on real ranks: loss, logits and every gradient against one process."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from handwritten import HANDWRITTEN, example
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from shardwright import parallelize
+from shardwright.distributed.config import ParallelConfig
+from shardwright.distributed.models.dataflow import derive_plan
+from shardwright.verify.ranks import RankPool
+from shardwright.verify.step import full
+from shardwright.verify.tiny import randomize, shrunk_config
+
+# float64, so that nothing but a mistake is larger than this; not all of transformers' code is float64 throughout.
+EXACT = 1e-6
+
+
+class WithLoss(nn.Module):
+    """A hand-written model as a training loop calls it."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.model = HANDWRITTEN[name]()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model(x)
+
+
+def build(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    if name in HANDWRITTEN:
+        x = example(name)
+        model = WithLoss(name)
+        inputs = {"x": x.double() if x.is_floating_point() else x}
+    else:
+        config = shrunk_config(CONFIG_MAPPING[name]())
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model = auto.from_config(config)
+        ids = torch.randint(4, 80, (2, 12))
+        inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if config.is_encoder_decoder else {})
+    randomize(model)
+    return model.double(), inputs
+
+
+def step(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    output = model(**inputs)
+    logits = output if isinstance(output, torch.Tensor) else output["logits"]
+    targets = torch.arange(logits.shape[:-1].numel()) % 10
+    loss = nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets)
+    loss.backward()
+    values = {name: full(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    return values | {"loss": full(loss), "logits": full(logits)}
+
+
+def worst_error(name: str, sequence_parallel: bool, folder: str) -> tuple[float, str]:
+    model, inputs = build(name)
+    expected = step(copy.deepcopy(model), inputs)
+    path = Path(folder) / "plan.yaml"
+    config = ParallelConfig(tp=2, dp_shard=1, sequence_parallel=sequence_parallel, plan=str(path))
+    parallelize(model, config)
+    found = step(model, inputs)
+    assert found.keys() == expected.keys()
+    scale = max(value.abs().max().item() for key, value in expected.items() if key not in ("loss", "logits"))
+    errors = {}
+    for key, value in expected.items():
+        least = 1.0 if key in ("loss", "logits") else 1e-3 * scale  # a key bias has no gradient but rounding
+        errors[key] = (found[key] - value).abs().max().item() / max(value.abs().max().item(), least)
+    worst = max(errors, key=lambda key: errors[key])
+    return errors[worst], worst
+
+
+CASES = [
+    *((name, False) for name in HANDWRITTEN),
+    ("nano", True),
+    ("opt", False),
+    *((name, sp) for name in ("gptj", "gpt_neox", "bart", "stablelm") for sp in (False, True)),
+]
+
+
+@pytest.mark.parametrize(("name", "sequence_parallel"), CASES)
+def test_exact(name: str, sequence_parallel: bool, ranks2: RankPool, tmp_path: Path) -> None:
+    model, inputs = build(name)
+    plan = derive_plan(model, inputs)
+    assert "rowwise" in plan.styles.values()
+    (tmp_path / "plan.yaml").write_text(plan.to_yaml())
+    for error, where in ranks2.run(worst_error, name, sequence_parallel, str(tmp_path)):
+        assert error < EXACT, where

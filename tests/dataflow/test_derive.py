@@ -73,7 +73,7 @@ def test_encoder_decoder_runs_on_slices() -> None:
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text", "glm4", "cohere"])
 def test_as_good_as_the_plan_of_transformers(model_type: str) -> None:
-    model = on_meta(model_type, num_hidden_layers=7, vocab_size=512)
+    model = on_meta(model_type, num_hidden_layers=7, vocab_size=512, pad_token_id=0)
     theirs = resolve(model, huggingface_plan(model), 2)
     ours = resolve(model, derive_plan(model), 2)
     differing = {

@@ -23,7 +23,7 @@ class _Commands(click.Group):
             return super().invoke(ctx)
         except ShardwrightError as error:
             tell(error)
-            ctx.exit(1)
+            ctx.exit(error.exit_code)
 
 
 def tell(error: ShardwrightError) -> None:
@@ -113,6 +113,26 @@ def verify(model: str, accumulate: int, as_json: bool, activation_checkpointing:
     from shardwright.verify.cli import verify_command
 
     raise SystemExit(verify_command(model, config, accumulate, as_json))
+
+
+@main.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+def export(checkpoint: Path, out: Path) -> None:
+    """Turn a training CHECKPOINT (or the newest of a run's folder) into a Hugging Face folder OUT. Needs no GPU."""
+    from shardwright.checkpoint.export import export as export_checkpoint
+
+    export_checkpoint(checkpoint, out)
+
+
+@main.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--no-check", is_flag=True, help="Do not read all files to compare their checksums.")
+def inspect(checkpoint: Path, no_check: bool) -> None:
+    """Say what is in a training CHECKPOINT (or the newest one of a run's folder), and whether it is whole."""
+    from shardwright.checkpoint.export import inspect as inspect_checkpoint
+
+    click.echo("\n".join(inspect_checkpoint(checkpoint, check=not no_check).lines()))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,13 @@
 
 
 class ShardwrightError(Exception):
-    """Base of every error that Shardwright raises on purpose."""
+    """Base of every error that Shardwright raises on purpose.
+
+    Attributes:
+        exit_code: of the command line, when it ends with this error.
+    """
+
+    exit_code = 1
 
 
 class ConfigError(ShardwrightError, ValueError):
@@ -30,3 +36,9 @@ class ParityError(ShardwrightError, AssertionError):
 
 class CheckpointError(ShardwrightError, ValueError):
     """A checkpoint that is damaged, does not fit the model, or could not be read or written."""
+
+
+class PreemptedError(RunError):
+    """A run that SIGTERM ended after it had saved a checkpoint. The command's exit code is 75: try again later."""
+
+    exit_code = 75

@@ -12,7 +12,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from shardwright.errors import ConfigError, UnsupportedError
 from shardwright.train.check import relative_error
 from shardwright.train.config import ModelSettings, OptimizerSettings, OutputSettings
-from shardwright.train.export import replaced
 from shardwright.train.metrics import use_tensorboard
 from shardwright.train.model import build_model, check_fit, model_config
 from shardwright.train.optim import make_optimizer, rate
@@ -57,18 +56,6 @@ def test_the_curve_falls_from_left_to_right() -> None:
 def write_half(folder: Path) -> None:
     (folder / "one").touch()
     (folder / "missing" / "two").touch()
-
-
-def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    target = tmp_path / "model"
-    with pytest.raises(FileNotFoundError), replaced(target) as folder:
-        write_half(folder)
-    assert list(tmp_path.iterdir()) == []
-    for text in ("old", "new"):
-        with replaced(target) as folder:
-            (folder / text).write_text(text)
-    assert [file.name for file in target.iterdir()] == ["new"]
-    assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
 
 def test_results_are_not_overwritten_unless_asked(tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from shardwright.distributed.apply.megatron_fsdp import Options
 from shardwright.distributed.config import ParallelConfig, Precision
-from shardwright.distributed.mesh import make_mesh
-from shardwright.distributed.parallelizer import parallelize_model
+from shardwright.distributed.mesh import make_mesh, refuse_context_parallel
+from shardwright.distributed.parallelizer import parallelize_model, parallelize_with_megatron_fsdp
 
 
 def parallelize(model: nn.Module, config: ParallelConfig, mesh: DeviceMesh | None = None) -> nn.Module:
@@ -22,7 +23,8 @@ def parallelize(model: nn.Module, config: ParallelConfig, mesh: DeviceMesh | Non
         mesh: a mesh from :func:`shardwright.make_mesh` to use; None makes one from ``config``.
 
     Returns:
-        The same model; parameter names do not change, parameters are DTensors.
+        The same model; parameter names do not change, parameters are DTensors. With the engine ``megatron_fsdp``, its
+        wrapper around the model.
 
     Raises:
         ConfigError: the degrees do not fit the world size.
@@ -30,6 +32,10 @@ def parallelize(model: nn.Module, config: ParallelConfig, mesh: DeviceMesh | Non
         UnsupportedError: something that Shardwright does not do yet (context parallelism).
     """
     mesh = make_mesh(config) if mesh is None else mesh
+    if config.engine == "megatron_fsdp":
+        refuse_context_parallel(mesh)
+        meta = any(param.is_meta for param in model.parameters())
+        return parallelize_with_megatron_fsdp(model, mesh, config, Options.from_config(config, meta=meta))[0]
     # One data-parallel rank in float32 has nothing to shard and nothing to cast.
     needless = mesh["dp_cp"].size() == 1 and config.precision == Precision()
     return parallelize_model(model, mesh, config, mp_policy=None if needless else mixed_precision(config.precision))

@@ -13,12 +13,14 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
-from torch.distributed.tensor.parallel import ParallelStyle
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, SequenceParallel
 
+from shardwright.distributed.apply import megatron_fsdp
 from shardwright.distributed.apply.activation_checkpointing import apply_activation_checkpointing
 from shardwright.distributed.apply.agreement import check_agreement
 from shardwright.distributed.apply.compile import apply_compile
 from shardwright.distributed.apply.fsdp2 import shard_blocks, shard_root
+from shardwright.distributed.apply.megatron_fsdp import Options as MegatronOptions
 from shardwright.distributed.apply.tensor_parallel import apply_tensor_parallel
 from shardwright.distributed.apply.unshard import unshard_fsdp2_model
 from shardwright.distributed.config import ParallelConfig
@@ -27,14 +29,19 @@ from shardwright.distributed.models.heads import check_heads
 from shardwright.distributed.models.imports import import_class_from_path, import_classes_from_paths
 from shardwright.distributed.models.resolve import resolve
 from shardwright.distributed.models.resolved import ResolvedPlan
-from shardwright.distributed.models.sources import choose_plan, huggingface_styles
+from shardwright.distributed.models.sources import CustomPlan, choose_plan, huggingface_styles
 from shardwright.distributed.models.structure import block_names, numbers_to_globs
 from shardwright.distributed.styles import make_style
 from shardwright.distributed.styles.torch_styles import asks_for_sequence_parallel
 
 logger = logging.getLogger(__name__)
 
+Plan = CustomPlan | None
+HAVE_NVFSDP: bool = megatron_fsdp.is_available()
+"""Whether nvFSDP can be used: megatron-fsdp, its published name, or a real nvfsdp is installed."""
+
 __all__ = [
+    "HAVE_NVFSDP",
     "Axes",
     "apply_fsdp2_sharding_recursively",
     "fsdp2_strategy_parallelize",
@@ -42,7 +49,9 @@ __all__ = [
     "get_lm_ac_layers",
     "import_class_from_path",
     "import_classes_from_paths",
+    "nvfsdp_strategy_parallelize",
     "parallelize_model",
+    "parallelize_with_megatron_fsdp",
     "translate_to_torch_parallel_style",
     "unshard_fsdp2_model",
     "validate_tp_mesh",
@@ -198,7 +207,7 @@ def parallelize_model(
     *,
     mp_policy: MixedPrecisionPolicy | None,
     offload_policy: OffloadPolicy | None = None,
-    plan: dict[str, ParallelStyle] | str | None = None,
+    plan: Plan = None,
     axes: Axes | None = None,
 ) -> nn.Module:
     """All steps in their order, for a mesh that exists. The degrees of ``config`` are not read: the mesh has them.
@@ -209,29 +218,110 @@ def parallelize_model(
     axes = axes or Axes()
     refuse_context_parallel(device_mesh)
     dp_mesh = data_parallel_mesh(device_mesh, axes.dp_replicate, axes.dp_shard_cp)
-    tp_mesh = axis(device_mesh, axes.tp)
-    resolved = _resolved(model, tp_mesh, plan or config.plan, config.sequence_parallel)
-    check_agreement(model, device_mesh, repr(resolved))
-    blocks = block_names(model)
-    if resolved is not None:
-        # What gathers its parameters, or runs twice, sees to its whole parameters by itself.
-        alone = mp_policy is not None or config.activation_checkpointing != "none"
-        apply_tensor_parallel(model, tp_mesh, resolved, units=blocks if alone else ())
-    if config.activation_checkpointing != "none":
-        apply_activation_checkpointing(model, blocks, config.activation_checkpointing)
-    if config.compile:
-        apply_compile(model, blocks)
+    units = block_names(model) if mp_policy is not None else []
+    _before_sharding(model, device_mesh, axis(device_mesh, axes.tp), config, plan or config.plan, units)
     if mp_policy is not None:
         apply_fsdp2_sharding_recursively(model, dp_mesh, mp_policy, offload_policy)
         shard_root(model, dp_mesh, mp_policy, offload_policy)
     return model
 
 
-def _resolved(
+def nvfsdp_strategy_parallelize(
     model: nn.Module,
-    tp_mesh: DeviceMesh,
-    tp_shard_plan: dict[str, ParallelStyle] | str | None,
-    sequence_parallel: bool,
+    device_mesh: DeviceMesh,
+    optimizer: torch.optim.Optimizer | None = None,
+    nvfsdp_unit_modules: list[str] | None = None,
+    tp_shard_plan: dict[str, RowwiseParallel | ColwiseParallel | SequenceParallel] | None = None,
+    data_parallel_sharding_strategy: str = "optim_grads_params",
+    init_nvfsdp_with_meta_device: bool = False,
+    grad_reduce_in_fp32: bool = False,
+    preserve_fp32_weights: bool = False,
+    overlap_grad_reduce: bool = True,
+    overlap_param_gather: bool = True,
+    check_for_nan_in_grad: bool = True,
+    average_in_collective: bool = False,
+    disable_bucketing: bool = False,
+    calculate_per_token_loss: bool = False,
+    keep_fp8_transpose_cache_when_using_custom_fsdp: bool = False,
+    nccl_ub: bool = False,
+    fsdp_double_buffer: bool = False,
+    dp_mesh_name: str = "dp",
+    cp_mesh_name: str = "cp",
+    tp_mesh_name: str = "tp",
+) -> tuple[nn.Module, torch.optim.Optimizer | None]:
+    """Tensor parallelism, then Megatron-FSDP (nvFSDP) over the data-parallel (and context-parallel) ranks.
+
+    ``docs/engines.md`` says what each argument is mapped to. ``.grad`` and the optimizer work as in any torch model.
+
+    Args:
+        optimizer: over the parameters of ``model``; it holds the sharded ones afterwards, its groups unchanged.
+        nvfsdp_unit_modules: dotted paths of classes; None takes the model's repeated blocks.
+        tp_shard_plan: None chooses one, as :func:`fsdp2_strategy_parallelize` does.
+
+    Returns:
+        The wrapped model and the optimizer.
+
+    Raises:
+        UnsupportedError: megatron-fsdp or a GPU is missing (the message says what to install), or an argument that this
+            version of it has no counterpart for.
+        ConfigError, PlanError: what does not fit, before anything is changed.
+    """
+    options = MegatronOptions(
+        nvfsdp_unit_modules=nvfsdp_unit_modules,
+        data_parallel_sharding_strategy=data_parallel_sharding_strategy,
+        init_nvfsdp_with_meta_device=init_nvfsdp_with_meta_device,
+        grad_reduce_in_fp32=grad_reduce_in_fp32,
+        preserve_fp32_weights=preserve_fp32_weights,
+        overlap_grad_reduce=overlap_grad_reduce,
+        overlap_param_gather=overlap_param_gather,
+        check_for_nan_in_grad=check_for_nan_in_grad,
+        average_in_collective=average_in_collective,
+        disable_bucketing=disable_bucketing,
+        calculate_per_token_loss=calculate_per_token_loss,
+        keep_fp8_transpose_cache_when_using_custom_fsdp=keep_fp8_transpose_cache_when_using_custom_fsdp,
+        nccl_ub=nccl_ub,
+        fsdp_double_buffer=fsdp_double_buffer,
+        dp_mesh_name=dp_mesh_name,
+        cp_mesh_name=cp_mesh_name,
+        tp_mesh_name=tp_mesh_name,
+    )
+    return parallelize_with_megatron_fsdp(model, device_mesh, ParallelConfig(), options, optimizer, tp_shard_plan)
+
+
+def parallelize_with_megatron_fsdp(
+    model: nn.Module,
+    device_mesh: DeviceMesh,
+    config: ParallelConfig,
+    options: MegatronOptions,
+    optimizer: torch.optim.Optimizer | None = None,
+    plan: Plan = None,
+) -> tuple[nn.Module, torch.optim.Optimizer | None]:
+    """All steps in their order, with Megatron-FSDP as the last."""
+    prepared = megatron_fsdp.prepare(model, device_mesh, optimizer, options)
+    tp_mesh = axis(device_mesh, options.tp_mesh_name)
+    _before_sharding(model, device_mesh, tp_mesh, config, plan or config.plan, prepared.unit_names)
+    return prepared.shard()
+
+
+def _before_sharding(
+    model: nn.Module, mesh: DeviceMesh, tp_mesh: DeviceMesh, config: ParallelConfig, plan: Plan, units: list[str]
+) -> None:
+    """Everything up to the data-parallel sharding: tensor parallelism, activation checkpointing, compilation."""
+    resolved = _resolved(model, tp_mesh, plan, config.sequence_parallel)
+    check_agreement(model, mesh, repr(resolved))
+    blocks = block_names(model)
+    checkpointed = blocks if config.activation_checkpointing != "none" else []
+    if resolved is not None:
+        # What gathers its parameters, or runs twice, sees to its whole parameters by itself.
+        apply_tensor_parallel(model, tp_mesh, resolved, units=[*units, *checkpointed])
+    if checkpointed:
+        apply_activation_checkpointing(model, blocks, config.activation_checkpointing)
+    if config.compile:
+        apply_compile(model, blocks)
+
+
+def _resolved(
+    model: nn.Module, tp_mesh: DeviceMesh, tp_shard_plan: Plan, sequence_parallel: bool
 ) -> ResolvedPlan | None:
     """The plan for this model and mesh, checked (heads too); None where there is one tensor-parallel rank."""
     if tp_mesh.size() == 1:

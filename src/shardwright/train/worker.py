@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
+import time
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -17,6 +19,18 @@ from shardwright.train.prepare import CONFIG
 from shardwright.train.rank import device_of, process_group, train
 
 
+def end_with_parent() -> None:
+    """End this process when the one that started it is gone, even if that was killed and could not end its ranks."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(REFUSED)  # at once: nobody is left to tell, and a collective may never come back
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 @record  # leaves the error where the launcher finds it
 def _work(job: Path) -> None:
     config = load_config(job / CONFIG)
@@ -28,6 +42,7 @@ def _work(job: Path) -> None:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     try:
         _work(Path(sys.argv[1]))
     except PreemptedError as error:

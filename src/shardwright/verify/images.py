@@ -42,7 +42,8 @@ class ImageText:
         text = torch.randint(FIRST_FREE_ID, LAST_PLAIN_ID, (ROWS, TEXT_LENGTH), generator=generator)
         image = torch.full((ROWS, self.image_tokens), self.image_token)
         ids = torch.cat([text[:, :2], image, text[:, 2:]], dim=1)
-        is_image = ids == self.image_token
+        is_image = torch.zeros_like(ids, dtype=torch.bool)
+        is_image[:, 2 : 2 + self.image_tokens] = True
         batch = {"input_ids": ids, "labels": ids.masked_fill(is_image, -100)}
         batch |= {"pixel_values": torch.randn(self.pixels, generator=generator), **self.fixed}
         return batch | {name: is_image.long() for name in self.token_types}
@@ -55,23 +56,27 @@ def image_batches(model: PreTrainedModel, start: int = 0) -> ImageText | None:
     """
     config = model.config.to_dict()
     token = next((config[name] for name in ("image_token_id", "image_token_index") if config.get(name)), None)
-    encoders: list[Any] = [part for part in (model, model.base_model) if hasattr(part, "get_image_features")]
-    if not encoders or token is None or not isinstance(config.get("vision_config"), dict):
+    if "pixel_values" not in inspect.signature(model.forward).parameters:
         return None
+    encoders: list[Any] = [part for part in (model, model.base_model) if hasattr(part, "get_image_features")]
+    if not isinstance(config.get("vision_config"), dict):
+        return None
+    if token is None:  # features that take no place among the tokens
+        encoders = []
     accepted = set(inspect.signature(model.forward).parameters)
     types = tuple(name for name in ("token_type_ids", "mm_token_type_ids") if name in accepted)
     described = {name for part in encoders for name in inspect.signature(part.get_image_features).parameters}
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     for pixels, fixed in _layouts(config["vision_config"], described & accepted):
         try:
             with Stage(ShrinkError, "This layout of images does not fit"):
-                with torch.no_grad():
-                    output = encoders[0].get_image_features(pixel_values=torch.randn(pixels), **fixed)
-                batches = ImageText(pixels, fixed, token, _feature_count(output) // ROWS, types, start)
+                count = _feature_count(encoders[0], pixels, fixed) if encoders else 0
+                batches = ImageText(pixels, fixed, token or 0, count // ROWS, types, start)
                 loss = model(**batches(0))["loss"]
-                gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+                gradients = torch.autograd.grad(loss, list(trainable.values()), allow_unused=True)
         except ShrinkError:
             continue
-        reached = [name for (name, _), g in zip(model.named_parameters(), gradients, strict=True) if g is not None]
+        reached = [name for name, g in zip(trainable, gradients, strict=True) if g is not None]
         if any("vision" in name or "visual" in name for name in reached):
             return batches
     return None
@@ -96,17 +101,19 @@ def _layouts(fields: dict[str, Any], accepted: set[str]) -> Iterator[tuple[tuple
         return
     size = _side(fields.get("image_size", 2 * patch))
     sizes = {"image_sizes": torch.tensor([[size, size]] * ROWS)} if "image_sizes" in accepted else {}
-    yield (ROWS, CHANNELS, size, size), sizes
-    for tiles in (1, 2, 3):
-        yield (ROWS, tiles, CHANNELS, size, size), sizes
+    for described in (sizes, {}) if sizes else ({},):
+        for tiles in ((), (1,), (2,), (3,)):
+            yield (ROWS, *tiles, CHANNELS, size, size), described
 
 
 def _side(value: int | list[int] | tuple[int, ...]) -> int:
     return value if isinstance(value, int) else value[0]
 
 
-def _feature_count(output: Any) -> int:
-    """Rows of image features in what ``get_image_features`` returned, over all images."""
+@torch.no_grad()
+def _feature_count(encoder: Any, pixels: tuple[int, ...], fixed: dict[str, Any]) -> int:
+    """How many image features ``get_image_features`` makes of all images together."""
+    output = encoder.get_image_features(pixel_values=torch.randn(pixels), **fixed)
     features = output["pooler_output"] if hasattr(output, "keys") else output
     if isinstance(features, torch.Tensor):
         return features[..., 0].numel()

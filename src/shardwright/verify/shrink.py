@@ -50,12 +50,13 @@ SIZES = _rules(
         r"(max_position_embeddings|n_positions|max_seq_len|n_ctx|context_length|model_max_length|max_\w+_positions)",
         POSITIONS,
     ),
-    (r"mm_tokens_per_image", 4),
+    (r"mm_tokens_per_image|axial_pos_shape|indexer_budget", 4),
+    (r"axial_pos_embds_dim", lambda value: value // 4),
     (r"original_max_position_embeddings", POSITIONS // 2),
     (r"((max_)?(image|img)_size|resolution|crop_size)", _at_most(32)),
     (r".*(sliding_window(_size)?|attention_(chunk|window)_size|local_attention|window_len)", _at_most(8)),
     (r"index_topk(_blocks)?", _at_most(4)),
-    (r"index_kpool", _at_most(2)),
+    (r"index_kpool|indexer_compress_ratio", _at_most(2)),
     (r"(mamba_)?chunk_size|block_size|index_block_size", _at_most(4)),
     # Experts.
     (r"(moe_)?(num|n)_(local_|routed_)?experts", _at_most(8)),
@@ -74,7 +75,7 @@ SIZES = _rules(
     # The rest of the widths.
     (r".*(intermediate|ffn|mlp)_?(hidden_|multiple_)?(size|dim)(_mlp)?|d_inner|dim_ff|dff|d_ff|n_inner", 96),
     (r"feed_forward_size", 96),
-    (r".*(hidden_size|d_model|embed_dim|embedding_(size|dim)|hidden_dim|proj_dim|projection_dim)", WIDTH),
+    (r".*(hidden_size(_global)?|d_model|embed_dim|embedding_(size|dim)|hidden_dim|proj_dim|projection_dim)", WIDTH),
     (r"n_embd|dim|emb_dim|width|output_dim|projector_(in|out)put_dim|lru_width", WIDTH),
 )
 
@@ -136,6 +137,8 @@ class _Shrinker:
         if isinstance(value, dict):
             named = all(isinstance(key, str) for key in value)
             return self.mapping(value) if named else value
+        if isinstance(value, (list, tuple)) and name == "vision_feature_layer":
+            return [-1 - position % 2 for position in range(len(value))]  # a tower keeps its last two layers
         if isinstance(value, (list, tuple)):
             return [self._values(name, item) for item in value]
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -210,9 +213,12 @@ class _Shrinker:
 
 
 def _resize(sections: Sequence[int], total: int) -> list[int]:
-    """``sections`` in about the same proportions, summing to ``total``."""
-    small = [total * section // sum(sections) for section in sections]
-    return [small[0] + total - sum(small), *small[1:]]
+    """``sections`` in about the same proportions, summing to ``total``: what is left over goes where most was cut."""
+    exact = [total * section / sum(sections) for section in sections]
+    small = [int(section) for section in exact]
+    for index in sorted(range(len(small)), key=lambda i: small[i] - exact[i])[: total - sum(small)]:
+        small[index] += 1
+    return small
 
 
 def _prefix(name: str) -> str:
@@ -240,6 +246,9 @@ def _head_dims(config: Mapping[str, Any]) -> dict[str, Any]:
     if "qk_rope_head_dim" not in config or type(config.get("head_dim")) is not int:
         return {}
     same = [new for name, new in parts.items() if config.get(name) == config["head_dim"]]
+    for overrides in (config.get("per_layer_config") or {}).values():  # a plain part of its own comes out doubled
+        if overrides.get("qk_nope_head_dim", 0) + config["qk_rope_head_dim"] == config["head_dim"]:
+            same.append(2 * HEAD_DIM + 8)
     return {"head_dim": same[0]} if same else {}
 
 
@@ -247,7 +256,7 @@ def _state_space(config: Mapping[str, Any], width: int) -> dict[str, Any]:
     """Mamba's heads times their size is the expanded width; linear attention keeps its ratio of value to key heads."""
     result: dict[str, Any] = {}
     expanded = width * next((config[n] for n in ("mamba_expand", "expand") if type(config.get(n)) is int), 2)
-    for name in ("mamba_n_heads", "mamba_num_heads"):
+    for name in ("mamba_n_heads", "mamba_num_heads", *(["n_mamba_heads"] if "mamba_headdim" in config else [])):
         if type(config.get(name)) is int:
             result[name] = expanded // HEAD_DIM
     if "state_size" in config and "num_heads" in config and "head_dim" in config:

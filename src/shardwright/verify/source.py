@@ -13,15 +13,35 @@ from shardwright.errors import ConfigError
 from shardwright.verify.stages import Stage
 
 # What the default config of a type lacks to describe a model that runs (at any size).
+_FULL_ROPE = {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
+_QWEN4_INDEXER = {
+    "indexer_n_heads": 16,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 128,
+    "indexer_budget": 2048,
+    "indexer_compress_ratio": 4,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+}
 COMPLETED: dict[str, dict[str, Any]] = {
-    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "chameleon": {"vocabulary_map": {"<image>": 4, "IMGIMGBS": 5, "IMGIMGCS": 6}},
+    "cohere_compass": {"text_config": {"rope_parameters": _FULL_ROPE}},
+    "cohere_compass_text": {"rope_parameters": _FULL_ROPE},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense"] + ["sparse"] * 11, "num_hidden_layers": 12}},
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "diffusion_gemma": {"text_config": {"num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704}},
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
+                                                             "mrope_section": [22, 22, 20]}}},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
     "nemotron": {"num_key_value_heads": 8},
+    "qwen4_exp": {"text_config": _QWEN4_INDEXER},
+    "qwen4_exp_text": _QWEN4_INDEXER,
     "reformer": {"is_decoder": True},
+    "step3p7": {"text_config": {"sliding_window": 512}},
+    "udop": {"decoder_start_token_id": 0},
     "xmod": {"default_language": "en_XX"},
-}
+}  # fmt: skip
 
 
 def load_config(model: str | os.PathLike[str] | PreTrainedConfig) -> PreTrainedConfig:

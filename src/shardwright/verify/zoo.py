@@ -126,8 +126,11 @@ def examine_all(types: Iterable[str], modes: Sequence[str]) -> Iterator[Entry]:
 def main(types: str, modes: str, output: Path | None, json_path: Path | None) -> None:
     """Verify every architecture of the installed transformers, in every mode. Exit code 1 if one is wrong."""
     chosen = [name for name in types.split(",") if name] or all_types()
+    chosen_modes = modes.split(",")
+    if unknown := sorted(set(chosen_modes) - set(MODES)):
+        raise click.UsageError(f"There is no mode {', '.join(unknown)}; there are {', '.join(MODES)}.")
     entries = []
-    for entry in examine_all(chosen, modes.split(",")):
+    for entry in examine_all(chosen, chosen_modes):
         reason = " ".join(entry.reason.split())[:160]
         click.echo(f"{entry.type:30} {entry.mode:14} {entry.outcome:10} {entry.seconds:6.1f} s  {reason}")
         entries.append(entry)

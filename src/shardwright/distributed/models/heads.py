@@ -74,6 +74,7 @@ def check_heads(model: nn.Module, tp: int, name: str = "") -> str | None:
                 f"{name or type(model).__name__} has {query} attention heads ({key_value} key-value heads), which "
                 f"tp={tp} does not divide. The largest tensor-parallel size that works here is {max(fits)}."
             )
+    for _, key_value in counts.layers:
         if key_value % tp:
             return (
                 f"{key_value} key-value heads on {tp} tensor-parallel ranks: the key and value projections stay whole, "

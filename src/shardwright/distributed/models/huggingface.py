@@ -13,7 +13,7 @@ from shardwright.errors import PlanError
 def text_config(model: nn.Module) -> Any:
     """The config that describes the text model: a multimodal model's sub-config; None for a model without a config."""
     config = getattr(model, "config", None)
-    return config.get_text_config() if isinstance(config, PreTrainedConfig) else config
+    return config.get_text_config() if isinstance(config, PreTrainedConfig) else getattr(config, "text_config", config)
 
 
 def text_model(model: PreTrainedModel) -> tuple[str, PreTrainedModel]:

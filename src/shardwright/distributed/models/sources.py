@@ -60,6 +60,8 @@ def custom_plan(model: nn.Module, custom: CustomPlan) -> ParallelPlan:
         return custom
     if isinstance(custom, str):
         return _named_plan(model, custom)
+    if not isinstance(custom, Mapping):
+        raise PlanError(f"A plan must be a dict of globs to styles, or a path to one, not a {type(custom).__name__}.")
     return _plan_from_mapping(custom, "custom: dict")
 
 

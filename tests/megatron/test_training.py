@@ -68,7 +68,13 @@ def test_context_parallel_axis_is_sharded_over_too(ranks4: RankPool, tp: int) ->
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_without_overlap(ranks2: RankPool, strategy: str) -> None:
-    check(ranks2, strategy, {"overlap_grad_reduce": False, "overlap_param_gather": False}, accumulation=2)
+    check(
+        ranks2,
+        strategy,
+        {"overlap_grad_reduce": False, "overlap_param_gather": False},
+        optimizer="bare",
+        accumulation=2,
+    )
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -83,7 +89,7 @@ def test_sums_and_means(ranks2: RankPool, strategy: str, option: str) -> None:
 
 
 def test_one_bucket(ranks2: RankPool) -> None:
-    check(ranks2, options={"disable_bucketing": True})
+    check(ranks2, options={"disable_bucketing": True}, optimizer="bare")
 
 
 @pytest.mark.parametrize("mode", ["full", "selective"])

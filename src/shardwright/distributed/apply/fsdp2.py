@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ def shard_blocks(
     All blocks of a list reshard after forward except the last, whose parameters backward needs at once. A block that
     several lists share is one unit.
     """
+    # What a block returns goes on in the compute dtype; only the root casts.
+    inner = replace(mp_policy, output_dtype=None) if mp_policy is not None else None
     names = [name for name in block_names(module) if not isinstance(module.get_submodule(name), FSDPModule)]
     lists: dict[str, str] = {}
     for name in names:
@@ -38,7 +41,7 @@ def shard_blocks(
     last = set(lists.values())
     for name in names:
         block = module.get_submodule(name)
-        _shard(block, mesh, mp_policy, offload_policy, reshard_after_forward=name not in last)
+        _shard(block, mesh, inner, offload_policy, reshard_after_forward=name not in last)
 
 
 def shard_root(

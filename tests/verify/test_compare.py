@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from shardwright.verify.compare import EXACT, Report, compare, relative_error
+from shardwright.verify.precision import computing_in
 from shardwright.verify.step import Trace
 
 
@@ -95,3 +96,15 @@ def test_the_report_is_json_even_with_infinite_errors() -> None:
             "plan_source"} <= set(data)  # fmt: skip
     assert data["logits_rel_err"] is None
     assert "gradient of b.weight off by 1.0e-01" in report.summary()
+
+
+def test_float64_is_float64_throughout() -> None:
+    x = torch.linspace(0, 1, 5, dtype=torch.float64).requires_grad_()
+    with computing_in(torch.float64):
+        rounded = torch.softmax(x.float() / 3, dim=-1, dtype=torch.float32).to(torch.float32) + torch.ones(5)
+        assert torch.zeros(2, dtype=torch.float32).dtype == torch.float64
+    assert rounded.dtype == torch.float64
+    assert torch.equal(rounded, torch.softmax(x / 3, dim=-1) + 1)
+    assert torch.get_default_dtype() == torch.float32
+    with computing_in(torch.float32):
+        assert x.float().dtype == torch.float32

@@ -19,6 +19,7 @@ from shardwright.distributed.config import ParallelConfig
 from shardwright.distributed.models.sources import choose_plan
 from shardwright.verify.compare import EXACT, Difference, Report, compare
 from shardwright.verify.locate import first_module_that_differs
+from shardwright.verify.precision import computing_in
 from shardwright.verify.ranks import shared_mesh
 from shardwright.verify.stages import CrashError, ShrinkError, Stage
 from shardwright.verify.step import tp_sharded_fraction, train_step
@@ -56,7 +57,10 @@ def run_case(case: Case) -> Report:
     if not report.exact and not report.problems:
         try:
             second = _measure(case, torch.float64)
-        except (ShrinkError, CrashError):  # a model with dtypes written into its code; float32 has the last word
+        except (
+            ShrinkError,
+            CrashError,
+        ):  # it cannot be made to compute in float64
             second = report
         report = second if second.exact else replace(report, float64_rel_err=second.worst_error)
     inputs = "text and images" if "pixel_values" in case.batch(0) else "text"
@@ -73,14 +77,15 @@ def _measure(case: Case, dtype: torch.dtype) -> Report:
     batches = _batches(case, dtype)
     with Stage(ShrinkError, "The tiny model does not run in one process"):
         model = case.build().to(dtype)
-        reference = train_step(copy.deepcopy(model), batches, len(batches))
+        with computing_in(dtype):
+            reference = train_step(copy.deepcopy(model), batches, len(batches))
     # This rank's micro-batches are the first of the list, and the forward after the step is last.
     reference.losses = reference.losses[: case.accumulate]
     reference.logits = reference.logits[: case.accumulate] + reference.logits[len(batches) :]
     with Stage(CrashError, "Sharding the model failed"):
         model = case.parallelize(model, case.config, mesh)
     fraction = tp_sharded_fraction(model.parameters())
-    with Stage(CrashError, "The model runs in one process, but fails when it is sharded"):
+    with Stage(CrashError, "The model runs in one process, but fails when it is sharded"), computing_in(dtype):
         trace = train_step(model, batches[: case.accumulate], case.accumulate)
     report = _report(*_over_ranks(*compare(trace, reference)))
     precision = str(dtype).removeprefix("torch.")

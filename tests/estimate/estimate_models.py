@@ -45,6 +45,16 @@ def config_of(family: str, layers: int = 2) -> PreTrainedConfig:
 
 FAMILIES = ("llama", "llama one key-value head", "qwen3 tied", "gemma3", "phi3", "mixtral")
 
+WHOLE_EXPERTS = {
+    "model.layers.*.self_attn.q_proj": "colwise",
+    "model.layers.*.self_attn.k_proj": "colwise",
+    "model.layers.*.self_attn.v_proj": "colwise",
+    "model.layers.*.self_attn.o_proj": "rowwise",
+    "model.layers.*.mlp.experts": "ep_dispatch_experts",
+    "model.layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+    "model.layers.*.mlp.experts.down_proj": "grouped_gemm",
+}
+
 Counts = dict[tuple[str, bool], tuple[int, int]]
 _KINDS = {
     "all_reduce": "all_reduce",

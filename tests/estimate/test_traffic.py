@@ -39,6 +39,11 @@ def test_equals_real_runs_under_fsdp(ranks4: RankPool) -> None:
         assert predicted(*case) == real
 
 
+def test_whole_experts_of_a_custom_plan(ranks2: RankPool) -> None:
+    case = ("mixtral", 2, TP.with_(plan="estimate_models.WHOLE_EXPERTS"))
+    assert predicted(*case) == ranks2.run(real_traffic, [case])[0][0]
+
+
 ACTIVATIONS = {
     False: {("all_reduce", False): 2, ("all_reduce", True): 2},
     True: {
@@ -72,6 +77,12 @@ def test_dense_layer_contract_under_fsdp(sequence_parallel: bool, ranks4: RankPo
     if sequence_parallel:
         expected["all_reduce", True] = 1  # the layer's two norms
     assert {key: calls for key, calls in slope.items() if calls} == expected
+
+
+def test_blocks_that_cannot_be_split_are_told() -> None:
+    prediction = predict("jamba", TP.with_(sequence_parallel=True))
+    assert any("not in the predicted collectives" in note for note in prediction.notes)
+    assert not predict(config_of("llama"), TP.with_(sequence_parallel=True)).notes
 
 
 def test_every_style_is_known() -> None:

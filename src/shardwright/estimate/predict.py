@@ -23,7 +23,7 @@ from shardwright.errors import ConfigError, UnsupportedError
 from shardwright.estimate.layout import ParameterLayout, parameter_layouts
 from shardwright.estimate.memory import Memory, memory_per_rank
 from shardwright.estimate.rows import Row, module_rows
-from shardwright.estimate.traffic import Collective, predict_traffic
+from shardwright.estimate.traffic import Collective, predict_traffic, uncounted
 
 Model = str | os.PathLike[str] | PreTrainedConfig | nn.Module
 
@@ -141,7 +141,7 @@ def predict(model: Model, config: ParallelConfig, *, weights: str = "float32") -
         memory=memory_per_rank(layouts, config.tp, config.dp_shard),
         unsharded=memory_per_rank([replace(layout, placement=_WHOLE) for layout in layouts], 1, 1),
         traffic=tuple(_traffic(built, resolved, config)),
-        notes=tuple(dict.fromkeys(resolved.notes)),
+        notes=tuple(dict.fromkeys(filter(None, [*resolved.notes, uncounted(built, resolved)]))),
     )
 
 

@@ -1,8 +1,9 @@
 """The collectives over the ``tp`` axis of one training step, read off the resolved plan.
 
 A step is one forward and backward of a micro-batch, without recomputation. The rules are those of
-:mod:`shardwright.distributed.styles`, whose real calls the tests count. One thing a plan does not say is taken for
-granted: readers in one region whose inputs have the same width read the same tensor.
+:mod:`shardwright.distributed.styles`, whose real calls the tests count. What a plan does not say is taken for granted:
+readers in one region whose inputs have the same width read the same tensor; every module runs once, towers and
+cross-attention too; sequence-parallel blocks follow one another (:func:`uncounted` tells where they do not).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from shardwright.distributed.styles.linear import features, parameter_shape
 FLOAT32 = 4
 # What transformers' configs call the number of experts that see a token.
 EXPERTS_PER_TOKEN_KEYS = (
-    "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts",
+    "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts",
 )  # fmt: skip
 
 
@@ -66,6 +67,19 @@ def predict_traffic(
     return traffic
 
 
+def uncounted(model: nn.Module, resolved: ResolvedPlan) -> str | None:
+    """A sentence where whole blocks stand between sequence-parallel ones: what that moves is not predicted."""
+    lists = {name.rpartition(".")[0] for name in resolved.blocks}
+    split = set(resolved.blocks)
+    whole = [name for name in block_names(model) if name.rpartition(".")[0] in lists and name not in split]
+    if not whole:
+        return None
+    return (
+        f"{len(whole)} blocks ({whole[0]} is the first) have no tensor-parallel layers: the sequence is gathered for "
+        "them and split again behind them, which is not in the predicted collectives."
+    )
+
+
 class _Step:
     """Goes through a resolved plan; every method yields the collectives of one kind of place."""
 
@@ -103,12 +117,12 @@ class _Step:
         return self.widths.get(self.scope(name)) or next(iter(self.widths.values()), 0)
 
     def stream_width(self, block: str) -> int:
-        """What the first writer of a block writes, or the width of the first norm directly below it; 0 for neither."""
-        for name, use in self.resolved.modules.items():
-            if use.style in WRITERS and name.startswith(f"{block}."):
-                return features(self.modules[name], out=True)
+        """The width of the first norm directly below a block, or what its first writer writes; 0 for neither."""
         norms = (child for child in self.modules[block].children() if is_norm(child))
-        return next((param.numel() for norm in norms for param in norm.parameters()), 0)
+        if width := next((param.numel() for norm in norms for param in norm.parameters()), 0):
+            return width
+        writers = (name for name, use in self.resolved.modules.items() if use.style in WRITERS)
+        return next((features(self.modules[name], out=True) for name in writers if self.scope(name) == block), 0)
 
     def forward(self, kind: str, width: int, cause: str) -> Collective:
         return Collective(kind, False, width * self.itemsize, cause=cause)
@@ -287,6 +301,8 @@ OWN: dict[str, Rule] = {
     "local_params": _none,
     "mla_kv_a_proj": _rotary_key,
     "moe_tp_experts": _experts,
+    "ep_dispatch_experts": _experts,
+    "grouped_gemm": _none,
     "moe_identity_expert": _none,
     "all_reduce": _experts,
 }

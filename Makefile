@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install test lint zoo demo clean
+.PHONY: install test test-faults lint zoo demo clean
 
 install: $(READY)
 
@@ -17,6 +17,9 @@ $(READY): pyproject.toml constraints.txt
 
 test: install
 	$(BIN)/python -m pytest -m "not gpu and not fault"
+
+test-faults: install
+	$(BIN)/python -m pytest -m fault
 
 lint: install
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from shardwright.checkpoint.load import init_pretrained, load_pretrained
+from shardwright import init_pretrained, load_pretrained
 from shardwright.errors import CheckpointError
 from shardwright.verify.ranks import RankPool
 

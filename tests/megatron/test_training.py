@@ -45,7 +45,7 @@ def test_tensor_parallel(ranks4: RankPool, strategy: str) -> None:
     check(ranks4, strategy, tp=2, accumulation=2, clip=0.5, tied=strategy == "optim_grads_params")
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ["no_shard", "optim_grads_params"])
 def test_one_data_parallel_rank(ranks2: RankPool, strategy: str) -> None:
     check(ranks2, strategy, tp=2, accumulation=2)
 
@@ -77,12 +77,12 @@ def test_without_overlap(ranks2: RankPool, strategy: str) -> None:
     )
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ["optim", "optim_grads_params"])
 def test_float32_copies(ranks2: RankPool, strategy: str) -> None:
     check(ranks2, strategy, {"grad_reduce_in_fp32": True, "preserve_fp32_weights": True}, accumulation=2)
 
 
-@pytest.mark.parametrize("strategy", ["no_shard", "optim", "optim_grads_params"])
+@pytest.mark.parametrize("strategy", ["no_shard", "optim"])
 @pytest.mark.parametrize("option", ["average_in_collective", "calculate_per_token_loss"])
 def test_sums_and_means(ranks2: RankPool, strategy: str, option: str) -> None:
     check(ranks2, strategy, {option: True}, accumulation=2, summed=option == "calculate_per_token_loss")

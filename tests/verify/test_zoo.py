@@ -102,4 +102,5 @@ SPREAD = (
 def test_a_spread_of_architectures_is_exact(ranks2: RankPool, model_type: str) -> None:
     entry = examine(model_type, "tp2_sp", ranks2)
     assert entry.outcome == "exact", entry.reason
-    assert entry.sharded_fraction > 0.1  # exact because nothing was cut would be no feat
+    # Exact because nothing was cut would be no feat. (gpt_oss leaves its experts to expert parallelism.)
+    assert entry.sharded_fraction > (0.1 if model_type == "gpt_oss" else 0.4)

@@ -44,7 +44,7 @@ class Report:
         max_grad_rel_err: over the gradients of all parameters; ``worst_parameter`` has it.
         grad_norm_rel_err: of the norm that stock ``clip_grad_norm_`` returns.
         parameter_rel_err: of the parameters after one AdamW step; ``worst_updated_parameter`` has it.
-        sharded_fraction: share of the elements of the model's matrices that tensor parallelism split.
+        sharded_fraction: share of the elements of the text model's matrices that tensor parallelism split.
         plan_source: where the tensor-parallel plan came from.
         world_size: number of ranks.
         inputs: ``text``, or ``text and images``; a vision tower takes part only in the latter.

@@ -38,7 +38,7 @@ def _header() -> list[str]:
         "architecture, trained for one step in one process and on N ranks, and compared: loss, logits, the gradient",
         "of every parameter, the clipped norm, every parameter after an AdamW step. *Exact* means that every relative",
         "error is below 1e-5. The FSDP modes accumulate two micro-batches on each data-parallel rank. *Sharded* is",
-        "the share of the elements of the model's matrices that tensor parallelism splits.",
+        "the share of the elements of the text model's matrices, embeddings included, that tensor parallelism splits.",
         "",
     ]
 

@@ -49,7 +49,7 @@ _PRELOADED = (
     "transformers.models.llama.modeling_llama",
     "shardwright.verify.ranks",
 )
-_GRACE = 2.0  # seconds that the other ranks get to answer once one has failed
+_GRACE = 5.0  # seconds that the other ranks get to answer once one has failed
 
 
 class RankError(ShardwrightError, RuntimeError):

@@ -21,8 +21,9 @@ from shardwright.verify.compare import EXACT, Difference, Report, compare
 from shardwright.verify.locate import first_module_that_differs
 from shardwright.verify.precision import computing_in
 from shardwright.verify.ranks import shared_mesh
+from shardwright.verify.sharded import tp_sharded_fraction
 from shardwright.verify.stages import CrashError, ShrinkError, Stage
-from shardwright.verify.step import tp_sharded_fraction, train_step
+from shardwright.verify.step import train_step
 
 Batch = Mapping[str, Any]
 Parallelize = Callable[[nn.Module, ParallelConfig, DeviceMesh], nn.Module]
@@ -84,7 +85,7 @@ def _measure(case: Case, dtype: torch.dtype) -> Report:
     reference.logits = reference.logits[: case.accumulate] + reference.logits[len(batches) :]
     with Stage(CrashError, "Sharding the model failed"):
         model = case.parallelize(model, case.config, mesh)
-    fraction = tp_sharded_fraction(model.parameters())
+    fraction = tp_sharded_fraction(model)
     with Stage(CrashError, "The model runs in one process, but fails when it is sharded"), computing_in(dtype):
         trace = train_step(model, batches[: case.accumulate], case.accumulate)
     report = _report(*_over_ranks(*compare(trace, reference)))

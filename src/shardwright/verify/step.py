@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,17 +86,3 @@ def train_step(model: nn.Module, batches: Sequence[Mapping[str, Any]], micro_bat
 
 def without_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in batch.items() if name != "labels"}
-
-
-def tp_sharded_fraction(parameters: Iterable[nn.Parameter]) -> float:
-    """Share of the elements of all matrices (two or more dimensions) that are split over the ``tp`` mesh axis."""
-    total = sharded = 0
-    for parameter in parameters:
-        if parameter.ndim < 2:
-            continue
-        total += parameter.numel()
-        if isinstance(parameter, DTensor) and "tp" in (parameter.device_mesh.mesh_dim_names or ()):
-            axis = parameter.device_mesh.mesh_dim_names.index("tp")  # type: ignore[union-attr]
-            # Strided shards (packed weights) are no subclass of Shard in every version of torch.
-            sharded += 0 if parameter.placements[axis].is_replicate() else parameter.numel()
-    return sharded / total if total else 0.0

@@ -133,6 +133,9 @@ def gradients_exist_on_every_rank() -> tuple[int, int]:
         ids = batch(0, 0, dist.get_rank(), "cpu")
         sharded(input_ids=ids, labels=ids).loss.backward()
         grads = [param.grad for param in model.parameters()]
+        for param in model.parameters():  # the shards say themselves where they lie, before any state_dict()
+            covered = sum(chunk.sizes.numel() for chunk in param.__create_chunk_list__())
+            assert covered == param.to_local().numel()
         return sum(grad is None for grad in grads), sum(grad.to_local().numel() == 0 for grad in grads)
 
 

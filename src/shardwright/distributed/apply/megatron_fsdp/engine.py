@@ -71,6 +71,8 @@ class _Buffer(ParamAndGradBuffer):
             buffer = group.model_weight_buffer if self.layout.sharded else None
             whole = (0, local_part(param.orig_param).numel())
             param.elements = buffer._get_item_slice_in_shard(item) if buffer else whole
+            if self.layout.sharded:
+                describe_for_dcp(param, param.elements, local_part(param.orig_param).shape)
         return named
 
     def _place(self, param: Any) -> tuple[Any, int]:

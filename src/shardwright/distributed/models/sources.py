@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.tensor.parallel import ParallelStyle
 from transformers import PreTrainedModel
 
+from shardwright.distributed.models.distrusted import DISTRUSTED
 from shardwright.distributed.models.huggingface import embedding_name, head_name, plan_styles, text_config, text_model
 from shardwright.distributed.models.imports import import_class_from_path
 from shardwright.distributed.models.structure import block_names
@@ -43,15 +44,21 @@ def choose_plan(model: nn.Module, custom: CustomPlan | None = None, tp: int = 2)
         plan, why = custom_plan(model, custom), "it was passed in"
     elif (optimized := optimized_plan(model)) is not None:
         plan, why = optimized, "Shardwright has a tuned plan for this model type"
-    elif (huggingface := huggingface_plan(model)) is not None:
+    elif (flaw := DISTRUSTED.get(_model_type(model))) is None and (huggingface := huggingface_plan(model)) is not None:
         plan, why = huggingface, "transformers has a plan for this model's blocks"
     else:
         from shardwright.distributed.models.dataflow import derive_plan  # not needed by models that have a plan
 
         plan, why = derive_plan(model, tp=tp), "neither Shardwright nor transformers has a plan for this model's blocks"
+        if flaw is not None:
+            why = f"the plan that transformers has is not exact ({flaw})"
     if not dist.is_initialized() or dist.get_rank() == 0:
         logger.info("Tensor-parallel plan of %s: %s, because %s.", type(model).__name__, plan.source, why)
     return plan
+
+
+def _model_type(model: nn.Module) -> str | None:
+    return text_config(model).model_type if isinstance(model, PreTrainedModel) else None
 
 
 def custom_plan(model: nn.Module, custom: CustomPlan) -> ParallelPlan:

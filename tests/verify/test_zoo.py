@@ -11,7 +11,7 @@ from shardwright.errors import PlanError
 from shardwright.verify import RankPool, zoo
 from shardwright.verify.page import write_page
 from shardwright.verify.public import case_of
-from shardwright.verify.zoo import MODES, Entry, all_types, examine
+from shardwright.verify.zoo import MODES, Entry, all_types, examine, plan_of
 
 
 def test_the_zoo_has_every_type_of_transformers() -> None:
@@ -104,3 +104,9 @@ def test_a_spread_of_architectures_is_exact(ranks2: RankPool, model_type: str) -
     assert entry.outcome == "exact", entry.reason
     # Exact because nothing was cut would be no feat. (gpt_oss leaves its experts to expert parallelism.)
     assert entry.sharded_fraction > (0.1 if model_type == "gpt_oss" else 0.4)
+
+
+def test_plans_alone_need_no_ranks() -> None:
+    entry = plan_of("qwen3")
+    assert (entry.outcome, entry.plan_source) == ("planned", "huggingface")
+    assert plan_of("gemma4_assistant").outcome == "not built"

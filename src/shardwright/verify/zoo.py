@@ -5,6 +5,7 @@ python -m shardwright.verify.zoo [--types a,b,c] [--modes tp2,...] [--output doc
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,12 +20,14 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from shardwright.distributed.config import ParallelConfig
+from shardwright.distributed.models.resolve import resolve
+from shardwright.distributed.models.sources import choose_plan
 from shardwright.errors import ConfigError, ShardwrightError
 from shardwright.verify.page import write_page
 from shardwright.verify.public import case_of, run
 from shardwright.verify.ranks import RankError, RankPool
 from shardwright.verify.run import Case
-from shardwright.verify.stages import CrashError, ShrinkError
+from shardwright.verify.stages import CrashError, ShrinkError, Stage
 
 
 @dataclass(frozen=True)
@@ -78,29 +81,50 @@ def all_types() -> list[str]:
 @lru_cache(maxsize=1)
 def _case(model_type: str) -> Case:
     """The tiny model and its batches: the same in every mode, since all have the same tp."""
-    return case_of(model_type, _TP2)
+    try:
+        return case_of(model_type, _TP2)
+    except ConfigError as error:
+        raise ShrinkError(str(error)) from error
 
 
 def examine(model_type: str, mode_name: str, pool: RankPool, timeout: float = 90.0) -> Entry:
     """Verify one type in one mode; whatever happens to it becomes an entry."""
-    mode, started = MODES[mode_name], time.monotonic()
-    entry = Entry(model_type, mode_name, "exact")
+    mode, entry = MODES[mode_name], Entry(model_type, mode_name, "exact")
+    with _into(entry):
+        report = run(replace(_case(model_type), config=mode.config, accumulate=mode.accumulate), pool, timeout=timeout)
+        entry.plan_source, entry.sharded_fraction = report.plan_source, report.sharded_fraction
+        entry.worst_error, entry.inputs = report.worst_error, report.inputs
+        if not report.exact:
+            entry.outcome, entry.reason = "wrong", report.summary()
+    return entry
+
+
+def plan_of(model_type: str) -> Entry:
+    """Choose and resolve the plan of a type, with sequence parallelism, without ranks: a fraction of a second."""
+    entry = Entry(model_type, "plan", "planned")
+    with _into(entry):
+        with Stage(ShrinkError, "The tiny model cannot be built"):
+            model = _case(model_type).build()
+        with Stage(CrashError, "Planning failed"):
+            plan = choose_plan(model)
+            resolve(model, plan, 2, sequence_parallel=True)
+        entry.plan_source = plan.source
+    return entry
+
+
+@contextlib.contextmanager
+def _into(entry: Entry) -> Iterator[None]:
+    """Note in ``entry`` how the block ended, and after how long."""
+    started = time.monotonic()
     try:
-        case = replace(_case(model_type), config=mode.config, accumulate=mode.accumulate)
-        report = run(case, pool, timeout=timeout)
-    except (ShrinkError, ConfigError, ImportError) as error:
+        yield
+    except ShrinkError as error:
         entry.outcome, entry.reason = "not built", str(error)
     except (CrashError, RankError) as error:
         entry.outcome, entry.reason = "crashed", str(error)
     except ShardwrightError as error:
         entry.outcome, entry.reason = "refused", str(error)
-    else:
-        entry.plan_source, entry.sharded_fraction = report.plan_source, report.sharded_fraction
-        entry.worst_error, entry.inputs = report.worst_error, report.inputs
-        if not report.exact:
-            entry.outcome, entry.reason = "wrong", report.summary()
     entry.seconds = round(time.monotonic() - started, 2)
-    return entry
 
 
 def examine_all(types: Iterable[str], modes: Sequence[str]) -> Iterator[Entry]:
@@ -123,14 +147,15 @@ def examine_all(types: Iterable[str], modes: Sequence[str]) -> Iterator[Entry]:
 @click.option("--modes", default=",".join(MODES), show_default=True, help="Comma-separated modes.")
 @click.option("--output", type=click.Path(path_type=Path), help="Write the page (Markdown) here.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the entries (JSON) here.")
-def main(types: str, modes: str, output: Path | None, json_path: Path | None) -> None:
+@click.option("--plan-only", is_flag=True, help="Only choose and resolve every plan: no ranks, no numbers, no page.")
+def main(types: str, modes: str, plan_only: bool, output: Path | None, json_path: Path | None) -> None:
     """Verify every architecture of the installed transformers, in every mode. Exit code 1 if one is wrong."""
     chosen = [name for name in types.split(",") if name] or all_types()
     chosen_modes = modes.split(",")
     if unknown := sorted(set(chosen_modes) - set(MODES)):
         raise click.UsageError(f"There is no mode {', '.join(unknown)}; there are {', '.join(MODES)}.")
     entries = []
-    for entry in examine_all(chosen, chosen_modes):
+    for entry in map(plan_of, chosen) if plan_only else examine_all(chosen, chosen_modes):
         reason = " ".join(entry.reason.split())[:160]
         click.echo(f"{entry.type:30} {entry.mode:14} {entry.outcome:10} {entry.seconds:6.1f} s  {reason}")
         entries.append(entry)

@@ -155,6 +155,19 @@ def test_torchrun_restarts_what_was_killed(folder: Path, unbroken: dict[int, flo
     assert _losses(folder) == unbroken
 
 
+def test_a_rank_that_hangs_is_named(folder: Path) -> None:
+    with _start(folder, FSDP2, "steps=100000", "step_timeout=20") as process:
+        _until(folder, 5, process)
+        stopped = _ranks_of(process.pid)[1]
+        os.kill(stopped, signal.SIGSTOP)
+        _, error = process.communicate(timeout=200)
+    assert process.returncode == 1
+    assert "Rank 0 has been in step" in error
+    assert "torch.distributed's" in error
+    assert "Nothing was heard of rank(s) 1" in error
+    assert not Path(f"/proc/{stopped}").exists()
+
+
 def test_resumed_at_another_mesh(folder: Path) -> None:
     assert _run(folder, FSDP2, NO_DROPOUT, "output.dir=whole").returncode == 0
     with _start(folder, FSDP2, NO_DROPOUT) as process:

@@ -186,6 +186,7 @@ class TrainConfig:
             unsharded model in one process, and stop when they differ.
         not_finite: what a loss or gradient that is no number does to the run: ``"raise"`` ends it with the name of the
             parameter, before the weights are touched; ``"skip"`` leaves that update out and goes on.
+        step_timeout: seconds after which a step counts as hanging: the ranks end and say which collective they were in.
     """
 
     model: ModelSettings
@@ -205,6 +206,7 @@ class TrainConfig:
     ranks: int | None = None
     check_first_step: bool = False
     not_finite: str = "raise"
+    step_timeout: float = 1800.0
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation"):
@@ -216,6 +218,8 @@ class TrainConfig:
             raise ConfigError(f"clip_norm is {self.clip_norm}; it must be above 0, or null for no clipping.")
         _one_of("device", self.device, DEVICES)
         _one_of("not_finite", self.not_finite, NOT_FINITE)
+        if self.step_timeout <= 0:
+            raise ConfigError(f"step_timeout is {self.step_timeout}; it must be above 0 seconds.")
         if self.schedule.warmup_steps > self.steps:
             raise ConfigError(
                 f"schedule.warmup_steps is {self.schedule.warmup_steps}, more than the {self.steps} steps of the run."

@@ -34,6 +34,7 @@ from shardwright.train.prepare import TOKENIZER
 from shardwright.train.progress import ConsoleHandler, show_curve
 from shardwright.train.recorder import Recorder
 from shardwright.train.tokenizer import load_tokenizer
+from shardwright.train.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -161,8 +162,10 @@ def _train_all(
     Returns the losses of all recorded steps.
     """
     rows_at_once = config.batch_size // (config.accumulation * trainer.dp_size)
-    with Recorder(config, console, device, done) as recorder:
+    watchdog = Watchdog(config.step_timeout)
+    with Recorder(config, console, device, done) as recorder, watchdog.watching():
         for step in range(done, config.steps):
+            watchdog.beat(step)
             lr = trainer.learning_rate
             if step == 0 and first is not None:
                 loss, norm = first

@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install test test-faults lint zoo demo clean
+.PHONY: install test test-faults test-gpu lint zoo demo clean
 
 install: $(READY)
 
@@ -20,6 +20,9 @@ test: install
 
 test-faults: install
 	$(BIN)/python -m pytest -m fault
+
+test-gpu: install
+	$(BIN)/python -m pytest -m gpu
 
 lint: install
 	$(BIN)/ruff check .

@@ -23,8 +23,7 @@ def parallelize(model: nn.Module, config: ParallelConfig, mesh: DeviceMesh | Non
         mesh: a mesh from :func:`shardwright.make_mesh` to use; None makes one from ``config``.
 
     Returns:
-        The same model; parameter names do not change, parameters are DTensors. With the engine ``megatron_fsdp``, its
-        wrapper around the model.
+        The same model; parameter names do not change, parameters are DTensors.
 
     Raises:
         ConfigError: the degrees do not fit the world size.
@@ -35,7 +34,8 @@ def parallelize(model: nn.Module, config: ParallelConfig, mesh: DeviceMesh | Non
     if config.engine == "megatron_fsdp":
         refuse_context_parallel(mesh)
         meta = any(param.is_meta for param in model.parameters())
-        return parallelize_with_megatron_fsdp(model, mesh, config, Options.from_config(config, meta=meta))[0]
+        parallelize_with_megatron_fsdp(model, mesh, config, Options.from_config(config, meta=meta))
+        return model  # the package's wrapper stands behind its forward
     # One data-parallel rank in float32 has nothing to shard and nothing to cast.
     needless = mesh["dp_cp"].size() == 1 and config.precision == Precision()
     return parallelize_model(model, mesh, config, mp_policy=None if needless else mixed_precision(config.precision))

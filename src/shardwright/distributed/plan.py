@@ -14,7 +14,7 @@ from typing import Any
 
 from shardwright.errors import PlanError
 
-_KEYS = ("styles", "optional", "local_attributes", "source", "tp", "notes")
+_KEYS = ("styles", "optional", "local_attributes", "local_arguments", "source", "tp", "notes")
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class ParallelPlan:
         local_attributes: glob over module names -> names of integer attributes that the module's code reads as sizes (a
             head count, a width) and that become rank-local: they are divided by the tensor-parallel size, on the
             instance, never in the shared config.
+        local_arguments: glob over module names -> tensor arguments of the module's forward that are cut to this rank's
+            heads, as ``name:dim:heads``: the dim's entries come in groups of ``heads``.
         source: where the plan comes from, for reports (``"custom"``, ``"optimized: qwen3"``, ``"huggingface"``, ...).
         tp: the only tensor-parallel size that the plan is for; None where it suits any that divides the model's heads.
         notes: sentences for the reader of a report, for example what falls back to a gather and what that costs.
@@ -36,6 +38,7 @@ class ParallelPlan:
     styles: Mapping[str, str]
     optional: frozenset[str] = frozenset()
     local_attributes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    local_arguments: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     source: str = "custom"
     notes: tuple[str, ...] = field(default=())
     tp: int | None = None
@@ -59,12 +62,8 @@ class ParallelPlan:
             raise PlanError(f"source is {self.source!r}; it must be a string.")
         object.__setattr__(self, "styles", dict(self.styles))
         object.__setattr__(self, "optional", frozenset(self.optional))
-        if not isinstance(self.local_attributes, Mapping):
-            raise PlanError("local_attributes must be a mapping of globs over module names to lists of attributes.")
-        for glob, names in self.local_attributes.items():
-            _require_strings(f"local_attributes of {glob!r}", names)
-        attributes = {glob: tuple(names) for glob, names in self.local_attributes.items()}
-        object.__setattr__(self, "local_attributes", attributes)
+        for key in ("local_attributes", "local_arguments"):
+            object.__setattr__(self, key, _lists_by_glob(key, getattr(self, key)))
         object.__setattr__(self, "notes", tuple(self.notes))
 
     def to_dict(self) -> dict[str, Any]:
@@ -74,6 +73,7 @@ class ParallelPlan:
             "styles": dict(self.styles),
             "optional": sorted(self.optional),
             "local_attributes": {glob: list(names) for glob, names in self.local_attributes.items()},
+            "local_arguments": {glob: list(names) for glob, names in self.local_arguments.items()},
             "notes": list(self.notes),
         }
 
@@ -118,7 +118,7 @@ class ParallelPlan:
     def diff(self, other: ParallelPlan) -> list[str]:
         """One line per glob on which the two plans differ: ``- glob: style`` is here only, ``+ glob: style`` there."""
         lines = []
-        for glob in dict.fromkeys([*self.styles, *other.styles, *self.local_attributes, *other.local_attributes]):
+        for glob in dict.fromkeys([*self._globs(), *other._globs()]):
             here, there = self._entry(glob), other._entry(glob)
             if here == there:
                 continue
@@ -128,13 +128,16 @@ class ParallelPlan:
                 lines.append(f"+ {glob}: {there}")
         return lines
 
+    def _globs(self) -> list[str]:
+        return list(dict.fromkeys([*self.styles, *self.local_attributes, *self.local_arguments]))
+
     def _entry(self, glob: str) -> str | None:
-        attributes = self.local_attributes.get(glob, ())
-        parts = [self.styles.get(glob), f"local {', '.join(attributes)}" if attributes else None]
+        local = [*self.local_attributes.get(glob, ()), *self.local_arguments.get(glob, ())]
+        parts = [self.styles.get(glob), f"local {', '.join(local)}" if local else None]
         return "; ".join(part for part in parts if part) or None
 
     def __str__(self) -> str:
-        globs = list(dict.fromkeys([*self.styles, *self.local_attributes]))
+        globs = self._globs()
         width = max((len(glob) for glob in globs), default=0)
         lines = [f"plan from {self.source}"]
         lines += [f"  {glob:<{width}}  {self._entry(glob)}" for glob in globs]
@@ -144,6 +147,14 @@ class ParallelPlan:
 def _require_strings(name: str, values: Iterable[Any]) -> None:
     if isinstance(values, str) or not isinstance(values, Iterable) or any(not isinstance(v, str) for v in values):
         raise PlanError(f"{name} must be a list of strings, not {values!r}.")
+
+
+def _lists_by_glob(key: str, value: Any) -> dict[str, tuple[str, ...]]:
+    if not isinstance(value, Mapping):
+        raise PlanError(f"{key} must be a mapping of globs over module names to lists of names.")
+    for glob, names in value.items():
+        _require_strings(f"{key} of {glob!r}", names)
+    return {glob: tuple(names) for glob, names in value.items()}
 
 
 def glob_to_regex(glob: str) -> re.Pattern[str]:

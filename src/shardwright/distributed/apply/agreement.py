@@ -17,7 +17,7 @@ from shardwright.errors import PlanError
 def check_agreement(model: nn.Module, mesh: DeviceMesh, description: str) -> None:
     """Raise, on every rank of ``mesh`` alike, unless all hold the same parameters and the same ``description``.
 
-    Compares names, shapes, dtypes and, for parameters that are not on ``meta``, a sum over the values. A digest goes
+    Compares names, shapes, dtypes, what is frozen and, for parameters that are not on ``meta``, a sum over the values. A digest goes
     round every axis of the mesh; the details only where digests differ.
 
     Args:
@@ -66,7 +66,8 @@ def _fingerprint(model: nn.Module, description: str) -> dict[str, str]:
     result = {"the plan": hashlib.sha256(description.encode()).hexdigest()[:12]}
     for name, param in model.named_parameters():
         values = "on meta" if param.is_meta else f"summing to {_checksum(param):.17g}"
-        result[name] = f"{tuple(param.shape)} {param.dtype} {values}"
+        kind = "trained" if param.requires_grad else "frozen"
+        result[name] = f"{tuple(param.shape)} {param.dtype} {kind} {values}"
     return result
 
 

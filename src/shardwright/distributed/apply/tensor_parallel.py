@@ -13,6 +13,7 @@ from shardwright.distributed.styles import make_style
 from shardwright.distributed.styles.base import Style, distribute_parameter
 from shardwright.distributed.styles.forward import wrap_forward
 from shardwright.distributed.styles.gradient_sum import make_local
+from shardwright.distributed.styles.local_arguments import LocalArguments
 from shardwright.distributed.styles.local_view import LocalAttributes
 from shardwright.distributed.styles.outputs import PlainOutputs
 from shardwright.distributed.styles.regions import (
@@ -48,6 +49,8 @@ def apply_tensor_parallel(
     restore_ties(model, resolved.ties)
     for name, values in resolved.attributes.items():
         wrap_forward(model.get_submodule(name), LocalAttributes(values))
+    for name, cuts in resolved.arguments.items():
+        wrap_forward(model.get_submodule(name), LocalArguments(model.get_submodule(name), cuts, mesh))
     _wrap_regions(model, mesh, resolved, shared, lengths)
     _make_local(model, mesh, resolved, list(units))
     wrap_forward(model, PlainOutputs())

@@ -107,8 +107,8 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
             return found
     for mapping in _CLASSES:
         if type(config) in mapping:
-            found: Any = mapping[type(config)]
-            return found[0] if isinstance(found, tuple) else found
+            cls: Any = mapping[type(config)]
+            return cls[0] if isinstance(cls, tuple) else cls
     raise ConfigError(
         f"The installed transformers {transformers.__version__} has no model for a {type(config).__name__} "
         f"(architectures: {config.architectures})."

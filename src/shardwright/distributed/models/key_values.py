@@ -11,6 +11,7 @@ from torch import nn
 from shardwright.distributed.models.heads import KeyValueShare, head_counts, share_key_value_heads
 from shardwright.distributed.models.resolved import ResolvedPlan, StyleUse
 from shardwright.distributed.styles.linear import features
+from shardwright.distributed.styles.written import features_of_rank
 from shardwright.errors import PlanError
 
 
@@ -43,6 +44,10 @@ def _separate(name: str, modules: dict[str, nn.Module], resolved: ResolvedPlan) 
 def _fused(name: str, model: nn.Module, modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
     """Blocks q|k|v in one layer: cut piece by piece where they are equal, else gathered and picked by head."""
     counts, tp, use = head_counts(model), resolved.tp, resolved.modules[name]
+    if blocks := use.options.get("blocks"):
+        heads = tuple(features_of_rank(blocks, rank, tp) for rank in range(tp))
+        resolved.modules[name] = StyleUse("fused_qkv", {"heads": heads}, rule=use.rule)
+        return
     width = features(modules[name], out=True)
     if counts is None or len(counts.layers) != 1 or width % (counts.layers[0][0] + 2 * counts.layers[0][1]):
         raise PlanError(

@@ -21,6 +21,7 @@ from shardwright.distributed.models.structure import block_names, numbers_to_glo
 from shardwright.distributed.models.ties import Tie, find_ties
 from shardwright.distributed.plan import ParallelPlan, match_names
 from shardwright.distributed.styles import canonical_style, make_style
+from shardwright.distributed.styles.local_arguments import ArgumentCut
 from shardwright.distributed.styles.local_view import CONFIG
 from shardwright.errors import PlanError
 
@@ -46,6 +47,7 @@ def resolve(model: nn.Module, plan: ParallelPlan, tp: int, *, sequence_parallel:
     _check_size(model, plan, resolved)
     share_projections(model, modules, resolved)
     _localise_attributes(modules, plan, resolved)
+    _localise_arguments(modules, plan, resolved)
     _cover(modules, resolved)
     _declare_partial(model, modules, resolved)
     find_regions(modules, resolved)
@@ -125,7 +127,7 @@ def _specialise(model: nn.Module, modules: dict[str, nn.Module], resolved: Resol
             style = "colwise"
         elif style == "sequence_parallel" and not resolved.sequence_parallel:
             style = "replicate"
-        elif style == "mla_kv_a_proj":
+        elif style == "mla_kv_a_proj" and "rope_dim" not in options:
             options["rope_dim"] = _rope_dim(model, name)
         resolved.modules[name] = StyleUse(style, options, rule=use.rule)
 
@@ -187,6 +189,18 @@ def _localise_attributes(modules: dict[str, nn.Module], plan: ParallelPlan, reso
                         f"that tp={resolved.tp} divides."
                     )
                 own[name] = value // resolved.tp
+
+
+def _localise_arguments(modules: dict[str, nn.Module], plan: ParallelPlan, resolved: ResolvedPlan) -> None:
+    """Match the arguments that the plan cuts by heads to modules."""
+    for glob, texts in plan.local_arguments.items():
+        cuts = tuple(ArgumentCut.parse(text) for text in texts)
+        uneven = [cut for cut in cuts if cut.heads % resolved.tp]
+        if uneven:
+            raise PlanError(
+                f"{glob!r} cuts {uneven[0].argument} by {uneven[0].heads} heads; tp={resolved.tp} does not divide."
+            )
+        resolved.arguments |= dict.fromkeys(match_names(glob, modules), cuts)
 
 
 def _attribute(module: nn.Module, name: str) -> object:

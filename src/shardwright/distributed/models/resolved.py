@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shardwright.distributed.models.ties import Tie
+from shardwright.distributed.styles.local_arguments import ArgumentCut
 
 READERS = frozenset({"colwise", "packed_colwise", "fused_qkv", "kv_heads", "colwise_gather_output"})
 WRITERS = frozenset({"rowwise", "packed_rowwise", "rowwise_split_input"})
@@ -54,6 +55,7 @@ class ResolvedPlan:
         whole: module name -> its parameters that are not cut.
         summed: module name -> those whose gradient is a sum over the ranks.
         attributes: module name -> attribute values that are rank-local from now on.
+        arguments: module name -> tensor arguments that are cut to this rank's heads.
         ties: parameters that several modules share.
         notes: sentences for the report.
     """
@@ -69,5 +71,6 @@ class ResolvedPlan:
     whole: dict[str, tuple[str, ...]] = field(default_factory=dict)
     summed: dict[str, tuple[str, ...]] = field(default_factory=dict)
     attributes: dict[str, dict[str, int]] = field(default_factory=dict)
+    arguments: dict[str, tuple[ArgumentCut, ...]] = field(default_factory=dict)
     ties: list[Tie] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

@@ -57,8 +57,8 @@ def choose_plan(model: nn.Module, custom: CustomPlan | None = None, tp: int = 2)
     return plan
 
 
-def _model_type(model: nn.Module) -> str | None:
-    return text_config(model).model_type if isinstance(model, PreTrainedModel) else None
+def _model_type(model: nn.Module) -> str:
+    return text_config(model).model_type if isinstance(model, PreTrainedModel) else ""
 
 
 def custom_plan(model: nn.Module, custom: CustomPlan) -> ParallelPlan:

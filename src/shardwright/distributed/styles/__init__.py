@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from shardwright.distributed.styles.base import Style
-from shardwright.distributed.styles.embedding import EmbeddingColwise, EmbeddingRowwise
+from shardwright.distributed.styles.embedding import EmbeddingColwise, EmbeddingRowwise, EmbeddingSlice
 from shardwright.distributed.styles.experts import (
     ExpertDispatch,
     GroupedGemm,
@@ -27,6 +27,7 @@ from shardwright.distributed.styles.whole import (
     ReplicatedPartialGradient,
     SequenceParallelNorm,
 )
+from shardwright.distributed.styles.written import written_options
 from shardwright.errors import PlanError
 
 STYLES: dict[str, Callable[..., Style]] = {
@@ -41,6 +42,7 @@ STYLES: dict[str, Callable[..., Style]] = {
     "packed_rowwise": PackedRowwise,
     "embedding_rowwise": EmbeddingRowwise,
     "embedding_colwise": EmbeddingColwise,
+    "embedding_slice": EmbeddingSlice,
     "sequence_parallel": SequenceParallelNorm,
     "replicate": Replicated,
     "replicated_with_grad_allreduce": ReplicatedPartialGradient,
@@ -64,11 +66,12 @@ def canonical_style(style: str) -> tuple[str, dict[str, Any]]:
     """
     if not isinstance(style, str):
         raise PlanError(f"A parallel style must be a string, not {style!r}.")
-    name, _, pieces = style.partition(":")
+    name, _, argument = style.partition(":")
     name = ALIASES.get(name, name)
-    if name not in STYLES or (pieces and (not name.startswith("packed_") or not pieces.isdigit() or int(pieces) < 1)):
+    options = written_options(name, argument)
+    if name not in STYLES or options is None:
         raise PlanError(f"Unknown parallel style: {style!r}. Known styles: {', '.join([*STYLES, *ALIASES])}.")
-    return name, {"pieces": int(pieces)} if pieces else {}
+    return name, options
 
 
 def make_style(style: str, **options: Any) -> Style:

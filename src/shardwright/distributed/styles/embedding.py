@@ -11,7 +11,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from torch.distributed.tensor.placement_types import Placement
 
 from shardwright.distributed.styles import collectives as c
-from shardwright.distributed.styles.base import Style
+from shardwright.distributed.styles.base import LocalParameters, Style
 from shardwright.distributed.styles.forward import Around, Forward, attributes_as, local_parameters, parameters_as
 from shardwright.errors import PlanError
 
@@ -91,3 +91,12 @@ class EmbeddingColwise(Style, ColwiseParallel):
         weight = module._parameters["weight"]
         assert weight is not None
         return _FeatureForward(weight.shape[1], mesh)
+
+
+class EmbeddingSlice(EmbeddingColwise):
+    """Each rank holds, and hands on, a slice of every vector: its heads of a table with a feature per head."""
+
+    name = "embedding_slice"
+
+    def around(self, module: nn.Module, mesh: DeviceMesh) -> Around:
+        return LocalParameters()

@@ -143,6 +143,11 @@ class SequenceRegion(Around):
         def cut(x: Tensor) -> Tensor:
             return self.length.split(x, self.group, partial=False)
 
+        if self.direct:
+            # All work in here is rank-local, so whatever else comes in (another model's states) gets partial gradients.
+            args = (*args[:1], *(_for_local_work(x, self.group) for x in args[1:]))
+            others = {name: _for_local_work(x, self.group) for name, x in kwargs.items() if args or name != self.first}
+            kwargs = {**kwargs, **others}
         args, kwargs = on_first_tensor(whole, self.first, args, kwargs)
         self.shared.open(direct=self.direct)
         try:
@@ -174,6 +179,15 @@ class SequenceBlock(Around):
     def _enter(self, x: Tensor) -> Tensor:
         self.length.batch, self.length.value = x.shape[0], x.shape[SEQUENCE_DIM]
         return x.to_local() if isinstance(x, DTensor) else c.scatter(x, SEQUENCE_DIM, self.group)
+
+
+def _for_local_work(value: Any, group: c.Group) -> Any:
+    if isinstance(value, Tensor):
+        plain = value.requires_grad and not isinstance(value, DTensor)
+        return c.copy_to_region(value, group) if plain else value
+    if type(value) in (tuple, list):
+        return type(value)(_for_local_work(item, group) for item in value)
+    return value
 
 
 class WholeBlock(Around):

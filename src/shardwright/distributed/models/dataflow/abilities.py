@@ -30,4 +30,4 @@ class Abilities:
 
 
 # What the styles of this version do.
-AVAILABLE = Abilities()
+AVAILABLE = Abilities(arguments=True, tables=True, blocks=True)

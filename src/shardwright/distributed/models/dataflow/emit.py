@@ -122,6 +122,7 @@ def make_plan(model: nn.Module, study: Study, groups: list[Group]) -> ParallelPl
     return ParallelPlan(
         styles,
         local_attributes=_globs(modules, found.attributes, repeats),
+        local_arguments=_globs(modules, found.arguments, repeats),
         source=f"dataflow (tp={study.size})",
         notes=tuple(_notes(model, study, groups, found)),
     )

@@ -39,6 +39,7 @@ def test_folder_file_and_type(checkpoint: Path) -> None:
 def test_piped_output_is_plain(checkpoint: Path) -> None:
     output = plan(str(checkpoint), "--sequence-parallel", "--dp-shard", "2").output
     assert output.isascii()
+    assert "\nmodel.layers.* x 2" not in output  # every line names its modules in full, for grep
     assert all(line == line.rstrip() for line in output.splitlines())
     (line,) = [line for line in output.splitlines() if line.startswith("model.layers.*.self_attn.q_norm")]
     assert " ".join(line.split()) == "model.layers.*.self_attn.q_norm replicated_with_grad_allreduce plan 16 0 % 128 B"

@@ -17,8 +17,8 @@ from shardwright.errors import PlanError
 def check_agreement(model: nn.Module, mesh: DeviceMesh, description: str) -> None:
     """Raise, on every rank of ``mesh`` alike, unless all hold the same parameters and the same ``description``.
 
-    Compares names, shapes, dtypes, what is frozen and, for parameters that are not on ``meta``, a sum over the values. A digest goes
-    round every axis of the mesh; the details only where digests differ.
+    Compares names, shapes, dtypes, what is frozen and, for parameters that are not on ``meta``, a sum over the values.
+    A digest goes round every axis of the mesh; the details only where digests differ.
 
     Args:
         description: anything else that must be equal, as text (the resolved plan).

@@ -17,11 +17,11 @@ from rich.syntax import Syntax
 from shardwright.train.config import load_config
 
 CONFIG = os.path.relpath(Path(__file__).with_name("quickstart.yaml"))
-PROMPT = "def __init__(self, name"
+PROMPT = "    def __init__(self, name"
 NEXT = """\
 [bold]What next[/]
   Change the mesh    shardwright train {config} sharding.tp=4 sharding.dp_shard=1
-                     The loss of every step stays the same: the mesh changes how it is computed, not what.
+                     Every step's loss stays the same but for rounding: the mesh changes how it is computed, not what.
   Your own text      shardwright train {config} data.paths=my/texts data.include='*.txt' output.dir=runs/mine
   Your own model     shardwright train {config} model.config=null model.path=my/checkpoint \\
                          tokenizer.vocab_size=null output.dir=runs/tuned
@@ -40,8 +40,11 @@ def main() -> None:
 
     output = load_config(CONFIG, sys.argv[1:]).output.dir
     console.print(Rule("Reload with plain transformers"))
-    console.print(f"The model in {output}/model goes on from [bold]{PROMPT}[/] :", highlight=False)
+    console.print(
+        f"{output}/model was given [bold]{PROMPT.strip()}[/] and wrote the rest of the line:", highlight=False
+    )
     console.print(Syntax(complete(Path(output, "model"), PROMPT), "python", theme="ansi_dark"))
+    console.print("So few steps teach it what Python looks like, not what it means.\n", style="dim")
     console.print(NEXT.format(config=CONFIG, output=output), highlight=False, soft_wrap=True)
 
 

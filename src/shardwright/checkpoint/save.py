@@ -14,7 +14,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shardwright.checkpoint.atomic import abandon, begin, finish, unfinished
@@ -22,6 +21,7 @@ from shardwright.checkpoint.build import build_on_meta
 from shardwright.checkpoint.conversion import SavePlan, Writing, plan_save
 from shardwright.checkpoint.folder import INDEX
 from shardwright.checkpoint.together import all_here, barrier, rank_and_world, same_error_everywhere
+from shardwright.distributed.styles.layout import whole as made_whole
 from shardwright.errors import CheckpointError, UnsupportedError
 
 _PATTERN = "model{suffix}.safetensors"
@@ -156,7 +156,7 @@ def _gathered(
     for writing in plan.writings:
         if wanted.isdisjoint(writing.entries):
             continue
-        whole = {name: _whole(state[name]) for name in writing.tensors}
+        whole = {name: made_whole(state[name]) for name in writing.tensors}
         if not mine.isdisjoint(writing.entries):
             yield from _converted(writing, whole, skeleton, mine)
 
@@ -171,10 +171,6 @@ def _converted(
 
 def _bytes_of(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _save(tensors: dict[str, Tensor], file: Path) -> None:

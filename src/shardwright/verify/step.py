@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
+
+from shardwright.distributed.styles.layout import whole
 
 MAX_NORM = 0.1  # below the gradient norm of a fresh model, so that clipping does something
 LEARNING_RATE = 0.1
@@ -39,8 +40,8 @@ class Trace:
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
     """The whole value of a tensor, sharded or not, detached and copied."""
-    tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+    with torch.no_grad():
+        return whole(tensor).detach().clone()
 
 
 def loss_of(output: Any) -> torch.Tensor:

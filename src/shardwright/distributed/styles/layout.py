@@ -26,7 +26,8 @@ def whole(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor
     mesh, placements = tensor.device_mesh, tensor.placements
-    if mesh.ndim == 1 or not any(isinstance(placement, _StridedShard) for placement in placements):
+    own = "full_tensor" in vars(tensor)  # Megatron-FSDP's shards are no DTensor's; each knows how to become whole
+    if own or mesh.ndim == 1 or not any(isinstance(placement, _StridedShard) for placement in placements):
         return tensor.full_tensor()
     names = mesh.mesh_dim_names
     assert names is not None

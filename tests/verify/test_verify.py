@@ -132,3 +132,12 @@ def test_what_breaks_and_when(ranks2: RankPool) -> None:
         verify("llama", ParallelConfig(tp=4), pool=ranks2)
     with pytest.raises(ConfigError, match="Did you mean qwen3"):
         verify("qwen33", TP2, pool=ranks2)
+
+
+def test_rounding_that_a_model_amplifies_is_told_from_a_mistake(ranks2: RankPool) -> None:
+    report = verify("deepseek_v4", TP2, pool=ranks2)  # its router's gradients are off by 7e-5 in float32
+    assert report.exact, report.summary()
+    assert report.precision == "float64"
+    assert report.worst_error < 1e-9
+    wrong = verify("qwen3", TP2, parallelize=planted.q_norm_left_out, pool=ranks2)
+    assert wrong.float64_rel_err == pytest.approx(wrong.worst_error, rel=0.01)

@@ -51,6 +51,7 @@ class Report:
         precision: of the run that the numbers are from. A model that is not exact in float32 is run again in float64,
             with the same bound: if it is exact there, the differences were float32 rounding that the model amplifies.
         float64_rel_err: the largest error of the second run, where there was one and it was not exact either.
+        float64_failure: why there was no second run where there should have been one.
         problems: differences that are not numbers, such as a tie that broke.
         first_module: the first module, in order of execution, whose output differs, and its relative error; where all
             outputs agree, the first module in order of backward whose gradients differ.
@@ -71,6 +72,7 @@ class Report:
     inputs: str = "text"
     precision: str = "float32"
     float64_rel_err: float | None = None
+    float64_failure: str = ""
     problems: list[str] = field(default_factory=list)
     first_module: tuple[str, float] | None = None
     first_in: str = "forward"
@@ -92,6 +94,8 @@ class Report:
         parts = [f"{what} off by {error:.1e}" for what, error in measured.items() if not error < EXACT]
         if self.float64_rel_err is not None:
             parts.append(f"{self.float64_rel_err:.1e} in float64")
+        if self.float64_failure:
+            parts.append("no second run in float64")
         if self.first_module is not None:
             name, error = self.first_module
             parts.append(f"first to differ in {self.first_in}: {name} ({error:.1e})")

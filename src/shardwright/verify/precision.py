@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 
 
 class _Float64(TorchFunctionMode):
@@ -24,6 +26,13 @@ class _Float64(TorchFunctionMode):
 
 def _widen(value: Any) -> Any:
     return torch.float64 if value is torch.float32 else value
+
+
+def prepared_for(dtype: torch.dtype, model: nn.Module) -> nn.Module:
+    """``model`` cast to ``dtype``; in float64 without grouped matrix products, which torch has in float32 at most."""
+    if dtype == torch.float64 and isinstance(model, PreTrainedModel):
+        model.set_experts_implementation("eager")
+    return model.to(dtype)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from shardwright.distributed.config import ParallelConfig
 from shardwright.distributed.models.sources import choose_plan
 from shardwright.verify.compare import EXACT, Difference, Report, compare
 from shardwright.verify.locate import first_module_that_differs
-from shardwright.verify.precision import computing_in
+from shardwright.verify.precision import computing_in, prepared_for
 from shardwright.verify.ranks import shared_mesh
 from shardwright.verify.sharded import tp_sharded_fraction
 from shardwright.verify.stages import CrashError, ShrinkError, Stage
@@ -58,12 +58,10 @@ def run_case(case: Case) -> Report:
     if not report.exact and not report.problems:
         try:
             second = _measure(case, torch.float64)
-        except (
-            ShrinkError,
-            CrashError,
-        ):  # it cannot be made to compute in float64
-            second = report
-        report = second if second.exact else replace(report, float64_rel_err=second.worst_error)
+        except (ShrinkError, CrashError) as error:
+            report = replace(report, float64_failure=str(error))
+        else:
+            report = second if second.exact else replace(report, float64_rel_err=second.worst_error)
     inputs = "text and images" if "pixel_values" in case.batch(0) else "text"
     report = replace(report, plan_source=_plan_source(case), inputs=inputs)
     if not report.exact:
@@ -77,7 +75,7 @@ def _measure(case: Case, dtype: torch.dtype) -> Report:
     mesh = shared_mesh(case.config)
     batches = _batches(case, dtype)
     with Stage(ShrinkError, "The tiny model does not run in one process"):
-        model = case.build().to(dtype)
+        model = prepared_for(dtype, case.build())
         with computing_in(dtype):
             reference = train_step(copy.deepcopy(model), batches, len(batches))
     # This rank's micro-batches are the first of the list, and the forward after the step is last.

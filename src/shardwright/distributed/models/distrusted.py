@@ -5,7 +5,7 @@ Found with transformers 5.23; a type that a later version mends can be taken out
 
 # Model type of the text config -> what is wrong.
 DISTRUSTED = {
-    "inkling_text": "it does not name the projection of relative positions, which works on cut heads",
-    "inkling2_text": "it does not name the projection of relative positions, which works on cut heads",
+    "inkling_text": "its cut of the experts computes something else",
+    "inkling2_text": "its cut of the experts computes something else",
     "doge": "the code around its cut layers expects all heads",
 }

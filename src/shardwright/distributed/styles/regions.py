@@ -20,6 +20,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -202,9 +203,24 @@ def _joined(x: Any) -> Any:
 
 
 class SequenceSharded(ImplicitDTensor):
-    """The residual stream between the blocks, split along the sequence."""
+    """The residual stream between the blocks, split along the sequence.
+
+    It becomes whole where code picks positions by a mask, or clones it in order to write into the clone.
+    """
 
     __slots__ = ()
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.clone, Tensor.clone) or (func is Tensor.__getitem__ and _has_tensor(args[1])):
+            return func(*(_joined(x) for x in args), **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def _has_tensor(index: Any) -> bool:
+    return any(isinstance(item, Tensor) for item in (index if isinstance(index, tuple) else (index,)))
 
 
 def sequence_sharded(local: Tensor, length: int, mesh: DeviceMesh) -> SequenceSharded:

@@ -37,11 +37,13 @@ def finish(folder: Path) -> None:
 
 
 def recover(parent: Path) -> None:
-    """Give folders in ``parent`` their names back that were killed in the middle of :func:`finish`."""
+    """Clear up what a kill left in ``parent``: unfinished folders go, replaced ones without a successor come back."""
     for old in parent.glob(".*.old"):
         folder = parent / old.name.removeprefix(".").removesuffix(".old")
         if not folder.exists():
             old.rename(folder)
+    for left in [*parent.glob(".*.unfinished"), *parent.glob(".*.removed"), *parent.glob(".*.old")]:
+        shutil.rmtree(left)
 
 
 def remove(folder: Path) -> None:

@@ -56,9 +56,10 @@ class Watchdog:
         where = _collective(frames) or f"{frames[-1].name} ({frames[-1].filename}:{frames[-1].lineno})"
         silent = _silent_ranks(f"step {step + 1}, in {where}")
         others = f" Nothing was heard of rank(s) {', '.join(map(str, silent))}: look there first." if silent else ""
+        stack = "".join(traceback.format_list(frames))
         print(
-            f"Rank {dist.get_rank()} has been in step {step + 1} for more than {self._timeout:g} seconds, waiting in "
-            f"{where}.{others}\n\n{''.join(traceback.format_list(frames))}",
+            f"{stack}\nRank {dist.get_rank()} has been in step {step + 1} for more than {self._timeout:g} seconds, "
+            f"waiting in {where}.{others}",
             file=sys.stderr,
             flush=True,
         )

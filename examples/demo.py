@@ -17,7 +17,7 @@ from rich.syntax import Syntax
 from shardwright.train.config import load_config
 
 CONFIG = os.path.relpath(Path(__file__).with_name("quickstart.yaml"))
-PROMPT = "    def __init__(self, name"
+PROMPT = "        if not self"
 NEXT = """\
 [bold]What next[/]
   Change the mesh    shardwright train {config} sharding.tp=4 sharding.dp_shard=1
@@ -43,20 +43,25 @@ def main() -> None:
     console.print(
         f"{output}/model was given [bold]{PROMPT.strip()}[/] and wrote the rest of the line:", highlight=False
     )
-    console.print(Syntax(complete(Path(output, "model"), PROMPT), "python", theme="ansi_dark"))
+    console.print(Syntax(complete(Path(output, "model"), PROMPT).strip(), "python", theme="ansi_dark"))
     console.print("So few steps teach it what Python looks like, not what it means.\n", style="dim")
     console.print(NEXT.format(config=CONFIG, output=output), highlight=False, soft_wrap=True)
 
 
 def complete(folder: Path, prompt: str) -> str:
-    """The prompt and what the saved model writes after it, greedily, to the end of the line."""
+    """The prompt and what the saved model writes after it, to the end of the line.
+
+    Greedy; the penalty keeps a model this young from saying one word over and over.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    ids = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=24, do_sample=False)
+    ids = model.generate(
+        **tokenizer(prompt, return_tensors="pt"), max_new_tokens=24, do_sample=False, repetition_penalty=1.2
+    )
     text = tokenizer.decode(ids[0, tokenizer(prompt, return_tensors="pt")["input_ids"].shape[1] :])
     return prompt + text.partition("\n")[0]
 

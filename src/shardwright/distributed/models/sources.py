@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.tensor.parallel import ParallelStyle
 from transformers import PreTrainedModel
 
-from shardwright.distributed.models.distrusted import DISTRUSTED
+from shardwright.distributed.models.distrusted import DISTRUSTED, NOT_CUT
 from shardwright.distributed.models.huggingface import embedding_name, head_name, plan_styles, text_config, text_model
 from shardwright.distributed.models.imports import import_class_from_path
 from shardwright.distributed.models.structure import block_names
@@ -42,6 +42,9 @@ def choose_plan(model: nn.Module, custom: CustomPlan | None = None, tp: int = 2)
     """
     if custom is not None:
         plan, why = custom_plan(model, custom), "it was passed in"
+    elif (reason := NOT_CUT.get(_model_type(model))) is not None:
+        notes = (f"no tensor parallelism: {reason}.",)
+        plan, why = ParallelPlan({}, source="none", notes=notes), "no plan for this model type is exact"
     elif (optimized := optimized_plan(model)) is not None:
         plan, why = optimized, "Shardwright has a tuned plan for this model type"
     elif (flaw := DISTRUSTED.get(_model_type(model))) is None and (huggingface := huggingface_plan(model)) is not None:

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -101,6 +102,7 @@ class CheckpointStore:
         self._pending: Future[None] | None = None
         # Collectives of the writing thread must not mix with those of the training step.
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._token = from_all(uuid4().hex)[0]  # tells its meetings from those of a run that was killed
 
     def save(
         self,
@@ -120,7 +122,7 @@ class CheckpointStore:
             CheckpointError: the save before this one failed (or this one, with ``wait``); not all ranks came.
         """
         self.wait()
-        all_here(f"checkpoint of step {step} in {self.root}", self._timeout)
+        all_here(f"checkpoint of step {step} in {self.root}", self._timeout, self._token)
         rank, world = rank_and_world()
         pieces = {name: Pieces(value, copy=True) for name, value in state.tensors().items()}
         info = RunInfo(

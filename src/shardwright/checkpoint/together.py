@@ -23,11 +23,16 @@ def barrier(group: dist.ProcessGroup | None = None) -> None:
         dist.barrier(group)
 
 
-def all_here(what: str, timeout: float) -> None:
+def all_here(what: str, timeout: float, token: str = "") -> None:
     """Wait until every rank has called this for ``what``.
 
     It goes through the store that the process group was made with, so that a rank that comes alone gets an error
     after ``timeout`` seconds and not a collective that waits for ever; it then takes its name off the list again.
+
+    Args:
+        what: names the call in the error.
+        timeout: in seconds.
+        token: the same on all ranks; counts come to nothing under another one.
 
     Raises:
         CheckpointError: not all ranks came in time.
@@ -35,7 +40,7 @@ def all_here(what: str, timeout: float) -> None:
     _, world = rank_and_world()
     if world == 1:
         return
-    store, key = _get_default_store(), f"shardwright/all_here/{what}"
+    store, key = _get_default_store(), f"shardwright/all_here/{token}/{what}"
     full = -(-store.add(key, 1) // world) * world  # ranks that come to the same thing again start the next round
     deadline, pause = time.monotonic() + timeout, 0.001
     while (came := store.add(key, 0)) < full:

@@ -20,6 +20,7 @@ class Place:
         rank: 0 to ``world_size - 1``.
         local_rank: the same among the ranks of this machine.
         init_method: where the ranks meet, as ``torch.distributed.init_process_group`` takes it.
+        attempt: how often torchrun has started the ranks of this machine anew.
     """
 
     rank: int
@@ -27,6 +28,7 @@ class Place:
     local_rank: int
     local_world_size: int
     init_method: str
+    attempt: int = 0
 
 
 def place_from_environment(environment: Mapping[str, str]) -> Place | None:
@@ -37,7 +39,8 @@ def place_from_environment(environment: Mapping[str, str]) -> Place | None:
     """
     if all(name in environment for name in _TORCHRUN):
         rank, world_size, local_rank, local_world_size = (int(environment[name]) for name in _TORCHRUN)
-        return Place(rank, world_size, local_rank, local_world_size, "env://")
+        attempt = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        return Place(rank, world_size, local_rank, local_world_size, "env://", attempt)
     if all(name in environment for name in _SRUN) and int(environment["SLURM_STEP_NUM_TASKS"]) > 1:
         host = first_host(environment["SLURM_STEP_NODELIST"])
         port = 20000 + int(environment["SLURM_JOB_ID"]) % 20000  # every task computes the same one

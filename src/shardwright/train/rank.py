@@ -53,9 +53,14 @@ def process_group(place: Place, device: torch.device) -> Iterator[None]:
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(max((os.cpu_count() or 1) // place.local_world_size, 1))
+    store, _, _ = next(dist.rendezvous(place.init_method, place.rank, place.world_size))
+    if place.world_size == place.local_world_size:
+        # torchrun keeps one store over its restarts, with the addresses of the ranks that were killed still in it. The
+        # machines of a larger job may count their restarts differently, so there is no common prefix there.
+        store = dist.PrefixStore(f"attempt-{place.attempt}", store)
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-        init_method=place.init_method,
+        store=store,
         rank=place.rank,
         world_size=place.world_size,
         device_id=device if on_gpu else None,

@@ -28,7 +28,15 @@ def plans(draw: Any) -> ParallelPlan:
     styles = draw(st.dictionaries(GLOBS, TEXT, max_size=4))
     optional = draw(st.sets(st.sampled_from(sorted(styles)))) if styles else set()
     attributes = draw(st.dictionaries(GLOBS, st.lists(TEXT, max_size=2), max_size=2))
-    return ParallelPlan(styles, frozenset(optional), attributes, draw(TEXT), tuple(draw(st.lists(TEXT, max_size=2))))
+    return ParallelPlan(
+        styles,
+        frozenset(optional),
+        attributes,
+        local_arguments=draw(st.dictionaries(GLOBS, st.lists(TEXT, max_size=2), max_size=2)),
+        source=draw(TEXT),
+        notes=tuple(draw(st.lists(TEXT, max_size=2))),
+        tp=draw(st.none() | st.integers(1, 64)),
+    )
 
 
 @given(plans())
@@ -41,7 +49,10 @@ def test_survives_json_yaml_and_dict(plan: ParallelPlan) -> None:
     assert all(glob in str(plan) for glob in plan.styles)
 
 
-@given(st.dictionaries(st.sampled_from(["styles", "optional", "local_attributes", "source", "notes", "other"]), JSON))
+KEYS = ["styles", "optional", "local_attributes", "local_arguments", "source", "tp", "notes", "other"]
+
+
+@given(st.dictionaries(st.sampled_from(KEYS), JSON))
 def test_any_data_is_a_plan_or_refused(data: dict[str, Any]) -> None:
     try:
         plan = ParallelPlan.from_dict(data)

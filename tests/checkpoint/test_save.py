@@ -6,6 +6,7 @@ import filecmp
 import resource
 import signal
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -141,7 +142,7 @@ def _refusals(to: Path) -> None:
     config = MESHES["tp2"]
     with pytest.raises(UnsupportedError, match="no transformers model"):
         save_pretrained(nn.Linear(2, 2), to)
-    model = parallelize(AutoModelForCausalLM.from_config(CONFIGS["llama"]), config, mesh_for(config))
+    model = parallelize(AutoModelForCausalLM.from_config(deepcopy(CONFIGS["llama"])), config, mesh_for(config))
     with pytest.raises(CheckpointError, match="no model folder"):
         save_pretrained(model, to.parent)
     model.config.vocab_size += 1

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shardwright.distributed.styles.written import features_of_rank
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -52,30 +54,6 @@ def contiguous(width: int) -> Cut:
 def packed(width: int, blocks: int) -> Cut:
     """``blocks`` equal blocks, each cut."""
     return Cut(((width // blocks, 0),) * blocks)
-
-
-def features_of_rank(blocks: tuple[tuple[int, int], ...], rank: int, size: int) -> tuple[int, ...]:
-    """The features that ``rank`` of ``size`` uses of a layer made of ``blocks`` (width, parts).
-
-    A rank takes consecutive parts of each block; where there are fewer parts than ranks, neighbours share one. No
-    parts: as many as ranks, in ``torch.chunk``'s sizes.
-    """
-    features: list[int] = []
-    start = 0
-    for width, parts in blocks:
-        low, high = _bounds(width, parts, rank, size)
-        features += range(start + low, start + high)
-        start += width
-    return tuple(features)
-
-
-def _bounds(width: int, parts: int, rank: int, size: int) -> tuple[int, int]:
-    if not parts:
-        chunk = -(-width // size)
-        return min(rank * chunk, width), min((rank + 1) * chunk, width)
-    first = rank * parts // size
-    after = max(first + 1, (rank + 1) * parts // size)
-    return first * (width // parts), after * (width // parts)
 
 
 def cut_from_masks(masks: list[Tensor], *, equal_only: bool = False) -> Cut | None:

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from shardwright.distributed.models.dataflow.abilities import AVAILABLE, Abilities
-from shardwright.distributed.models.dataflow.arguments import ArgumentCut
 from shardwright.distributed.models.dataflow.cuts import Cut, contiguous, cut_from_masks, packed
 from shardwright.distributed.models.dataflow.hollow import Hollow
 from shardwright.distributed.models.dataflow.play import (
@@ -31,6 +30,7 @@ from shardwright.distributed.models.dataflow.play import (
 from shardwright.distributed.models.dataflow.regions import Key, Masks, Region, dependencies
 from shardwright.distributed.models.dataflow.tape import CODE_ERRORS, Mismatch
 from shardwright.distributed.models.huggingface import text_config
+from shardwright.distributed.styles.local_arguments import ArgumentCut
 
 # Sets of attributes are tried smallest first, up to this many in a set.
 MOST_ATTRIBUTES = 3

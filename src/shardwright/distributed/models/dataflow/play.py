@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from shardwright.distributed.models.dataflow.arguments import ArgumentCut
 from shardwright.distributed.models.dataflow.cuts import Cut
 from shardwright.distributed.models.dataflow.hollow import Hollow
 from shardwright.distributed.models.dataflow.local import is_config, local_values, watched_view
 from shardwright.distributed.models.dataflow.tape import TOLERANCE, FullRun, Idle, Mismatch, RankRun, Tape, same
+from shardwright.distributed.styles.local_arguments import ArgumentCut
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,8 @@ class RankPool:
 
         Raises:
             RankError: a rank died or was too slow. The pool starts anew with the next call.
-            Exception: what the first rank to fail raised, with that rank's traceback as a note.
+            Exception: what the ranks raised where all raised the same, else what the first to fail raised; with that
+                rank's traceback as a note.
         """
         task = pickle.dumps((sys.path, pickle.dumps((function, args))))
         if not self._workers:
@@ -164,7 +165,9 @@ class RankPool:
         if not waiting and not failures:
             return answers
         alike = len({(type(failure), str(failure)) for failure in failures.values()}) == 1
-        error = next(iter(failures.values())) if failures else self._too_slow(sorted(waiting.values()), timeout)
+        # Alike on every rank: the lowest rank tells it. Else the first to fail, since the others may only follow from it.
+        first = min(failures, default=None) if alike else next(iter(failures), None)
+        error = self._too_slow(sorted(waiting.values()), timeout) if first is None else failures[first]
         if waiting or answers or not alike or isinstance(error, RankError):
             self.close()  # some ranks are ahead of others: no telling what the next collective would meet
         raise error

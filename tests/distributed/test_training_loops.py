@@ -16,7 +16,7 @@ from tiny_models import batch, build
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.distributed.tensor.debug import CommDebugMode
 
 from shardwright import ParallelConfig, parallelize
 from shardwright.distributed.parallelizer import fsdp2_strategy_parallelize, get_hf_tp_shard_plan
@@ -286,29 +286,13 @@ def test_every_rank_holds_its_share_and_no_more(request: pytest.FixtureRequest, 
     request.getfixturevalue(pool).run(_shares)
 
 
-class Collectives(TorchDispatchMode):
-    """Counts collectives by name. (``CommDebugMode`` would, but its module hooks hand every layer a new input tensor,
-    and layers share the reduction of an input by its identity.)"""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented
-        if func.namespace in ("_c10d_functional", "c10d") and "wait" not in func.__name__:
-            self.counts[func.__name__.partition(".")[0]] += 1
-        return func(*args, **(kwargs or {}))
-
-
 def _collectives(layers: int, sequence_parallel: bool) -> Counter[str]:
     model = _parallel(
         build("llama", num_hidden_layers=layers), ParallelConfig(tp=2, sequence_parallel=sequence_parallel)
     )
-    with Collectives() as seen:
+    with CommDebugMode() as seen:
         model(**batch(0)).loss.backward()
-    return seen.counts
+    return Counter({op.__name__: count for op, count in seen.get_comm_counts().items()})
 
 
 def _collectives_per_layer() -> None:
@@ -323,6 +307,31 @@ def _collectives_per_layer() -> None:
 
 def test_a_dense_layer_takes_four_collectives_per_step(ranks2: RankPool) -> None:
     ranks2.run(_collectives_per_layer)
+
+
+def _note_backward(heard: list[str], name: str) -> Callable[..., None]:
+    return lambda module, before, after: heard.append(name)
+
+
+def _hooked() -> None:
+    """Module backward hooks give every reader an input of its own; the readers share it all the same."""
+    plain = build("llama")
+    plain(**batch(0)).loss.backward()
+    for sequence_parallel in (False, True):
+        model = _parallel(copy.deepcopy(plain), ParallelConfig(tp=2, sequence_parallel=sequence_parallel))
+        model.zero_grad()
+        heard: list[str] = []
+        for name, module in model.named_modules():
+            module.register_full_backward_hook(_note_backward(heard, name))
+        with CommDebugMode() as seen:
+            model(**batch(0)).loss.backward()
+        assert {name for name, _ in model.named_modules() if name.endswith("_proj")} <= set(heard)
+        assert seen.get_total_counts() == sum(_collectives(2, sequence_parallel).values())
+        assert_same_gradients(model, plain)
+
+
+def test_module_backward_hooks_run_and_change_nothing(ranks2: RankPool) -> None:
+    ranks2.run(_hooked)
 
 
 def _split_sequence() -> None:

@@ -165,7 +165,7 @@ class RankPool:
         if not waiting and not failures:
             return answers
         alike = len({(type(failure), str(failure)) for failure in failures.values()}) == 1
-        # Alike on every rank: the lowest rank tells it. Else the first to fail, since the others may only follow from it.
+        # Alike on every rank: the lowest tells it. Else the first to fail, since the others may only follow from it.
         first = min(failures, default=None) if alike else next(iter(failures), None)
         error = self._too_slow(sorted(waiting.values()), timeout) if first is None else failures[first]
         if waiting or answers or not alike or isinstance(error, RankError):

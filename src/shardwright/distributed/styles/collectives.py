@@ -94,6 +94,16 @@ class _CopyToRegion(torch.autograd.Function):
         return all_reduce(grad, ctx.group), None
 
 
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, shared: Tensor, x: Tensor) -> Tensor:
+        return shared.view_as(shared)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
 class _ReduceFromRegion(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
@@ -130,6 +140,14 @@ class _Scatter(torch.autograd.Function):
 def copy_to_region(x: Tensor, group: Group) -> Tensor:
     """A replicated tensor for rank-local work: unchanged; backward sums the ranks' partial gradients."""
     return _CopyToRegion.apply(x, group)
+
+
+def join(shared: Tensor, x: Tensor) -> Tensor:
+    """``shared``, in the place of ``x``, whose gradient goes to ``shared`` too.
+
+    ``x`` stays in the graph, so that backward hooks on it still run.
+    """
+    return _Join.apply(shared, x)
 
 
 def reduce_from_region(x: Tensor, group: Group) -> Tensor:

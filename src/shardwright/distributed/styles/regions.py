@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
@@ -37,8 +38,9 @@ SEQUENCE_DIM = 1  # [batch, sequence, features]
 class SharedInput:
     """One input that several column-parallel layers read, so that its gradient is summed over the ranks once.
 
-    Works by identity: readers that are handed the same tensor share the copy that was made for the first. Only inside
-    the region's forward, so that no activation outlives it.
+    Works by identity: readers that are handed the same tensor share the copy that was made for the first. So do readers
+    that are handed it by way of module backward hooks, which give every module a view of its own. Only inside the
+    region's forward, so that no activation outlives it.
     """
 
     def __init__(self) -> None:
@@ -67,8 +69,11 @@ class SharedInput:
     def _once(self, x: Tensor, make: Callable[[], Tensor]) -> Tensor:
         if not self.active:
             return make()
-        if self._source is not x or self._copy is None:
-            self._source, self._copy = x, make()
+        if self._source is x and self._copy is not None:
+            return self._copy
+        if self._source is not None and self._copy is not None and _only_hooked(x, self._source):
+            return c.join(self._copy, x)
+        self._source, self._copy = x, make()
         return self._copy
 
     def open(self, *, direct: bool) -> None:
@@ -77,6 +82,23 @@ class SharedInput:
     def close(self) -> None:
         self.active = False
         self._source = self._copy = None
+
+
+def _only_hooked(x: Tensor, source: Tensor) -> bool:
+    """Whether two tensors are one, but for what torch puts between a tensor and a module with backward hooks."""
+    return x.requires_grad and source.requires_grad and _before_hooks(x) == _before_hooks(source)
+
+
+def _before_hooks(x: Tensor) -> tuple[Any, int]:
+    """The place in the autograd graph that ``x`` comes from, module hooks left out: a node, the number of its output.
+
+    ``register_full_backward_hook`` and its like pass a module's inputs through a node of this name, which has one input
+    for each output (torch 2.11 to 2.13, ``torch/nn/modules/_functions.py``).
+    """
+    node, output = get_gradient_edge(x)[:2]
+    while node.name() == "BackwardHookFunctionBackward":
+        node, output = node.next_functions[output]
+    return node, output
 
 
 class Region(Around):

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import Node, get_gradient_edge
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
@@ -89,14 +89,16 @@ def _only_hooked(x: Tensor, source: Tensor) -> bool:
     return x.requires_grad and source.requires_grad and _before_hooks(x) == _before_hooks(source)
 
 
-def _before_hooks(x: Tensor) -> tuple[Any, int]:
+def _before_hooks(x: Tensor) -> tuple[Node | None, int]:
     """The place in the autograd graph that ``x`` comes from, module hooks left out: a node, the number of its output.
 
     ``register_full_backward_hook`` and its like pass a module's inputs through a node of this name, which has one input
     for each output (torch 2.11 to 2.13, ``torch/nn/modules/_functions.py``).
     """
-    node, output = get_gradient_edge(x)[:2]
-    while node.name() == "BackwardHookFunctionBackward":
+    edge = get_gradient_edge(x)
+    node: Node | None = edge.node
+    output = edge.output_nr
+    while node is not None and node.name() == "BackwardHookFunctionBackward":
         node, output = node.next_functions[output]
     return node, output
 

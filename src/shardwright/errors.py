@@ -42,3 +42,10 @@ class PreemptedError(RunError):
     """A run that SIGTERM ended after it had saved a checkpoint. The command's exit code is 75: try again later."""
 
     exit_code = 75
+
+
+def sizes_that_work(count: int, size: int) -> str:
+    """For a refusal: the numbers of ranks that divide ``count``, and the largest of them up to ``size``."""
+    sizes = [n for n in range(1, count + 1) if count % n == 0]
+    largest = max(n for n in sizes if n <= size)
+    return f"Sizes that work: {', '.join(map(str, sizes))}; the largest up to {size} is {largest}."

@@ -119,7 +119,7 @@ def validate_tp_mesh(model: nn.Module, tp_mesh: DeviceMesh) -> None:
     Heads are read from the text model's config, per layer where it states them so.
 
     Raises:
-        PlanError: with the head counts and the largest tensor-parallel size that works.
+        PlanError: with the head counts and the tensor-parallel sizes that work.
     """
     if note := check_heads(model, tp_mesh.size()):
         logger.info("%s: %s", type(model).__name__, note)

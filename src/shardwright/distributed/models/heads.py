@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from shardwright.distributed.models.huggingface import text_config
-from shardwright.errors import PlanError
+from shardwright.errors import PlanError, sizes_that_work
 
 QUERY_KEYS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 KEY_VALUE_KEYS = ("num_key_value_heads", "num_attention_groups", "multi_query_group_num")
@@ -62,17 +62,16 @@ def check_heads(model: nn.Module, tp: int, name: str = "") -> str | None:
         A sentence for the report where key-value heads have to be repeated, else None.
 
     Raises:
-        PlanError: they cannot; the message has the counts and the largest size that works.
+        PlanError: they cannot; the message has the counts and the sizes that work.
     """
     counts = head_counts(model)
     if counts is None or tp == 1:
         return None
     for query, key_value in counts.layers:
         if query % tp:
-            fits = [size for size in range(1, tp) if counts.largest_tp % size == 0]
             raise PlanError(
                 f"{name or type(model).__name__} has {query} attention heads ({key_value} key-value heads), which "
-                f"tp={tp} does not divide. The largest tensor-parallel size that works here is {max(fits)}."
+                f"tp={tp} does not divide. {sizes_that_work(counts.largest_tp, tp)}"
             )
     for _, key_value in counts.layers:
         if key_value % tp:

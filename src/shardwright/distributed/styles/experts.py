@@ -13,7 +13,7 @@ from torch.distributed.tensor.placement_types import Placement
 from shardwright.distributed.styles import collectives as c
 from shardwright.distributed.styles.base import LocalParameters, Style
 from shardwright.distributed.styles.forward import Around, Forward, attributes_as
-from shardwright.errors import PlanError
+from shardwright.errors import PlanError, sizes_that_work
 
 
 class _ExpertsForward(LocalParameters):
@@ -82,11 +82,11 @@ class ExpertDispatch(TensorParallelExperts):
 
     def check(self, module: nn.Module, name: str, size: int) -> None:
         experts = module.__dict__.get("num_experts")
-        if not isinstance(experts, int) or experts % size:
-            fits = [n for n in range(1, size + 1) if isinstance(experts, int) and experts % n == 0]
+        if not isinstance(experts, int):
+            raise PlanError(f"{name} has the style {self.name!r}, but no num_experts to spread over the ranks.")
+        if experts % size:
             raise PlanError(
-                f"{name} has {experts} experts, which {size} ranks do not divide. The largest size that works is "
-                f"{max(fits, default=1)}."
+                f"{name} has {experts} experts, which {size} ranks do not divide. {sizes_that_work(experts, size)}"
             )
 
     def around(self, module: nn.Module, mesh: DeviceMesh) -> Around:

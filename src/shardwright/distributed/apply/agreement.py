@@ -8,17 +8,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from shardwright.errors import PlanError
 
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per element
+_CHUNK = 2**18  # elements that are added up at once: 4 MB beside the tensor itself
+
 
 def check_agreement(model: nn.Module, mesh: DeviceMesh, description: str) -> None:
-    """Raise, on every rank of ``mesh`` alike, unless all hold the same parameters and the same ``description``.
+    """Raise, on every rank of ``mesh`` alike, unless all hold the same model and the same ``description``.
 
-    Compares names, shapes, dtypes, what is frozen and, for parameters that are not on ``meta``, a sum over the values.
-    A digest goes round every axis of the mesh; the details only where digests differ.
+    Compares names, shapes, dtypes and what is frozen, of all parameters and buffers (also those that no checkpoint
+    has, such as rotary frequencies), and a checksum over the bits of each that is not on ``meta``. A digest goes round
+    every axis of the mesh; the details only where digests differ.
 
     Args:
         description: anything else that must be equal, as text (the resolved plan).
@@ -64,13 +69,34 @@ def _first_difference(everyone: list[dict[str, str]], ranks: list[int]) -> str:
 
 def _fingerprint(model: nn.Module, description: str) -> dict[str, str]:
     result = {"the plan": hashlib.sha256(description.encode()).hexdigest()[:12]}
-    for name, param in model.named_parameters():
-        values = "on meta" if param.is_meta else f"summing to {_checksum(param):.17g}"
-        kind = "trained" if param.requires_grad else "frozen"
-        result[name] = f"{tuple(param.shape)} {param.dtype} {kind} {values}"
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    multipliers = {device: _multipliers(device) for device in {tensor.device for _, tensor in tensors}}
+    for name, tensor in tensors:
+        kind = ("trained" if tensor.requires_grad else "frozen") if isinstance(tensor, nn.Parameter) else "buffer"
+        if isinstance(tensor, DTensor):  # cut by the caller: the ranks' parts are not equal
+            values = f"with placements {tensor.placements}"
+        else:
+            values = "on meta" if tensor.is_meta else f"with checksum {_checksum(tensor, multipliers[tensor.device])}"
+        result[name] = f"{tuple(tensor.shape)} {tensor.dtype} {kind} {values}"
     return result
 
 
 @torch.no_grad()
-def _checksum(param: torch.Tensor) -> float:
-    return param.sum(dtype=torch.float64).item()
+def _checksum(tensor: Tensor, multipliers: Tensor) -> str:
+    """12 hex digits over the bits of ``tensor`` in their order: values that change places change it.
+
+    Every chunk of elements, taken as integers, is multiplied with ``multipliers`` and added up modulo 2**64, which is
+    the same on every device and in any order of addition; SHA-256 goes over the sums.
+    """
+    plain = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    bits = plain.detach().contiguous().view(-1).view(_INTEGERS[plain.element_size()])
+    sums = [(chunk.long() * multipliers[: len(chunk)]).sum() for chunk in bits.split(_CHUNK)]
+    return hashlib.sha256(json.dumps(torch.stack(sums).tolist()).encode()).hexdigest()[:12]
+
+
+def _multipliers(device: torch.device) -> Tensor:
+    """A fixed pseudo-random 64-bit number for every place in a chunk, int64 ``[_CHUNK]``."""
+    if device.type == "meta":
+        return torch.empty(0, device=device)
+    generator = torch.Generator().manual_seed(0x5A4D)
+    return torch.randint(-(2**63), 2**63 - 1, (_CHUNK,), generator=generator).to(device)

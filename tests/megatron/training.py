@@ -87,13 +87,16 @@ def mesh_of(dp: int, cp: int, tp: int, device: str) -> DeviceMesh:
     return init_device_mesh(device, (dp, cp, tp), mesh_dim_names=("dp", "cp", "tp"))
 
 
+def device_type() -> str:
+    return "cuda" if "cuda:nccl" in str(dist.get_backend_config()) else "cpu"
+
+
 def case_mesh(case: Case) -> DeviceMesh:
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    return mesh_of(dist.get_world_size() // (case.tp * case.cp), case.cp, case.tp, device)
+    return mesh_of(dist.get_world_size() // (case.tp * case.cp), case.cp, case.tp, device_type())
 
 
 def environment() -> Any:
-    return nullcontext() if dist.get_backend() == "nccl" else cuda_standin()
+    return nullcontext() if device_type() == "cuda" else cuda_standin()
 
 
 def torch_tensor_parallel(model: LlamaForCausalLM, mesh: DeviceMesh) -> None:

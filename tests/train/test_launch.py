@@ -50,7 +50,7 @@ def test_two_ranks_of_its_own(folder: Path) -> None:
     ("overrides", "message"),
     [
         (["stepps=2"], "Unknown key 'stepps'. Did you mean 'steps'?"),
-        (["sharding.engine=megatron_fsdp"], "does not drive yet"),
+        (["sharding.engine=megatron_fsdp"], "runs on CUDA devices only"),
         (["sharding.dp_shard=2", "ranks=3"], "but the world size is 3"),
         (["data.paths=stdlib:this.py", "data.sequence_length=2000"], "The text is too short: 1 file gives"),
     ],

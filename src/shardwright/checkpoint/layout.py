@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
+from shardwright.distributed.apply.megatron_fsdp import held_rows
 from shardwright.errors import UnsupportedError
 
 Box = tuple[slice, ...]  # one slice with start and stop per dim
@@ -28,7 +29,8 @@ def owned_parts(tensor: Tensor) -> list[Part]:
     """The boxes of the whole tensor that make up this rank's local tensor, which they cover without overlap.
 
     A plain tensor is one box. A DTensor can be several: a packed weight (``gate_up_proj``) that is split inside each
-    of its halves, for example. A rank that holds nothing gets no box.
+    of its halves, for example. A rank that holds nothing gets no box. Megatron-FSDP's shards are not where their
+    placements say; they know where they lie.
 
     Raises:
         UnsupportedError: a placement that is neither a shard nor a replica, such as ``Partial``.
@@ -40,11 +42,14 @@ def owned_parts(tensor: Tensor) -> list[Part]:
     if coordinate is None:
         return []
     indices = [torch.arange(size) for size in tensor.shape]
+    rows = held_rows(tensor)
     for mesh_dim, placement in enumerate(tensor.placements):
-        if placement.is_replicate():
+        if placement.is_replicate() or (rows is not None and mesh_dim == 0):
             continue
         dim = _sharded_dim(placement, tensor.placements)
         indices[dim] = _take(indices[dim], placement, tensor.device_mesh.size(mesh_dim), coordinate[mesh_dim])
+    if rows is not None:
+        indices[0] = indices[0][rows]
     local_shape = tuple(tensor.to_local().shape)
     computed = tuple(len(index) for index in indices)
     if 0 not in computed and computed != local_shape:

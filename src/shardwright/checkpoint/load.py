@@ -114,6 +114,7 @@ def init_pretrained(
 
 def _empty_shards(model: PreTrainedModel, config: ParallelConfig, mesh: DeviceMesh) -> PreTrainedModel:
     parallelize(model, config, mesh)  # in place
-    kind = mesh.device_type
-    to_empty(model, torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else kind)
+    if config.engine == "fsdp2":  # Megatron-FSDP takes a model off meta while it shards it
+        kind = mesh.device_type
+        to_empty(model, torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else kind)
     return model

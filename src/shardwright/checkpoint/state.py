@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from shardwright.distributed.apply.megatron_fsdp import state_like
 from shardwright.errors import CheckpointError
 
 MODEL = "model."
@@ -102,7 +103,7 @@ class RunState:
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         return {
-            f"{OPTIMIZER}{name}.{key}": value
+            f"{OPTIMIZER}{name}.{key}": state_like(parameter, value)
             for parameter, name in self._names().items()
             for key, value in self.optimizer.state.get(parameter, {}).items()
             if isinstance(value, Tensor)
@@ -124,7 +125,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     tensors = {}
     for name, value in model.state_dict(keep_vars=True).items():
         if id(value) not in seen:
-            tensors[MODEL + name] = value.detach()
+            tensors[MODEL + name] = value
         seen.add(id(value))
     return tensors
 

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from shardwright.distributed.styles.layout import whole
 from shardwright.errors import ConfigError, ParityError
 from shardwright.train.config import TrainConfig
 from shardwright.train.dataset import IGNORE, TokenRows
-from shardwright.train.loop import Trainer, whole
+from shardwright.train.loop import Trainer
 from shardwright.train.model import build_model
 from shardwright.train.optim import make_optimizer, make_schedule
 
@@ -122,11 +123,12 @@ def checked_step(trainer: Trainer, rows: np.ndarray, reference: Reference | None
     return loss, norm, difference
 
 
+@torch.no_grad()
 def _worst(model: nn.Module, reference: Reference | None, of_gradients: bool) -> tuple[float, str]:
     """The largest relative error and whose it is; gathers one tensor after the other, on every rank."""
     worst, name_of_worst = 0.0, "none"
     for name, parameter in model.named_parameters():
-        tensor = parameter.grad if of_gradients else parameter.detach()
+        tensor = parameter.grad if of_gradients else parameter
         full = None if tensor is None else whole(tensor).cpu()
         if reference is None:
             continue

@@ -19,14 +19,15 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from shardwright.checkpoint.store import list_checkpoints
+from shardwright.distributed.apply import megatron_fsdp
 from shardwright.distributed.mesh import default_device_type, make_mesh
-from shardwright.errors import ConfigError, PreemptedError, RunError, ShardwrightError, UnsupportedError
+from shardwright.errors import ConfigError, PreemptedError, RunError, ShardwrightError
 from shardwright.train.config import TrainConfig
 from shardwright.train.metrics import use_tensorboard
 from shardwright.train.output import CHECKPOINTS, check_output
 from shardwright.train.place import Place, place_from_environment
 from shardwright.train.prepare import Say, digest, prepare
-from shardwright.train.rank import device_of, process_group, train
+from shardwright.train.rank import device_of, device_type, process_group, train
 
 REFUSED = 3  # exit code of a rank that raised a ShardwrightError: all that there is to say is in its message
 _TAIL = 30
@@ -71,11 +72,10 @@ def local_ranks(config: TrainConfig) -> int:
 
 
 def check_engine(config: TrainConfig) -> None:
-    """Raises UnsupportedError for an engine that this loop does not drive yet."""
-    if config.sharding.engine != "fsdp2":
-        raise UnsupportedError(
-            f"sharding.engine is {config.sharding.engine}, which shardwright train does not drive yet. Set it to fsdp2."
-        )
+    """Raises UnsupportedError for Megatron-FSDP without its package or a GPU, and for what it cannot do."""
+    if config.sharding.engine == "megatron_fsdp":
+        megatron_fsdp.require(device_type(config))
+        megatron_fsdp.Options.from_config(config.sharding)
 
 
 def check_devices(config: TrainConfig, local_world_size: int) -> None:

@@ -10,10 +10,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from shardwright.distributed.styles.layout import whole
 from shardwright.train.dataset import IGNORE, Batch, TokenRows, deal
 
 
@@ -21,11 +21,6 @@ def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Cross entropy of the next token in nats, summed over the targets of ``batch``: float32, 0-dim, differentiable."""
     logits = model(input_ids=batch.input_ids, use_cache=False).logits
     return F.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=IGNORE, reduction="sum")
-
-
-def whole(x: Tensor) -> Tensor:
-    """The full value of a tensor that may be spread over ranks."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:

@@ -20,12 +20,13 @@ from shardwright.api import parallelize
 from shardwright.checkpoint.load import load_pretrained
 from shardwright.checkpoint.save import save_pretrained
 from shardwright.distributed.mesh import AXES, default_device_type
+from shardwright.distributed.styles.layout import whole
 from shardwright.errors import RunError
 from shardwright.train.check import checked_step, reference_step
 from shardwright.train.checkpointing import Checkpoints, first_not_finite, is_finite, require_equal_ranks
 from shardwright.train.config import TrainConfig
 from shardwright.train.dataset import Order, TokenRows
-from shardwright.train.loop import Trainer, whole
+from shardwright.train.loop import Trainer
 from shardwright.train.model import build_model, model_config
 from shardwright.train.optim import make_optimizer, make_schedule
 from shardwright.train.output import MODEL
@@ -39,9 +40,14 @@ from shardwright.train.watchdog import Watchdog
 log = logging.getLogger(__name__)
 
 
+def device_type(config: TrainConfig) -> str:
+    """``"cuda"`` or ``"cpu"``: what the ranks of this run compute on."""
+    return default_device_type() if config.device == "auto" else config.device
+
+
 def device_of(config: TrainConfig, place: Place) -> torch.device:
     """The device of a rank: its own GPU, or the CPU."""
-    kind = default_device_type() if config.device == "auto" else config.device
+    kind = device_type(config)
     return torch.device(kind, place.local_rank) if kind == "cuda" else torch.device(kind)
 
 

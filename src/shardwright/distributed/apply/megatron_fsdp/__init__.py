@@ -14,7 +14,7 @@ The package itself is imported only when a model is sharded.
 from shardwright.distributed.apply.megatron_fsdp.availability import is_available, require
 from shardwright.distributed.apply.megatron_fsdp.options import Options
 from shardwright.distributed.apply.megatron_fsdp.shard import Prepared, attach_optimizer, prepare
-from shardwright.distributed.apply.megatron_fsdp.tensors import copy_full_tensor_, full_tensor
+from shardwright.distributed.apply.megatron_fsdp.tensors import copy_full_tensor_, full_tensor, held_rows, state_like
 
 __all__ = [
     "Options",
@@ -22,7 +22,9 @@ __all__ = [
     "attach_optimizer",
     "copy_full_tensor_",
     "full_tensor",
+    "held_rows",
     "is_available",
     "prepare",
     "require",
+    "state_like",
 ]

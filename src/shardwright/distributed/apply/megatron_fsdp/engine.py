@@ -40,7 +40,7 @@ from shardwright.distributed.apply.megatron_fsdp.tensors import (
     describe_for_dcp,
     like,
     local_part,
-    with_full_tensor,
+    locate,
 )
 from shardwright.errors import ConfigError, RunError
 
@@ -66,13 +66,12 @@ class _Buffer(ParamAndGradBuffer):
     def _init_optimizer_named_parameters(self) -> list[tuple[str, Any]]:
         named = super()._init_optimizer_named_parameters()
         for _, param in named:
-            with_full_tensor(param)
             group, item = self._place(param)
             buffer = group.model_weight_buffer if self.layout.sharded else None
             whole = (0, local_part(param.orig_param).numel())
-            param.elements = buffer._get_item_slice_in_shard(item) if buffer else whole
+            locate(param, buffer._get_item_slice_in_shard(item) if buffer else whole)
             if self.layout.sharded:
-                describe_for_dcp(param, param.elements, local_part(param.orig_param).shape)
+                describe_for_dcp(param)
         return named
 
     def _place(self, param: Any) -> tuple[Any, int]:
@@ -274,15 +273,17 @@ class ShardedModel(MegatronFSDP):
             )
 
     def _describe_state_dict(self, module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-        for name, param in self.distributed.items():
+        distributed = {id(param) for param in self.distributed.values()}
+        for name, param in module.named_parameters(remove_duplicate=False):
             found = state.get(prefix + name)
-            if isinstance(found, DTensor):
+            if isinstance(found, DTensor) and id(param) in distributed:
                 self.describe(param, found)
 
     def describe(self, param: nn.Parameter, x: DTensor) -> None:
-        """Tell DCP where ``x``, laid out as the distributed parameter ``param``, lies."""
+        """Tell DCP, and ``x`` itself, where ``x``, laid out as the distributed parameter ``param``, lies."""
+        locate(x, vars(param)["elements"])
         if self._layout.sharded:
-            describe_for_dcp(x, param.elements, local_part(param.orig_param).shape)  # type: ignore[attr-defined]
+            describe_for_dcp(x)
 
 
 def _laid_out_as(raw: DTensor) -> Any:

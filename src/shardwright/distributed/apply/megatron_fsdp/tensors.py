@@ -56,13 +56,41 @@ def like(param: Tensor, flat: Tensor) -> DTensor:
     """``flat`` laid out as the distributed parameter ``param``."""
     param = cast(DTensor, param)
     local = flat.view(local_part(param).shape)
-    return with_full_tensor(_dtensor(local, param.device_mesh, param.placements, param.shape, param.stride()))
+    made = _dtensor(local, param.device_mesh, param.placements, param.shape, param.stride())
+    return locate(made, vars(param)["elements"])
 
 
-def with_full_tensor(x: DTensor) -> DTensor:
-    """``x``, with a ``full_tensor`` method that knows that shards are uneven."""
+def locate(x: DTensor, elements: tuple[int, int]) -> DTensor:
+    """``x``, knowing where its shard lies: its ``full_tensor`` method is ours.
+
+    Args:
+        elements: first and last-but-one element of the shard in the flattened tensor part of its ``tp`` rank.
+    """
+    x.elements = elements  # type: ignore[attr-defined]
     x.full_tensor = MethodType(full_tensor, x)  # type: ignore[method-assign]
     return x
+
+
+def held_rows(x: Tensor) -> slice | None:
+    """Which rows of the part of its ``tp`` rank a distributed tensor holds; None for all other tensors.
+
+    Its first mesh axis, the data-parallel one, is cut by these rows and not evenly.
+    """
+    if "elements" not in vars(x):
+        return None
+    size = local_part(x).shape[1:].numel()  # of a row
+    start, end = vars(x)["elements"]
+    return slice(start // size, end // size) if size else slice(0, local_part(x).shape[0])
+
+
+def state_like(param: Tensor, state: Tensor) -> Tensor:
+    """``state``, which an optimizer keeps for ``param``, in the same memory and knowing where its shard lies.
+
+    Anything but a tensor of the shape of a distributed parameter is returned as it is.
+    """
+    if held_rows(param) is None or not isinstance(state, DTensor) or state.shape != param.shape:
+        return state
+    return like(param, local_part(state))
 
 
 def full_tensor(x: Tensor) -> Tensor:
@@ -103,14 +131,13 @@ def copy_full_tensor_(param: Tensor, full: Tensor) -> None:
     local.copy_(whole.flatten()[start:end].view(local.shape))
 
 
-def describe_for_dcp(x: DTensor, elements: tuple[int, int], tp_shape: torch.Size) -> None:
+def describe_for_dcp(x: DTensor) -> None:
     """Tell ``torch.distributed.checkpoint`` where the shard ``x`` lies; it would assume even shards.
 
     Uses the two hooks that DCP has for it (``__create_chunk_list__`` and ``__create_write_items__``).
 
     Args:
-        elements: first and last-but-one element of the shard in the flattened tensor part of its ``tp`` rank.
-        tp_shape: the shape of that part.
+        x: a shard that :func:`locate` knows.
     """
     local, tp = local_part(x), list(x.placements[1:])
     if any(isinstance(placement, _StridedShard) for placement in tp):
@@ -120,7 +147,9 @@ def describe_for_dcp(x: DTensor, elements: tuple[int, int], tp_shape: torch.Size
     offsets = [0] * x.ndim
     if tp:
         offsets = list(compute_local_shape_and_global_offset(x.shape, _tp_mesh(x.device_mesh), tp)[1])
-    offsets[0] += elements[0] // tp_shape[1:].numel() if tp_shape[1:].numel() else 0
+    rows = held_rows(x)
+    assert rows is not None
+    offsets[0] += rows.start
     chunk = ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=local.shape)
 
     def write_items(name: str, tensor: DTensor) -> list[WriteItem]:

@@ -157,7 +157,7 @@ def test_no_plan_names_the_model_and_what_to_do(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("kinds", [(AssertionError,), (ValueError,), (PlanError,)])
 def test_heads_that_do_not_divide(kinds: tuple[type[Exception], ...]) -> None:
-    with pytest.raises(kinds, match=r"12 attention heads.*4 key-value.*tp=8.*works here is 6\."):
+    with pytest.raises(kinds, match=r"12 attention heads.*4 key-value.*tp=8.*up to 8 is 6\."):
         validate_tp_mesh(_stand_in(num_attention_heads=12, num_key_value_heads=4), Mesh(8))
 
 

@@ -8,6 +8,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from shardwright.distributed.styles import collectives as c
+
 
 def sharded(local: Tensor, dim: int, length: int, mesh: DeviceMesh) -> DTensor:
     """This rank's chunk along ``dim``, which is ``length`` long in all, as a DTensor; chunks may be uneven."""
@@ -20,29 +22,29 @@ def sharded(local: Tensor, dim: int, length: int, mesh: DeviceMesh) -> DTensor:
 def whole(tensor: Tensor) -> Tensor:
     """The full tensor of a DTensor (a collective), a plain tensor as it is.
 
-    ``DTensor.full_tensor`` of torch 2.11 refuses a packed weight that FSDP2 shards as well; this goes axis by axis,
-    which every version can do: FSDP2's axes come first in the mesh and cut what tensor parallelism has left.
+    ``DTensor.full_tensor`` of torch 2.11 refuses packed weights; this goes axis by axis, which every version can do:
+    FSDP2's axes come first in the mesh and cut what tensor parallelism has left.
     """
     if not isinstance(tensor, DTensor):
         return tensor
     mesh, placements = tensor.device_mesh, tensor.placements
     own = "full_tensor" in vars(tensor)  # Megatron-FSDP's shards are no DTensor's; each knows how to become whole
-    if own or mesh.ndim == 1 or not any(isinstance(placement, _StridedShard) for placement in placements):
+    if own or not any(isinstance(placement, _StridedShard) for placement in placements):
         return tensor.full_tensor()
     names = mesh.mesh_dim_names
     assert names is not None
-    local = tensor.to_local()
-    sizes = list(tensor.shape)
+    local = tensor.detach().to_local()
     for axis, placement in enumerate(placements):
         if not isinstance(placement, (Shard, _StridedShard)):
             continue
-        last = axis == mesh.ndim - 1
-        cut = placement if last else Shard(placement.dim)
-        length = sizes[placement.dim] if last else _length_here(tensor, axis, placement.dim)
-        shape = torch.Size((*local.shape[: placement.dim], length, *local.shape[placement.dim + 1 :]))
-        stride = torch.empty(shape, device="meta").stride()
-        part = DTensor.from_local(local, mesh[names[axis]], [cut], run_check=False, shape=shape, stride=stride)
-        local = part.full_tensor()
+        dim, group = placement.dim, c.Group.of(mesh[names[axis]])
+        if axis < mesh.ndim - 1:
+            local = c.all_gather(local, dim, _length_here(tensor, axis, dim), group)
+            continue
+        local = c.all_gather(local, dim, tensor.shape[dim], group)
+        if isinstance(placement, _StridedShard):
+            local = local.unflatten(dim, (group.size, placement.split_factor, -1)).transpose(dim, dim + 1)
+            local = local.flatten(dim, dim + 2)
     return local
 
 

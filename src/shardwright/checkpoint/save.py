@@ -98,12 +98,13 @@ def skeleton_of(model: nn.Module) -> PreTrainedModel:
             f"{type(model).__name__} is no transformers model, so it has no Hugging Face layout. Save its state with "
             "torch.distributed.checkpoint."
         )
+    state = model.state_dict()  # asked first: it makes gathered parameters, which may be rounded, shards again
     cls = next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))
     skeleton = build_on_meta(deepcopy(model.config), cls, next(model.parameters()).dtype)
     skeleton.generation_config = deepcopy(model.generation_config)
     if "_weight_conversions" in vars(model):
         vars(skeleton)["_weight_conversions"] = model._weight_conversions
-    here = {name: (tuple(value.shape), value.dtype) for name, value in model.state_dict().items()}
+    here = {name: (tuple(value.shape), value.dtype) for name, value in state.items()}
     there = {name: (tuple(value.shape), value.dtype) for name, value in skeleton.state_dict().items()}
     different = sorted(name for name in {*here, *there} if here.get(name) != there.get(name))
     if different:

@@ -94,17 +94,20 @@ def plan(model: str, weights: str, save: Path | None, as_json: bool, **degrees: 
 @main.command()
 @click.argument("model")
 @click.option("--tp", default=1, show_default=True, help="Tensor-parallel ranks.")
-@click.option("--dp-shard", default=1, show_default=True, help="Ranks that FSDP2 shards over.")
+@click.option("--dp-shard", default=1, show_default=True, help="Ranks that the engine shards over.")
 @click.option("--dp-replicate", default=1, show_default=True, help="Replicas of the sharded model (HSDP).")
 @click.option("--sequence-parallel", is_flag=True, help="Split the residual stream along the sequence.")
 @click.option("--activation-checkpointing", is_flag=True, help="Recompute every block in backward.")
+@click.option("--engine", type=click.Choice(["fsdp2", "megatron_fsdp"]), default="fsdp2", show_default=True,
+              help="What shards over the data-parallel ranks; megatron_fsdp needs a GPU for each rank.")  # fmt: skip
 @click.option("--accumulate", default=1, show_default=True, help="Micro-batches per data-parallel rank.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def verify(model: str, accumulate: int, as_json: bool, activation_checkpointing: bool, **degrees: Any) -> None:
     """Prove that MODEL, sharded, computes what it computes in one process. Exit code 0 only if it is exact.
 
     MODEL is a checkpoint folder, a config.json, or a model type of transformers such as qwen3. A tiny copy of it is
-    trained for one step on gloo ranks of this machine; no weights are read or downloaded.
+    trained for one step on ranks of this machine (gloo on the CPU, whatever GPUs there are; with --engine megatron_fsdp
+    NCCL on GPUs); no weights are read or downloaded.
     """
     from shardwright.distributed.config import ParallelConfig
 

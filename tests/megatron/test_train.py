@@ -1,4 +1,4 @@
-"""``shardwright train`` with sharding.engine=megatron_fsdp against the same run with fsdp2, which equals one process."""
+"""``shardwright train`` with engine megatron_fsdp against the same run with fsdp2, which equals one process."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ PACKED = [
 
 
 def test_tensor_parallel_packed_weights_from_a_checkpoint(ranks4: RankPool, tmp_path: Path) -> None:
-    """gate|up is cut inside each half, so a shard is several boxes; the second run starts from the first one's model."""
+    """gate|up is cut inside each half, so a shard is several boxes; another run starts from the first one's model."""
     first = start(ranks4, tmp_path / "first", ENGINE, *PACKED, "checkpoint.every=2", "check_first_step=true")
     same_runs(first, start(ranks4, tmp_path / "fsdp2", *PACKED), [1, 2, 3, 4])
     halfway = f"checkpoint.resume={first}/run/checkpoints/step-00000002"

@@ -74,8 +74,7 @@ def local_ranks(config: TrainConfig) -> int:
 def check_engine(config: TrainConfig) -> None:
     """Raises UnsupportedError for Megatron-FSDP without its package or a GPU, and for what it cannot do."""
     if config.sharding.engine == "megatron_fsdp":
-        megatron_fsdp.require(device_type(config))
-        megatron_fsdp.Options.from_config(config.sharding)
+        megatron_fsdp.check_config(config.sharding, device_type(config))
 
 
 def check_devices(config: TrainConfig, local_world_size: int) -> None:

@@ -11,7 +11,9 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from shardwright import api
+from shardwright.distributed.apply import megatron_fsdp
 from shardwright.distributed.config import ParallelConfig
+from shardwright.distributed.mesh import default_device_type
 from shardwright.verify.compare import Report
 from shardwright.verify.images import ImageText, image_batches
 from shardwright.verify.ranks import RankPool
@@ -33,7 +35,10 @@ def verify(
     parallelize: Parallelize = api.parallelize,
     pool: RankPool | None = None,
 ) -> Report:
-    """Run a tiny copy of a model in one process and on gloo ranks of this machine, and compare everything.
+    """Run a tiny copy of a model in one process and on ranks of this machine, and compare everything.
+
+    The ranks are gloo ranks on the CPU; for ``engine: megatron_fsdp``, which runs on GPUs only, NCCL ranks on a GPU
+    each.
 
     Both sides run one training step: ``accumulate`` micro-batches with plain ``loss.backward()``, stock
     ``torch.nn.utils.clip_grad_norm_``, ``torch.optim.AdamW``. Compared are the losses, the logits, the gradient of
@@ -53,14 +58,23 @@ def verify(
         pool: ranks to use (as many as the degrees multiply to); by default they are started and stopped here.
 
     Raises:
-        ConfigError: there is no such model, its config cannot be shrunk, or the pool has the wrong size.
+        ConfigError: there is no such model, its config cannot be shrunk, the pool has the wrong size, or there are
+            fewer GPUs than ranks.
+        UnsupportedError: an engine whose package or GPU is missing.
         ShardwrightError: the plan refused (the reason is the message).
     """
     case = case_of(model, config, batch=batch, accumulate=accumulate, seed=seed, parallelize=parallelize)
     if pool is not None:
         return run(case, pool)
-    with RankPool(case.config.least_world_size) as own:
+    with RankPool(case.config.least_world_size, device_type=_device_type(case.config)) as own:
         return run(case, own)
+
+
+def _device_type(config: ParallelConfig) -> str:
+    if config.engine == "fsdp2":
+        return "cpu"
+    megatron_fsdp.check_config(config, default_device_type())
+    return "cuda"
 
 
 def case_of(

@@ -64,7 +64,7 @@ class _Worker:
 
 
 class RankPool:
-    """``world_size`` gloo ranks on the CPU of this machine, with torch.distributed initialised on each.
+    """``world_size`` ranks on this machine, with torch.distributed initialised on each.
 
     >>> with RankPool(2) as pool:
     ...     pool.run(my_function, 1, 2)  # [my_function(1, 2) on rank 0, on rank 1]
@@ -75,12 +75,22 @@ class RankPool:
     Args:
         world_size: number of ranks.
         timeout: seconds that one :meth:`run` may take.
+        device_type: ``"cpu"`` (gloo), or ``"cuda"`` (NCCL, a GPU for each rank).
+
+    Raises:
+        ConfigError: fewer GPUs than ranks.
     """
 
-    def __init__(self, world_size: int, timeout: float = 120.0) -> None:
+    def __init__(self, world_size: int, timeout: float = 120.0, device_type: str = "cpu") -> None:
         if world_size < 1:
             raise ConfigError(f"A pool needs at least one rank, not {world_size}.")
+        if device_type == "cuda" and torch.cuda.device_count() < world_size:
+            raise ConfigError(
+                f"{world_size} ranks need a GPU each, and this machine has {torch.cuda.device_count()}. Lower the "
+                "degrees."
+            )
         self.world_size = world_size
+        self.device_type = device_type
         self.timeout = timeout
         self._workers: list[_Worker] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -138,7 +148,7 @@ class RankPool:
         for rank in range(self.world_size):
             here, there = context.Pipe()
             stacks = folder / f"stacks-{rank}"
-            args = (rank, self.world_size, str(folder / "store"), str(stacks), there)
+            args = (rank, self.world_size, self.device_type, str(folder / "store"), str(stacks), there)
             process = context.Process(target=_serve, args=args, daemon=True, name=f"rank-{rank}")
             process.start()
             there.close()
@@ -205,7 +215,7 @@ class _Outcome:
         return True
 
 
-def _serve(rank: int, world_size: int, store: str, stacks: str, connection: Connection) -> None:
+def _serve(rank: int, world_size: int, device_type: str, store: str, stacks: str, connection: Connection) -> None:
     """The life of one worker: join the process group, then answer calls until the other end of the pipe closes."""
     faulthandler.register(signal.SIGUSR1, file=open(stacks, "w"), all_threads=True)  # noqa: SIM115 (open for life)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes the pipe
@@ -217,7 +227,15 @@ def _serve(rank: int, world_size: int, store: str, stacks: str, connection: Conn
     warnings.simplefilter("ignore")
     # The parent's own time limit comes first; this one only ends a worker that lost its parent in a strange way.
     limit = timedelta(hours=1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=limit)
+    gpu = torch.device("cuda", rank) if device_type == "cuda" else None
+    backend = "gloo"
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
+        torch.backends.cudnn.allow_tf32 = False  # the only product that torch rounds unasked
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(
+        backend, init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=limit, device_id=gpu
+    )
     gc.freeze()  # what was imported stays: collecting between calls need not look at it again
     while True:
         answer = _call(rank, tasks.get())
@@ -267,6 +285,12 @@ def _portable(rank: int, error: BaseException | None) -> BaseException | None:
     return plain
 
 
+def rank_device() -> torch.device:
+    """What this rank computes on: its GPU where the ranks were started with one each, else the CPU."""
+    on_gpu = "cuda:nccl" in str(dist.get_backend_config())
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
 def shared_mesh(config: ParallelConfig | Degrees) -> DeviceMesh:
     """The mesh for ``config`` in this process, made once per set of degrees.
 
@@ -278,4 +302,4 @@ def shared_mesh(config: ParallelConfig | Degrees) -> DeviceMesh:
 
 @cache
 def _mesh_of(degrees: Degrees) -> DeviceMesh:
-    return make_mesh(degrees, "cpu")
+    return make_mesh(degrees, rank_device().type)

@@ -20,7 +20,7 @@ from shardwright.distributed.models.sources import choose_plan
 from shardwright.verify.compare import EXACT, Difference, Report, compare
 from shardwright.verify.locate import first_module_that_differs
 from shardwright.verify.precision import computing_in, prepared_for
-from shardwright.verify.ranks import shared_mesh
+from shardwright.verify.ranks import rank_device, shared_mesh
 from shardwright.verify.sharded import tp_sharded_fraction
 from shardwright.verify.stages import CrashError, ShrinkError, Stage
 from shardwright.verify.step import train_step
@@ -65,8 +65,10 @@ def run_case(case: Case) -> Report:
     inputs = "text and images" if "pixel_values" in case.batch(0) else "text"
     report = replace(report, plan_source=_plan_source(case), inputs=inputs)
     if not report.exact:
-        sharded = case.parallelize(case.build(), case.config, shared_mesh(case.config))
-        found = first_module_that_differs(case.build(), sharded, case.batch(0))
+        device = rank_device()
+        sharded = case.parallelize(case.build().to(device), case.config, shared_mesh(case.config))
+        batch = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), case.batch(0))
+        found = first_module_that_differs(case.build().to(device), sharded, batch)
         report = replace(report, first_module=found, first_in="forward") if found is not None else report
     return report
 
@@ -75,7 +77,7 @@ def _measure(case: Case, dtype: torch.dtype) -> Report:
     mesh = shared_mesh(case.config)
     batches = _batches(case, dtype)
     with Stage(ShrinkError, "The tiny model does not run in one process"):
-        model = prepared_for(dtype, case.build())
+        model = prepared_for(dtype, case.build()).to(rank_device())
         with computing_in(dtype):
             reference = train_step(copy.deepcopy(model), batches, len(batches))
     # This rank's micro-batches are the first of the list, and the forward after the step is last.
@@ -107,7 +109,7 @@ def _batches(case: Case, dtype: torch.dtype) -> list[Batch]:
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+    return tensor.to(rank_device(), dtype if tensor.is_floating_point() else tensor.dtype)
 
 
 def _over_ranks(errors: dict[str, Difference], problems: list[str]) -> tuple[dict[str, Difference], list[str]]:

@@ -13,13 +13,14 @@ The package itself is imported only when a model is sharded.
 
 from shardwright.distributed.apply.megatron_fsdp.availability import is_available, require
 from shardwright.distributed.apply.megatron_fsdp.options import Options
-from shardwright.distributed.apply.megatron_fsdp.shard import Prepared, attach_optimizer, prepare
+from shardwright.distributed.apply.megatron_fsdp.shard import Prepared, attach_optimizer, check_config, prepare
 from shardwright.distributed.apply.megatron_fsdp.tensors import copy_full_tensor_, full_tensor, held_rows, state_like
 
 __all__ = [
     "Options",
     "Prepared",
     "attach_optimizer",
+    "check_config",
     "copy_full_tensor_",
     "full_tensor",
     "held_rows",

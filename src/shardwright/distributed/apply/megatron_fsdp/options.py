@@ -80,7 +80,7 @@ class Options:
             dp_mesh_name="dp_shard",
             init_nvfsdp_with_meta_device=meta,
             check_for_nan_in_grad=False,
-            precision=config.precision,
+            precision=None if config.precision == Precision() else config.precision,  # float32 casts nothing
         )
 
     @property

@@ -13,6 +13,7 @@ from shardwright.distributed.apply.megatron_fsdp.meta import initialiser_of
 from shardwright.distributed.apply.megatron_fsdp.names import names_before_sharding
 from shardwright.distributed.apply.megatron_fsdp.options import Options
 from shardwright.distributed.apply.megatron_fsdp.units import unit_classes
+from shardwright.distributed.config import ParallelConfig
 from shardwright.errors import ConfigError, UnsupportedError
 
 
@@ -48,6 +49,12 @@ class Prepared:
         if self.optimizer is not None:
             attach(sharded, self.optimizer, self.optimizer_names)
         return sharded, self.optimizer
+
+
+def check_config(config: ParallelConfig, device_type: str) -> None:
+    """Raise UnsupportedError unless ``config``, with this engine, can run on ``device_type``; needs no ranks."""
+    require(device_type)
+    Options.from_config(config)
 
 
 def prepare(

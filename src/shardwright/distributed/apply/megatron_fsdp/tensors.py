@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
+from shardwright.distributed.styles.layout import whole
 from shardwright.errors import UnsupportedError
 
 
@@ -112,7 +113,7 @@ def full_tensor(x: Tensor) -> Tensor:
         local = _gather_rows(local, mesh.get_group(0))
     if not tp:
         return local
-    return _dtensor(local, _tp_mesh(mesh), tp, x.shape, x.stride()).full_tensor()
+    return whole(_dtensor(local, _tp_mesh(mesh), tp, x.shape, x.stride()))
 
 
 @torch.no_grad()
@@ -125,10 +126,10 @@ def copy_full_tensor_(param: Tensor, full: Tensor) -> None:
     """
     param = cast(DTensor, param)
     mesh, (_, *tp) = param.device_mesh, param.placements
-    whole = distribute_tensor(full, _tp_mesh(mesh), tp, src_data_rank=None).to_local() if tp else full
+    part = distribute_tensor(full, _tp_mesh(mesh), tp, src_data_rank=None).to_local() if tp else full
     start, end = vars(param)["elements"]
     local = local_part(param)
-    local.copy_(whole.flatten()[start:end].view(local.shape))
+    local.copy_(part.flatten()[start:end].view(local.shape))
 
 
 def describe_for_dcp(x: DTensor) -> None:

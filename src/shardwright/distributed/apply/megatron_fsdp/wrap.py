@@ -40,7 +40,7 @@ def wrap(model: nn.Module, mesh: DeviceMesh, options: Options, units: Sequence[t
                 tp_dim=options.tp_mesh_name if tensor_parallel else None,
                 expt_device_mesh=mesh,  # asked for modules below ".experts." and when averaging in collectives
             ),
-            ddp_config=_config(options, dist.get_backend(mesh[axis].get_group())),
+            ddp_config=_config(options, str(dist.get_backend_config(mesh[axis].get_group()))),
             mixed_precision_policy=MixedPrecisionPolicy(
                 main_params_dtype=dtypes.weights, main_grads_dtype=dtypes.grads, grad_comm_dtype=dtypes.grads
             ),
@@ -53,7 +53,7 @@ def wrap(model: nn.Module, mesh: DeviceMesh, options: Options, units: Sequence[t
         )
 
 
-def _config(options: Options, backend: str) -> DistributedDataParallelConfig:
+def _config(options: Options, backends: str) -> DistributedDataParallelConfig:
     return DistributedDataParallelConfig(
         data_parallel_sharding_strategy=options.data_parallel_sharding_strategy,
         overlap_grad_reduce=options.overlap_grad_reduce,
@@ -64,5 +64,5 @@ def _config(options: Options, backend: str) -> DistributedDataParallelConfig:
         fsdp_double_buffer=options.fsdp_double_buffer or options.nccl_ub,
         bucket_size=_BUCKET_SIZE,
         # To divide and to sum in one operation is something that only NCCL can do.
-        gradient_reduce_div_fusion=backend == "nccl",
+        gradient_reduce_div_fusion="cuda:nccl" in backends,
     )

@@ -30,7 +30,7 @@ from shardwright.distributed.models.imports import import_class_from_path, impor
 from shardwright.distributed.models.resolve import resolve
 from shardwright.distributed.models.resolved import ResolvedPlan
 from shardwright.distributed.models.sources import CustomPlan, choose_plan, huggingface_styles
-from shardwright.distributed.models.structure import block_names, numbers_to_globs
+from shardwright.distributed.models.structure import block_names, numbers_to_globs, shared_parts
 from shardwright.distributed.styles import make_style
 from shardwright.distributed.styles.torch_styles import asks_for_sequence_parallel
 
@@ -218,7 +218,8 @@ def parallelize_model(
     axes = axes or Axes()
     refuse_context_parallel(device_mesh)
     dp_mesh = data_parallel_mesh(device_mesh, axes.dp_replicate, axes.dp_shard_cp)
-    units = block_names(model) if mp_policy is not None else []
+    shared = [name for parts in shared_parts(model) for name in parts]
+    units = [*block_names(model), *shared] if mp_policy is not None else []
     _before_sharding(model, device_mesh, axis(device_mesh, axes.tp), config, plan or config.plan, units)
     if mp_policy is not None:
         apply_fsdp2_sharding_recursively(model, dp_mesh, mp_policy, offload_policy)

@@ -38,7 +38,7 @@ def _rules(*pairs: tuple[str, Rule]) -> tuple[tuple[re.Pattern[str], Rule], ...]
 SIZES = _rules(
     # What a broader pattern below would take for something else.
     (
-        r".*(chunk_size_feed_forward|multiple_of|_by|_channels|kernel|conv_L|feature_layer|_cycles|sampling_rate).*",
+        r".*(chunk_size_feed_forward|multiple_of|_by$|_channels|kernel|conv_L|feature_layer|_cycles|sampling_rate).*",
         None,
     ),
     (r".*(num_labels|type_vocab_size|merge_size|patch_size|stride|_types|factor|predict_layers|mtp|keep).*", None),

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPoli
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from shardwright.distributed.models.structure import block_names, owns_parameters
+from shardwright.distributed.models.structure import block_names, owns_parameters, shared_parts
 from shardwright.errors import PlanError
 
 
@@ -30,7 +30,7 @@ def shard_blocks(
     """Make every repeated block of ``module`` an FSDP2 unit, in place.
 
     All blocks of a list reshard after forward except the last, whose parameters backward needs at once. A block that
-    several lists share is one unit.
+    several lists share is one unit; so are the parts of several blocks that hold the same parameters.
     """
     # What a block returns goes on in the compute dtype; only the root casts.
     inner = replace(mp_policy, output_dtype=None) if mp_policy is not None else None
@@ -39,9 +39,12 @@ def shard_blocks(
     for name in names:
         lists[name.rpartition(".")[0]] = name
     last = set(lists.values())
+    for parts in shared_parts(module):
+        _shard([module.get_submodule(name) for name in parts], mesh, inner, offload_policy, reshard_after_forward=True)
     for name in names:
         block = module.get_submodule(name)
-        _shard(block, mesh, inner, offload_policy, reshard_after_forward=name not in last)
+        if not isinstance(block, FSDPModule):
+            _shard([block], mesh, inner, offload_policy, reshard_after_forward=name not in last)
 
 
 def shard_root(
@@ -51,17 +54,18 @@ def shard_root(
     offload_policy: OffloadPolicy | None = None,
 ) -> None:
     """Make ``model`` the root unit, with every parameter that no other unit has."""
-    _shard(model, mesh, mp_policy, offload_policy, reshard_after_forward=False)
+    _shard([model], mesh, mp_policy, offload_policy, reshard_after_forward=False)
 
 
 def _shard(
-    module: nn.Module,
+    modules: list[nn.Module],
     mesh: DeviceMesh,
     mp_policy: MixedPrecisionPolicy | None,
     offload_policy: OffloadPolicy | None,
     *,
     reshard_after_forward: bool,
 ) -> None:
+    """Make one unit of ``modules``: of one, or of several that hold the same parameters."""
     policy = mp_policy or MixedPrecisionPolicy()
     offload = offload_policy or OffloadPolicy()
     options: dict[str, Any] = {
@@ -70,9 +74,9 @@ def _shard(
         "offload_policy": offload,
         "shard_placement_fn": _placement(mesh),
     }
-    for part in _parts_of_other_dtype(module):
+    for part in _parts_of_other_dtype(modules[0]):
         fully_shard(part, reshard_after_forward=reshard_after_forward, **options)
-    fully_shard(module, reshard_after_forward=reshard_after_forward, **options)
+    fully_shard(modules if len(modules) > 1 else modules[0], reshard_after_forward=reshard_after_forward, **options)
 
 
 def _placement(mesh: DeviceMesh) -> Callable[[nn.Parameter], Shard | None]:

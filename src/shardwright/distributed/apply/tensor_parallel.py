@@ -94,12 +94,21 @@ def _wrap_regions(
 
 def _make_local(model: nn.Module, mesh: DeviceMesh, resolved: ResolvedPlan, units: list[str]) -> None:
     """Give every unit its whole parameters as local tensors; a parameter belongs to the innermost unit around it."""
+
+    def place(name: str) -> tuple[str, str]:
+        unit = max((unit for unit in units if name == unit or name.startswith(f"{unit}.")), key=len, default="")
+        return unit, name[len(unit) :].lstrip(".")
+
     below: dict[str, dict[str, tuple[str, ...]]] = {}
+    tables: dict[str, list[str]] = {}
     for name, parameters in resolved.whole.items():
-        inside = [unit for unit in units if name == unit or name.startswith(f"{unit}.")]
-        unit = max(inside, key=len, default="")
-        below.setdefault(unit, {})[name[len(unit) :].lstrip(".")] = parameters
-    for unit, places in below.items():
-        prefix = f"{unit}." if unit else ""
+        unit, path = place(name)
+        below.setdefault(unit, {})[path] = parameters
+    for name, use in resolved.modules.items():
+        if use.style == "embedding_rowwise":
+            unit, path = place(name)
+            tables.setdefault(unit, []).append(path)
+    for unit in dict.fromkeys([*below, *tables]):
+        prefix, places = f"{unit}." if unit else "", below.get(unit, {})
         summed = {path for path in places if (f"{prefix}{path}" if path else unit) in resolved.summed}
-        make_local(model.get_submodule(unit), places, summed, mesh)
+        make_local(model.get_submodule(unit), places, summed, tables.get(unit, []), mesh)

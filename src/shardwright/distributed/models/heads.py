@@ -34,15 +34,22 @@ class HeadCounts:
 
 def head_counts(model: nn.Module) -> HeadCounts | None:
     """The head counts that the text model's config states; None where there are none (no config, no attention)."""
-    config = text_config(model)
+    pairs = dict.fromkeys(pair for config in _layer_configs(text_config(model)) for pair in _pairs(config))
+    return HeadCounts(tuple(pairs)) if pairs else None
+
+
+def _layer_configs(config: Any) -> Sequence[Any]:
+    """A config for each layer where they differ, which only transformers' heterogeneous models have; else the one."""
+    return config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
+
+
+def _pairs(config: Any) -> list[tuple[int, int]]:
     query = _per_layer(config, QUERY_KEYS)
-    if not query:
-        return None
     key_value = _per_layer(config, KEY_VALUE_KEYS) or query
     if len(query) != len(key_value):
         longest = max(len(query), len(key_value))
         query, key_value = (values * longest if len(values) == 1 else values for values in (query, key_value))
-    return HeadCounts(tuple(dict.fromkeys(zip(query, key_value, strict=False))))
+    return list(zip(query, key_value, strict=False))
 
 
 def _per_layer(config: Any, keys: tuple[str, ...]) -> tuple[int, ...]:

@@ -1,13 +1,14 @@
-"""Whole parameters that a plan forgot to declare as seeing only this rank's work: found in the autograd graph.
+"""What a plan forgot to say about slices: found in the autograd graph.
 
 A copy of the model without its weights runs once. A module whose input can be traced back to the output of a
-column-parallel layer, with no row-parallel or gathering layer in between, works on this rank's slice; the gradient of
-its parameters is then a sum over the ranks, whatever the plan says.
+column-parallel layer, with no row-parallel or gathering layer in between, works on this rank's slice: the gradient of
+its whole parameters is then a sum over the ranks, whatever the plan says. And a row-parallel layer whose input cannot
+be traced back to such a layer gets it whole, as where a plan's glob means one kind of attention and matches another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -41,24 +42,62 @@ def modules_on_slices(
         is_sliced: whether a linear layer of this name hands on a slice.
         is_summed: whether a module of this name sums its ranks' results before it returns.
     """
+    seen: dict[str, list[Any]] = {}
+
+    def listen(hollow: Hollow, name: str, kind: str) -> None:
+        if name not in hollow.stubs:
+            hollow.model.get_submodule(name).register_forward_hook(_noting(seen.setdefault(kind, [])))
+
+    for hollow in _runs(model, candidates, is_summed, listen):
+        sliced = {found for found, nodes in seen.items() if any(_reaches(hollow, node, is_sliced) for node in nodes)}
+        return {name for name in candidates if hollow.repeats.kind_of(name) in sliced}
+    return set()
+
+
+def layers_on_whole(
+    model: nn.Module, candidates: set[str], is_sliced: Callable[[str], bool], is_summed: Callable[[str], bool]
+) -> set[str]:
+    """Those linear layers among ``candidates`` that run, and whose input is no slice of anything.
+
+    Args:
+        is_sliced, is_summed: as for :func:`modules_on_slices`.
+    """
+    seen: dict[str, list[Any]] = {}
+
+    def listen(hollow: Hollow, name: str, kind: str) -> None:
+        inputs = seen.setdefault(kind, [])
+        hollow.model.get_submodule(name).register_forward_pre_hook(lambda module, args: inputs.append(args[0].grad_fn))
+
+    for hollow in _runs(model, candidates, is_summed, listen):
+        whole = {
+            kind for kind, nodes in seen.items() if nodes and not any(_reaches(hollow, n, is_sliced) for n in nodes)
+        }
+        return {name for name in candidates if hollow.repeats.kind_of(name) in whole}
+    return set()
+
+
+def _runs(
+    model: nn.Module,
+    candidates: set[str],
+    is_summed: Callable[[str], bool],
+    listen: Callable[[Hollow, str, str], None],
+) -> Iterator[Hollow]:
+    """Copies that have run, with ``listen`` called before for every hollow name (and kind) of a candidate."""
     for inputs in candidate_inputs(model):
         hollow = hollow_copy(model)
         kind = hollow.repeats.kind_of
         kinds = {kind(name) for name in candidates}
-        seen: dict[str, list[Any]] = {}
         for name, module in hollow.model.named_modules():
             original = hollow.repeats.original_name(name)
             if is_summed(original):
                 module.register_forward_hook(_mark)
-            if kind(original) in kinds and name not in hollow.stubs:
-                module.register_forward_hook(_noting(seen.setdefault(kind(original), [])))
+            if kind(original) in kinds:
+                listen(hollow, name, kind(original))
         try:
             full_run(hollow, inputs)
         except (Mismatch, *CODE_ERRORS):
             continue
-        sliced = {found for found, nodes in seen.items() if any(_reaches(hollow, node, is_sliced) for node in nodes)}
-        return {name for name in candidates if kind(name) in sliced}
-    return set()
+        yield hollow
 
 
 def _mark(module: nn.Module, args: Any, output: Any) -> Any:

@@ -15,7 +15,7 @@ from shardwright.distributed.models.heads import check_heads
 from shardwright.distributed.models.huggingface import head_name, text_config
 from shardwright.distributed.models.key_values import share_projections
 from shardwright.distributed.models.overlay import find_regions, overlay_sequence_parallel
-from shardwright.distributed.models.partial_check import modules_on_slices
+from shardwright.distributed.models.partial_check import layers_on_whole, modules_on_slices
 from shardwright.distributed.models.resolved import READERS, SHARDED, WRITERS, ResolvedPlan, StyleUse
 from shardwright.distributed.models.structure import block_names, numbers_to_globs, owns_parameters
 from shardwright.distributed.models.ties import Tie, find_ties
@@ -43,6 +43,7 @@ def resolve(model: nn.Module, plan: ParallelPlan, tp: int, *, sequence_parallel:
     _check_plain(model)
     _match(model, modules, plan, resolved)
     _specialise(model, modules, resolved)
+    _split_whole_inputs(model, modules, resolved)
     _settle_ties(modules, resolved)
     _check_size(model, plan, resolved)
     share_projections(model, modules, resolved)
@@ -137,6 +138,33 @@ def _rope_dim(model: nn.Module, name: str) -> int:
     if not isinstance(rope_dim, int):
         raise PlanError(f"{name} has the style 'mla_kv_a_proj', but the model's config has no qk_rope_head_dim.")
     return rope_dim
+
+
+def _split_whole_inputs(model: nn.Module, modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
+    """Let row-parallel layers whose input is whole take their slice of it.
+
+    One glob for two kinds of layers (attention and a state-space mixer that both end in ``o_proj``) names readers in
+    one of them only. Where the module around a row-parallel layer has no reader, the graph says what its input is.
+    """
+    reading = RANK_LOCAL | {"mla_kv_a_proj", "embedding_slice"}
+    sliced = [name for name, use in resolved.modules.items() if use.style in reading]
+    sliced += [f"{owner}.{parameter}" for owner, parameter in resolved.parameters]
+    around = {ancestor for name in sliced for ancestor in _ancestors(name)}
+    alone = {
+        name
+        for name, use in resolved.modules.items()
+        if use.style == "rowwise" and name.rpartition(".")[0] not in around and isinstance(modules[name], nn.Linear)
+    }
+    if not alone:
+        return
+    for name in layers_on_whole(model, alone, _styled(resolved, RANK_LOCAL), _styled(resolved, SUMMING)):
+        use = resolved.modules[name]
+        resolved.modules[name] = StyleUse("rowwise_split_input", use.options, rule=f"{use.rule}, on a whole input")
+
+
+def _ancestors(name: str) -> list[str]:
+    parts = name.split(".")[:-1]
+    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
 
 
 def _settle_ties(modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:

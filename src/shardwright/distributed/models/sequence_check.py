@@ -107,7 +107,7 @@ def _kept(value: Any) -> Any:
 def _verdict(trial: Trial, block: str, is_region: Callable[[str], bool]) -> str | None:
     calls = trial.calls.get(block)
     if not calls:
-        return None  # a model may carry blocks that it does not use
+        return "it did not run in the trial"  # a tower whose inputs the trial does not have, or a block out of use
     try:
         for rank in range(RANKS):
             _replay(trial, block, calls[0], rank, is_region)

@@ -35,6 +35,26 @@ def block_names(model: nn.Module) -> list[str]:
     return names
 
 
+def shared_parts(model: nn.Module) -> list[list[str]]:
+    """The largest modules inside different blocks that hold the same parameters (Zamba's shared transformer).
+
+    Returns:
+        The names of the modules of every such set.
+    """
+    holders: dict[frozenset[int], dict[str, str]] = {}
+    for block in block_names(model):
+        for name, part in model.get_submodule(block).named_modules(prefix=block):
+            if key := frozenset(id(param) for param in part.parameters()):
+                holders.setdefault(key, {}).setdefault(block, name)
+    groups: list[list[str]] = []
+    covered: set[int] = set()
+    for key, by_block in sorted(holders.items(), key=lambda item: -len(item[0])):
+        if len(by_block) > 1 and not key & covered:
+            covered |= key
+            groups.append(list(by_block.values()))
+    return groups
+
+
 def _collect(module: nn.Module, path: str, names: list[str], seen: set[int]) -> None:
     for name, child in module.named_children():
         below = f"{path}.{name}" if path else name

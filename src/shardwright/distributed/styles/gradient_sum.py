@@ -6,7 +6,7 @@ parameters of this kind pass through one function together, whose backward sums 
 So they are right under plain ``loss.backward()``, under accumulation and with any optimizer.
 
 While the unit runs, its whole parameters are plain local tensors wherever code reads them: some modules use a child's
-weight without calling the child.
+weight without calling the child. Tables that are cut over the vocabulary can be read so, too (:class:`.ShardedTable`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from shardwright.distributed.styles import collectives as c
+from shardwright.distributed.styles.embedding import sharded_table
 from shardwright.distributed.styles.forward import Around, Forward, wrap_forward
 
 Place = tuple[str, str]  # module path below the unit, parameter name
@@ -42,17 +43,18 @@ class UnitParameters(Around):
         self.group = c.Group.of(mesh)
         self.summed: list[Place] = []
         self.others: list[Place] = []
+        self.tables: list[Place] = []
 
     def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         owners: dict[Place, dict[str, Any]] = {}
         local: dict[Place, Tensor] = {}
-        for path, name in (*self.summed, *self.others):
+        for path, name in (*self.summed, *self.others, *self.tables):
             owner = module.get_submodule(path)._parameters
             param: Any = owner[name]
             # On two axes or more it is still FSDP2's: of a unit of its own below this one.
             if isinstance(param, DTensor) and param.device_mesh.ndim == 1:
                 owners[path, name] = owner
-                local[path, name] = param.to_local()
+                local[path, name] = sharded_table(param) if (path, name) in self.tables else param.to_local()
         summed = [place for place in self.summed if place in local and local[place].requires_grad]
         if summed:
             together = c.sum_gradients([local[place] for place in summed], self.group)
@@ -70,14 +72,18 @@ def _put(owners: dict[Place, dict[str, Any]], tensors: dict[Place, Any]) -> None
         owner[place[1]] = tensors[place]
 
 
-def make_local(unit: nn.Module, places: dict[str, tuple[str, ...]], summed: set[str], mesh: DeviceMesh) -> None:
+def make_local(
+    unit: nn.Module, places: dict[str, tuple[str, ...]], summed: set[str], tables: list[str], mesh: DeviceMesh
+) -> None:
     """Make whole parameters local while ``unit`` runs.
 
     Args:
         places: module path below ``unit`` -> names of the module's own parameters.
         summed: those among the paths whose gradients are summed over the ranks of ``mesh``.
+        tables: paths of the embeddings that are cut over the vocabulary.
     """
     around = UnitParameters(mesh)
+    around.tables = [(path, "weight") for path in tables]
     for path, names in places.items():
         found = [(path, name) for name in names]
         if path in summed:

@@ -3,7 +3,8 @@
 Outside of the blocks a sharded model hands its own Python code a DTensor: the residual stream split along the sequence,
 or logits split on the vocabulary. That code does not know, and mixes it with plain tensors, which are equal on every
 rank. DTensor refuses that; these classes take a plain tensor for a replicated one (its gradient is made whole again by
-``DTensor.from_local``), and hand out a plain tensor again where a result is no longer sharded.
+``DTensor.from_local``), and hand out a plain tensor again where a result is no longer sharded. What DTensor has no rule
+for is computed on whole tensors, alike on every rank.
 """
 
 from __future__ import annotations
@@ -34,12 +35,17 @@ class ImplicitDTensor(DTensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is Tensor.__setitem__:
+            return _set_items(*args)
         tensors = _tensors((args, kwargs))
         mesh = next(x.device_mesh for x in tensors if isinstance(x, ImplicitDTensor))
         with torch._C.DisableTorchFunctionSubclass():
-            if all(isinstance(x, DTensor) for x in tensors):
-                return cls._returned(func(*args, **kwargs))
-            return cls._returned(func(*_distributed(args, mesh), **_distributed(kwargs, mesh)))
+            try:
+                if all(isinstance(x, DTensor) for x in tensors):
+                    return cls._returned(func(*args, **kwargs))
+                return cls._returned(func(*_distributed(args, mesh), **_distributed(kwargs, mesh)))
+            except NotImplementedError:  # DTensor has no rule for this operation
+                return func(*joined(args), **joined(kwargs))
 
     @classmethod
     def _returned(cls, value: Any) -> Any:
@@ -60,6 +66,34 @@ def mark(x: DTensor, cls: type[T]) -> T:
     """
     x.__class__ = cls
     return x  # type: ignore[return-value]
+
+
+def _set_items(x: Tensor, index: Any, value: Any) -> None:
+    """``x[index] = value``, which DTensor cannot do where the index lies along the sharded dim: by a mask instead."""
+    index, value = joined(index), joined(value)
+    if not isinstance(x, ImplicitDTensor):
+        x[index] = value
+        return
+    items = index if isinstance(index, tuple) else (index,)
+    leading = next((n for n, item in enumerate(items) if not (isinstance(item, slice) and item == slice(None))), 0)
+    # Along the leading dims that are written in full the mask is broadcast: [vocabulary] is enough for columns.
+    mask = torch.zeros(x.shape[leading:], dtype=torch.bool, device=x.device)
+    mask[items[leading:]] = True
+    if not isinstance(value, Tensor):
+        x.masked_fill_(mask, value)
+        return
+    new = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    new[index] = value.to(x.dtype)
+    x.copy_(torch.where(mask, new, x))
+
+
+def joined(value: Any) -> Any:
+    """``value`` with every DTensor in it made whole."""
+    if isinstance(value, DTensor):
+        return value.full_tensor()
+    if isinstance(value, dict):
+        return {key: joined(item) for key, item in value.items()}
+    return type(value)(joined(item) for item in value) if type(value) in (tuple, list) else value
 
 
 def _tensors(value: Any) -> list[Tensor]:

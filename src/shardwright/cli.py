@@ -121,11 +121,12 @@ def verify(model: str, accumulate: int, as_json: bool, activation_checkpointing:
 @main.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-def export(checkpoint: Path, out: Path) -> None:
+@click.option("--trust-remote-code", is_flag=True, help="Run the model's own code, which is in the checkpoint.")
+def export(checkpoint: Path, out: Path, trust_remote_code: bool) -> None:
     """Turn a training CHECKPOINT (or the newest of a run's folder) into a Hugging Face folder OUT. Needs no GPU."""
     from shardwright.checkpoint.export import export as export_checkpoint
 
-    export_checkpoint(checkpoint, out)
+    export_checkpoint(checkpoint, out, trust_remote_code)
 
 
 @main.command()

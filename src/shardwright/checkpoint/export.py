@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
 
-from shardwright.checkpoint.build import build_on_meta, read_config
 from shardwright.checkpoint.fill import to_empty
 from shardwright.checkpoint.manifest import read_manifest, verify
 from shardwright.checkpoint.save import save_pretrained
+from shardwright.checkpoint.source import class_in, read_config
 from shardwright.checkpoint.state import MODEL, OPTIMIZER, model_tensors
 from shardwright.checkpoint.storage import SafeReader, read_tensors
 from shardwright.checkpoint.store import DESCRIPTION, STATE, RunInfo, list_checkpoints, read_info
+from shardwright.distributed.models.build import build_on_meta
 from shardwright.errors import CheckpointError
 
 
@@ -35,12 +36,13 @@ def find_checkpoint(path: Path) -> Path:
     raise CheckpointError(f"{path} is no training checkpoint and contains none (a folder such as step-00000100).")
 
 
-def export(path: Path, out: Path) -> None:
+def export(path: Path, out: Path, trust_remote_code: bool = False) -> None:
     """Write the model in a training checkpoint as a folder that plain transformers loads.
 
     Args:
         path: a checkpoint, or the folder of a run: its newest one.
         out: the folder to make; a model folder of that name is replaced. Host memory: the whole model.
+        trust_remote_code: run model code that is in the checkpoint.
 
     Raises:
         CheckpointError: damaged, or ``out`` cannot be written.
@@ -49,8 +51,8 @@ def export(path: Path, out: Path) -> None:
     verify(folder)
     reader = SafeReader(folder / STATE)
     stored = _model_part(reader.read_metadata())
-    config = read_config(folder / DESCRIPTION)
-    model = build_on_meta(config, None, config.dtype)
+    config = read_config(folder / DESCRIPTION, trust_remote_code)
+    model = build_on_meta(config, class_in(folder / DESCRIPTION, config, trust_remote_code), config.dtype)
     to_empty(model, "cpu")
     tensors = model_tensors(model)
     if set(tensors) != set(stored):
@@ -133,7 +135,7 @@ def inspect(path: Path, check: bool = True) -> Contents:
     return Contents(
         folder=folder,
         info=read_info(folder),
-        model_type=read_config(folder / DESCRIPTION).model_type,
+        model_type=PreTrainedConfig.get_config_dict(folder / DESCRIPTION)[0]["model_type"],
         parameters=sum(prod(value.size) for value in stored.values()),
         dtypes=dict(Counter(str(value.properties.dtype).removeprefix("torch.") for value in stored.values())),
         optimizer_tensors=sum(name.startswith(OPTIMIZER) for name in metadata.state_dict_metadata),

@@ -13,14 +13,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from shardwright.api import parallelize
-from shardwright.checkpoint.build import build_on_meta, local_folder, read_config
 from shardwright.checkpoint.conversion import plan_load
 from shardwright.checkpoint.fill import check_complete, check_fit, fill_from_folder, fill_the_rest, to_empty
 from shardwright.checkpoint.folder import open_folder
 from shardwright.checkpoint.initial import Initialiser
+from shardwright.checkpoint.source import class_in, local_folder, read_config
 from shardwright.checkpoint.together import same_error_everywhere
 from shardwright.distributed.config import ParallelConfig
 from shardwright.distributed.mesh import make_mesh
+from shardwright.distributed.models.build import build_on_meta
 
 
 def load_pretrained(
@@ -30,6 +31,7 @@ def load_pretrained(
     *,
     model_class: type[Any] | None = None,
     dtype: torch.dtype | None = None,
+    revision: str | None = None,
     trust_remote_code: bool = False,
     **kwargs: Any,
 ) -> PreTrainedModel:
@@ -46,6 +48,7 @@ def load_pretrained(
         mesh: from :func:`shardwright.distributed.mesh.make_mesh`; None makes it.
         model_class: an Auto class or a model class; None takes the one that ``config.json`` names.
         dtype: of the parameters; None takes the one that ``config.json`` names. Values are converted while reading.
+        revision: of a repository on the hub: a branch, tag or commit.
         trust_remote_code: run model code that comes with the folder.
         kwargs: for the model's class, for example ``attn_implementation="sdpa"``.
 
@@ -59,13 +62,14 @@ def load_pretrained(
     """
     mesh = make_mesh(config) if mesh is None else mesh
     with same_error_everywhere(f"Loading {path}"):
-        folder = local_folder(path)
+        folder = local_folder(path, revision, trust_remote_code)
         entries = open_folder(folder)
         model_config = read_config(folder, trust_remote_code)
-        skeleton = build_on_meta(model_config, model_class, dtype, **kwargs)
+        cls = model_class or class_in(folder, model_config, trust_remote_code)
+        skeleton = build_on_meta(model_config, cls, dtype, **kwargs)
         plan = plan_load(skeleton, entries)
         check_fit(plan, skeleton, folder)
-        model = build_on_meta(model_config, model_class, dtype, **kwargs)
+        model = build_on_meta(model_config, cls, dtype, **kwargs)
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     vars(model)["_weight_conversions"] = plan.conversions  # where transformers and save_pretrained look for them

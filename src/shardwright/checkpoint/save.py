@@ -15,12 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import custom_object_save
 
 from shardwright.checkpoint.atomic import abandon, begin, finish, unfinished
-from shardwright.checkpoint.build import build_on_meta
 from shardwright.checkpoint.conversion import SavePlan, Writing, plan_save
 from shardwright.checkpoint.folder import INDEX
 from shardwright.checkpoint.together import all_here, barrier, rank_and_world, same_error_everywhere
+from shardwright.distributed.models.build import build_on_meta
 from shardwright.distributed.styles.layout import whole as made_whole
 from shardwright.errors import CheckpointError, UnsupportedError
 
@@ -188,9 +189,12 @@ def _write_index(folder: Path, total: dict[str, Any], places: dict[str, str]) ->
 
 def write_description(skeleton: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
     """Write config, generation config and tokenizer: all of a model folder but its weights."""
-    config = skeleton.config
+    config: Any = skeleton.config
     config.dtype = str(next(skeleton.parameters()).dtype).removeprefix("torch.")
     config.architectures = [type(skeleton).__name__]
+    if skeleton.is_remote_code():  # a class that came with the folder it was loaded from, or was registered as such
+        folder.mkdir(exist_ok=True)
+        custom_object_save(skeleton, folder, config=config)
     config.save_pretrained(folder)
     if skeleton.can_generate():
         skeleton.generation_config.save_pretrained(folder)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -12,6 +10,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 
+from shardwright.distributed.models.build import class_of_type
 from shardwright.errors import ConfigError
 from shardwright.verify.shrink import FIRST_FREE_ID, LAST_PLAIN_ID, shrink
 from shardwright.verify.stages import ShrinkError, Stage
@@ -33,10 +32,8 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     Raises:
         ConfigError: transformers has neither.
     """
-    for mapping in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
-        if type(config) in mapping:
-            found: Any = mapping[type(config)]
-            return found[0] if isinstance(found, tuple) else found
+    if found := class_of_type(config, (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING)):
+        return found
     raise ConfigError(
         f"transformers has no causal-LM and no image-text-to-text model for a {type(config).__name__}, and those are "
         "what verify can build. Pass a function that builds your model to shardwright.verify instead."

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,16 @@ _REFUSALS = (
 )
 
 
-def load_config(model: str | os.PathLike[str] | PreTrainedConfig) -> PreTrainedConfig:
+def load_config(
+    model: str | os.PathLike[str] | PreTrainedConfig,
+    completed: Mapping[str, Mapping[str, Any]] | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedConfig:
     """The config of a checkpoint folder, a ``config.json`` or a model type of transformers (its default config).
+
+    Args:
+        completed: values for the default configs of model types that need some.
+        trust_remote_code: run the code of a config class that comes with the folder.
 
     Raises:
         ConfigError: ``model`` is none of these, or its config does not load.
@@ -57,12 +66,12 @@ def load_config(model: str | os.PathLike[str] | PreTrainedConfig) -> PreTrainedC
         return model
     path = Path(model)
     if path.exists():
-        return _from_path(path)
+        return _from_path(path, trust_remote_code)
     name = str(model)
     if name not in CONFIG_MAPPING:
         raise ConfigError(_no_such_model(name))
     try:
-        return CONFIG_MAPPING[name]()
+        return CONFIG_MAPPING[name](**(completed or {}).get(name, {}))
     except _REFUSALS as error:
         raise ConfigError(
             f"The default config of model type {name!r} is not valid by itself ({_one_line(error)}). Pass a "
@@ -84,11 +93,20 @@ def _no_such_model(name: str) -> str:
     )
 
 
-def _from_path(path: Path) -> PreTrainedConfig:
+def _from_path(path: Path, trust_remote_code: bool) -> PreTrainedConfig:
     if path.is_dir() and not (path / "config.json").is_file():
         raise ConfigError(f"There is no config.json in the folder {path}, so it is no checkpoint.")
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        values, _ = PreTrainedConfig.get_config_dict(path, local_files_only=True)
+        if "auto_map" in values and values.get("model_type") not in CONFIG_MAPPING and not trust_remote_code:
+            raise ConfigError(
+                f"{values.get('model_type')!r}, the type of the model in {path}, is not in the installed transformers "
+                f"{transformers.__version__}; its code comes with the folder. Read it; if you trust it, use "
+                "load_pretrained(..., trust_remote_code=True)."
+            )
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+    except ConfigError:
+        raise
     except _REFUSALS as error:
         raise ConfigError(f"transformers cannot read the model config in {path}: {_one_line(error)}") from error
 
@@ -105,38 +123,51 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
         found = getattr(transformers, name, None)
         if isinstance(found, type) and issubclass(found, PreTrainedModel):
             return found
-    for mapping in _CLASSES:
-        if type(config) in mapping:
-            cls: Any = mapping[type(config)]
-            return cls[0] if isinstance(cls, tuple) else cls
+    if found := class_of_type(config, _CLASSES):
+        return found
     raise ConfigError(
         f"The installed transformers {transformers.__version__} has no model for a {type(config).__name__} "
         f"(architectures: {config.architectures})."
     )
 
 
+def class_of_type(config: PreTrainedConfig, mappings: Iterable[Any]) -> type[PreTrainedModel] | None:
+    """The model class for configs of this type in the first of transformers' ``mappings`` that has one."""
+    for mapping in mappings:
+        if type(config) in mapping:
+            found: Any = mapping[type(config)]
+            return found[0] if isinstance(found, tuple) else found
+    return None
+
+
 def build_on_meta(
-    config: PreTrainedConfig, cls: type[PreTrainedModel] | None = None, dtype: torch.dtype | None = None
+    config: PreTrainedConfig,
+    cls: type[Any] | None = None,
+    dtype: torch.dtype | str | None = None,
+    **kwargs: Any,
 ) -> PreTrainedModel:
     """The model of ``config`` on the meta device: names, shapes, dtypes and ties, no memory.
 
     Args:
-        cls: a model class; None takes :func:`model_class`'s.
+        config: not changed, but for the dtype that transformers notes in it.
+        cls: a model class or one of transformers' Auto classes; None takes :func:`model_class`'s.
         dtype: of the parameters, but for those that transformers keeps in float32 (some routers and norms); None
             takes the one that ``config`` names, or float32.
+        kwargs: for the model's class, for example ``attn_implementation``.
 
     Raises:
         ConfigError: no model can be made from these values.
     """
-    cls = cls or model_class(config)
+    chosen: Any = cls or model_class(config)
     wanted: Any = dtype or config.dtype or torch.float32
     kept: torch.dtype = getattr(torch, wanted) if isinstance(wanted, str) else wanted
+    make = chosen._from_config if issubclass(chosen, PreTrainedModel) else chosen.from_config
     try:
         with torch.device("meta"):
-            model = cls._from_config(config, dtype=kept)
+            model = make(config, dtype=kept, **kwargs)
     except _REFUSALS as error:
         raise ConfigError(
-            f"{cls.__name__} cannot be made from this {config.model_type} config: {_one_line(error)}"
+            f"{chosen.__name__} cannot be made from this {config.model_type} config: {_one_line(error)}"
         ) from error
     _keep_in_float32(model, kept)
     return model

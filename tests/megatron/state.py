@@ -10,7 +10,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
-from training import Case, batch, build_model, case_mesh, environment, make_optimizer, relative, shard
+from training import Case, batch, case_mesh, device_type, environment, make_optimizer, relative, shard
+from training import build_model as build_on_cpu
+from transformers import LlamaForCausalLM
 
 from shardwright.distributed.apply.megatron_fsdp import (
     Options,
@@ -23,8 +25,12 @@ from shardwright.distributed.config import ParallelConfig
 from shardwright.errors import RunError, UnsupportedError
 
 
+def build_model(tied: bool = False) -> LlamaForCausalLM:
+    return build_on_cpu(tied).to(device_type())
+
+
 def step(model: nn.Module, optimizer: Any, number: int, share: int) -> None:
-    ids = batch(number, 0, share, "cpu")
+    ids = batch(number, 0, share, device_type())
     model(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -44,7 +50,7 @@ def attaching_changes_nothing() -> dict[str, Any]:
     model = build_model()
     with environment():
         sharded = shard(Case(), model, None)
-        ids = batch(0, 0, dist.get_rank(), "cpu")
+        ids = batch(0, 0, dist.get_rank(), device_type())
         sharded(input_ids=ids, labels=ids).loss.backward()
         optimizer = AdamW(
             [
@@ -84,7 +90,7 @@ def momentum_with_dampening() -> float:
     reference = SGD(whole.parameters(), **options)
     for number in range(2):
         for share in range(dist.get_world_size()):
-            ids = batch(number, 0, share, "cpu")
+            ids = batch(number, 0, share, device_type())
             (whole(input_ids=ids, labels=ids).loss / dist.get_world_size()).backward()
         reference.step()
         reference.zero_grad()
@@ -95,14 +101,14 @@ def evaluation_sees_new_weights(strategy: str) -> float:
     """Written weights count at once, also between forwards without a backward."""
     whole = build_model()
     model = copy.deepcopy(whole)
-    ids = batch(0, 0, 0, "cpu")
+    ids = batch(0, 0, 0, device_type())
     worst = 0.0
     with environment(), torch.no_grad():
         sharded = shard(Case({"data_parallel_sharding_strategy": strategy}), model, None)
         for _ in range(3):
             worst = max(worst, float((sharded(input_ids=ids).logits - whole(input_ids=ids).logits).abs().max()))
             for name, param in model.named_parameters():
-                new = torch.randn(param.shape) * 0.1
+                new = torch.randn(param.shape, device=param.device) * 0.1
                 copy_full_tensor_(param, new)
                 whole.get_parameter(name).copy_(new)
     return worst
@@ -111,7 +117,7 @@ def evaluation_sees_new_weights(strategy: str) -> float:
 def two_forwards_then_two_backwards(strategy: str) -> float:
     whole = build_model()
     model = copy.deepcopy(whole)
-    batches = [batch(0, micro, dist.get_rank(), "cpu") for micro in range(2)]
+    batches = [batch(0, micro, dist.get_rank(), device_type()) for micro in range(2)]
     with environment():
         sharded = shard(Case({"data_parallel_sharding_strategy": strategy}), model, None)
         losses = [sharded(input_ids=ids, labels=ids).loss for ids in batches]
@@ -120,7 +126,7 @@ def two_forwards_then_two_backwards(strategy: str) -> float:
         found = {name: full_tensor(param.grad) for name, param in model.named_parameters()}
     for micro in range(2):
         for share in range(dist.get_world_size()):
-            ids = batch(0, micro, share, "cpu")
+            ids = batch(0, micro, share, device_type())
             (whole(input_ids=ids, labels=ids).loss / dist.get_world_size()).backward()
     return max(relative(found[name], param.grad) for name, param in whole.named_parameters())
 
@@ -130,7 +136,7 @@ def gradients_exist_on_every_rank() -> tuple[int, int]:
     model = build_model()
     with environment():
         sharded = shard(Case(), model, None)
-        ids = batch(0, 0, dist.get_rank(), "cpu")
+        ids = batch(0, 0, dist.get_rank(), device_type())
         sharded(input_ids=ids, labels=ids).loss.backward()
         grads = [param.grad for param in model.parameters()]
         for param in model.parameters():  # the shards say themselves where they lie, before any state_dict()
@@ -140,14 +146,14 @@ def gradients_exist_on_every_rank() -> tuple[int, int]:
 
 
 def not_a_number(check: bool) -> str:
-    """What a loss that is infinite on rank 1 alone leads to."""
+    """What a loss that is infinite on the last rank alone leads to."""
     model = build_model()
     with environment():
         sharded = shard(Case({"check_for_nan_in_grad": check}), model, None)
-        ids = batch(0, 0, dist.get_rank(), "cpu")
+        ids = batch(0, 0, dist.get_rank(), device_type())
         loss = sharded(input_ids=ids, labels=ids).loss
         try:
-            (loss * (float("inf") if dist.get_rank() == 1 else 1.0)).backward()
+            (loss * (float("inf") if dist.get_rank() == dist.get_world_size() - 1 else 1.0)).backward()
         except RunError as error:
             message = str(error)
         else:
@@ -192,24 +198,23 @@ def load_and_train(folder: str, tp: int, strategy: str) -> dict[str, Tensor]:
 def from_meta(tp: int, strategy: str, tied: bool) -> dict[str, Any]:
     """A model that is initialised while it is sharded."""
     with torch.device("meta"):
-        model = build_model(tied)
+        model = build_on_cpu(tied)
     torch.manual_seed(dist.get_rank())  # ranks that disagree about their random numbers
     options = {"data_parallel_sharding_strategy": strategy, "init_nvfsdp_with_meta_device": True}
     with environment():
         sharded = shard(Case(options, tp=tp), model, None)
         weights = whole_weights(model)
-        ids = batch(0, 0, 0, "cpu")
+        ids = batch(0, 0, 0, device_type())
         logits = sharded(input_ids=ids).logits.detach()
     built = build_model(tied)
     built.load_state_dict(weights, strict=not tied)
-    everyone = [
-        torch.empty_like(weights["lm_head.weight" if not tied else "model.embed_tokens.weight"]) for _ in range(2)
-    ]
-    dist.all_gather(everyone, next(iter(weights.values())) if tied else weights["lm_head.weight"])
+    mine = weights["model.embed_tokens.weight" if tied else "lm_head.weight"]
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
     return {
         "logits": float((logits - built(input_ids=ids).logits).abs().max()),
         "names": list(weights) == [name for name, _ in built.named_parameters()],
-        "ranks": float((everyone[0] - everyone[1]).abs().max()),
+        "ranks": float((everyone[0] - everyone[-1]).abs().max()),
         "norm": float(weights["model.norm.weight"].mean()),
         "std": float(weights["model.embed_tokens.weight"].std()),
         "halves": float((weights["model.embed_tokens.weight"][:32] - weights["model.embed_tokens.weight"][32:]).norm()),
@@ -226,7 +231,7 @@ def bfloat16_compute(tp: int) -> dict[str, Any]:
         fields = {name: getattr(options, name) for name in ("precision",)}
         sharded = shard(Case(fields, tp=tp), model, None)
         share = dist.get_rank() // tp
-        ids = batch(0, 0, share, "cpu")
+        ids = batch(0, 0, share, device_type())
         output = sharded(input_ids=ids, labels=ids)
         dtypes = (output.loss.dtype, output.logits.dtype)
         output.loss.backward()
@@ -236,11 +241,34 @@ def bfloat16_compute(tp: int) -> dict[str, Any]:
         stored = {param.dtype for param in model.parameters()} | {param.grad.dtype for param in model.parameters()}
     shares = dist.get_world_size() // tp
     for other in range(shares):
-        ids = batch(0, 0, other, "cpu")
+        ids = batch(0, 0, other, device_type())
         (whole(input_ids=ids, labels=ids).loss / shares).backward()
     flat = torch.cat([grads[name].flatten() for name, _ in whole.named_parameters()])
     exact = torch.cat([param.grad.flatten() for param in whole.parameters()])
     return {"kept": kept, "dtypes": dtypes, "stored": stored, "gradients": relative(flat, exact)}
+
+
+def bfloat16_weights(options: dict[str, bool]) -> dict[str, Any]:
+    """A model stored in bfloat16: dtypes, and the gradients of eight micro-batches against their float32 sum."""
+    whole = build_model().bfloat16()
+    model = copy.deepcopy(whole)
+    ranks, micro_batches = dist.get_world_size(), 8
+    with environment():
+        sharded = shard(Case(options), model, None)
+        for micro in range(micro_batches):
+            ids = batch(0, micro, dist.get_rank(), device_type())
+            sharded(input_ids=ids, labels=ids).loss.backward()
+        grads = {name: full_tensor(param.grad).float() for name, param in model.named_parameters()}
+        stored = {param.dtype for param in model.parameters()}
+    expected = {name: torch.zeros_like(param, dtype=torch.float32) for name, param in whole.named_parameters()}
+    for micro in range(micro_batches):
+        for share in range(ranks):
+            ids = batch(0, micro, share, device_type())
+            whole(input_ids=ids, labels=ids).loss.backward()
+            for name, param in whole.named_parameters():
+                expected[name] += param.grad.float() / ranks
+                param.grad = None
+    return {"stored": stored, "gradients": max(relative(grads[name], expected[name]) for name in grads)}
 
 
 def refusal(kind: str) -> str:
@@ -254,13 +282,15 @@ def refusal(kind: str) -> str:
         optimizer = AdamW([*model.parameters(), nn.Parameter(torch.zeros(3))])
     elif kind == "used":
         optimizer = AdamW(model.parameters())
-        model(input_ids=batch(0, 0, 0, "cpu")).logits.sum().backward()
+        model(input_ids=batch(0, 0, 0, device_type())).logits.sum().backward()
         optimizer.step()
     elif kind == "meta":
         options["init_nvfsdp_with_meta_device"] = True
     elif kind == "no_dims":
         model.scale = nn.Parameter(torch.tensor(1.0))
         before = list(model.parameters())
+    elif kind == "float64":
+        model.lm_head.double()
     elif kind == "axis":
         options["dp_mesh_name"] = "data"
     with environment():

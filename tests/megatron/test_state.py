@@ -74,12 +74,29 @@ def test_bfloat16_compute_keeps_float32_weights(ranks2: RankPool, tp: int) -> No
 
 
 @pytest.mark.parametrize(
+    ("options", "stored", "least", "most"),
+    [
+        ({}, torch.bfloat16, 4e-3, 2e-2),  # summed, and kept between micro-batches, in bfloat16
+        ({"grad_reduce_in_fp32": True}, torch.bfloat16, 1e-3, 3e-3),  # rounded once, for the optimizer
+        ({"grad_reduce_in_fp32": True, "preserve_fp32_weights": True}, torch.float32, 0.0, 1e-6),
+    ],
+)
+def test_bfloat16_weights(
+    ranks2: RankPool, options: dict[str, bool], stored: torch.dtype, least: float, most: float
+) -> None:
+    for found in ranks2.run(state.bfloat16_weights, options):
+        assert found["stored"] == {stored}
+        assert least <= found["gradients"] < most
+
+
+@pytest.mark.parametrize(
     ("kind", "message"),
     [
         ("foreign", "holds 1 parameters that are not in the LlamaForCausalLM (of shapes (3,))"),
         ("used", "already has state for 21 whole parameters"),
         ("meta", "Set it to False"),
         ("no_dims", "scale has no dims"),
+        ("float64", "lm_head.weight is torch.float64"),
         ("axis", "no axis 'data'"),
     ],
 )

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from click.testing import CliRunner
 from standin import cuda_standin
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from training import environment
 
+from shardwright.api import parallelize
 from shardwright.cli import main
 from shardwright.distributed.config import ParallelConfig
 from shardwright.errors import ConfigError, UnsupportedError
@@ -32,6 +36,20 @@ def test_models_are_exact(ranks4: RankPool, model: str) -> None:
     found = report(ranks4, model, tp=2, dp_shard=2)
     assert found.exact, found
     assert (found.world_size, found.sharded_fraction > 0.5) == (4, True)
+
+
+def planted(model: nn.Module, config: ParallelConfig, mesh: DeviceMesh) -> nn.Module:
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.001)
+    return parallelize(model, config, mesh)
+
+
+def test_a_mistake_is_found(ranks2: RankPool) -> None:
+    """Without the second opinion in float64, for which the engine has no buffers."""
+    case = case_of("llama", ParallelConfig(engine="megatron_fsdp", dp_shard=2), parallelize=planted)
+    found: Report = ranks2.run(in_environment, case)[0]
+    assert not found.exact
+    assert "buffers for float32" in str(found.float64_failure)
 
 
 def test_without_a_gpu_it_is_one_paragraph() -> None:

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 from shardwright import api
 from shardwright.distributed.config import ParallelConfig
 from shardwright.distributed.models.sources import choose_plan
+from shardwright.errors import UnsupportedError
 from shardwright.verify.compare import EXACT, Difference, Report, compare
 from shardwright.verify.locate import first_module_that_differs
 from shardwright.verify.precision import computing_in, prepared_for
@@ -58,7 +59,7 @@ def run_case(case: Case) -> Report:
     if not report.exact and not report.problems:
         try:
             second = _measure(case, torch.float64)
-        except (ShrinkError, CrashError) as error:
+        except (ShrinkError, CrashError, UnsupportedError) as error:
             report = replace(report, float64_failure=str(error))
         else:
             report = second if second.exact else replace(report, float64_rel_err=second.worst_error)

@@ -96,7 +96,9 @@ class _Buffer(ParamAndGradBuffer):
     def update_main_grads(self) -> None:
         """Put the reduced gradients where an optimizer looks for them."""
         for _, param, grad in self.trained:
-            param.grad = like(param, grad.to(param.dtype))
+            given = like(param, grad.to(param.dtype))
+            given.version = local_part(given)._version  # type: ignore[attr-defined]
+            param.grad = given
 
     @torch.no_grad()
     def load_gradients(self) -> None:
@@ -108,9 +110,11 @@ class _Buffer(ParamAndGradBuffer):
             if param.grad is None:
                 grad.zero_()
                 continue
-            own = local_part(param.grad).flatten()
-            if own.data_ptr() != grad.data_ptr() or own.dtype != grad.dtype:
-                grad.copy_(own)
+            own = local_part(param.grad)
+            same = own.data_ptr() == grad.data_ptr() and own.dtype == grad.dtype
+            rounded = vars(param.grad).get("version") == own._version  # what the buffer has in a higher precision
+            if not (same or rounded):
+                grad.copy_(own.flatten())
         for group in self.parameter_groups:
             if group.main_grad_buffer is not None and not group.main_grad_buffer.is_data_distributed:
                 self._undo_reduction(group.main_grad_buffer)

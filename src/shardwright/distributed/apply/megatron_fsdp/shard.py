@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
@@ -15,6 +16,8 @@ from shardwright.distributed.apply.megatron_fsdp.options import Options
 from shardwright.distributed.apply.megatron_fsdp.units import unit_classes
 from shardwright.distributed.config import ParallelConfig
 from shardwright.errors import ConfigError, UnsupportedError
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,11 @@ def prepare(
     for name, param in model.named_parameters():
         if param.ndim == 0:
             raise UnsupportedError(f"{name} has no dims, so it cannot be sharded. Give it one dim, with one element.")
+        if param.dtype not in _DTYPES:
+            raise UnsupportedError(
+                f"{name} is {param.dtype}, but Megatron-FSDP has buffers for float32, bfloat16 and float16 only. "
+                "Convert the model, or use engine: fsdp2."
+            )
     names = [] if optimizer is None else names_before_sharding(model, optimizer)
     return Prepared(model, mesh, options, unit_classes(model, options.nvfsdp_unit_modules), optimizer, names)
 

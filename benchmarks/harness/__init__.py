@@ -1,0 +1,1 @@
+"""What the benchmarks share: contenders in their own environments, timing in turns, results as JSON."""

@@ -1,0 +1,57 @@
+"""How a contender is asked to spread a model, as plain data that every interpreter understands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Degrees and switches; float32 throughout.
+
+    Attributes:
+        tp: tensor-parallel ranks.
+        dp: data-parallel ranks, over which FSDP2 shards.
+        sequence_parallel: the residual stream is split along the sequence over the ``tp`` ranks.
+        activation_checkpointing: every block is recomputed in backward.
+    """
+
+    tp: int = 1
+    dp: int = 1
+    sequence_parallel: bool = False
+    activation_checkpointing: bool = False
+
+    @property
+    def title(self) -> str:
+        parts = [f"TP {self.tp}"] * (self.tp > 1) + [f"FSDP2 {self.dp}"] * (self.dp > 1)
+        return " x ".join(parts) + " + SP" * self.sequence_parallel
+
+
+class NotOfferedError(RuntimeError):
+    """The peer has no such thing, by its own documentation."""
+
+
+@dataclass
+class Sharded:
+    """A model that a contender has spread over the ranks.
+
+    Attributes:
+        model: for its parameters.
+        backward: forward and backward of one batch; returns the loss.
+    """
+
+    model: Any
+    backward: Callable[[Mapping[str, Any]], Any]
+
+
+def plain_backward(model: Any) -> Callable[[Mapping[str, Any]], Any]:
+    """What a user writes: ``model(**batch).loss.backward()``."""
+
+    def backward(batch: Mapping[str, Any]) -> Any:
+        loss = model(**batch).loss
+        loss.backward()
+        return loss.detach()
+
+    return backward

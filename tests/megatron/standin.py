@@ -6,6 +6,7 @@ for. Lives in the tests only: production code refuses a CPU.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -33,6 +34,14 @@ class Stream:
         return Event()
 
 
+def buffer_on_cpu(self: Any, shape: Any, dtype: torch.dtype, name: str, mem_alloc_context: Any = None) -> torch.Tensor:
+    """The package's buffers that stay for good, which it takes from the current GPU."""
+    size = math.prod(shape)
+    if (name, dtype) not in self.buffer or self.buffer[name, dtype].numel() < size:
+        self.buffer[name, dtype] = torch.empty(size, dtype=dtype)
+    return self.buffer[name, dtype][:size].view(*shape)
+
+
 @contextmanager
 def cuda_standin() -> Iterator[None]:
     """Let megatron-fsdp run on CPU tensors inside; everything is as before on exit."""
@@ -48,5 +57,6 @@ def cuda_standin() -> Iterator[None]:
         for name, value in replaced.items():
             stack.enter_context(patch.object(torch.cuda, name, value))
         stack.enter_context(patch.object(torch.Tensor, "cuda", lambda self, *_, **__: self))
+        stack.enter_context(patch("megatron_fsdp.utils.GlobalMemoryBuffer.get_tensor", buffer_on_cpu))
         stack.enter_context(patch.object(availability, "DEVICE_TYPES", ("cpu",)))
         yield

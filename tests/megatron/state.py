@@ -131,6 +131,30 @@ def two_forwards_then_two_backwards(strategy: str) -> float:
     return max(relative(found[name], param.grad) for name, param in whole.named_parameters())
 
 
+def two_models_at_once() -> float:
+    """Their forwards before their backwards, with buffers that stay for good: each has its own."""
+    wholes = [build_model(), build_model()]
+    with torch.no_grad():
+        for param in wholes[1].parameters():
+            param.mul_(1.5)
+    models = [copy.deepcopy(whole) for whole in wholes]
+    batches = [batch(0, number, dist.get_rank(), device_type()) for number in range(2)]
+    worst = 0.0
+    with environment():
+        case = Case({"fsdp_double_buffer": True})
+        sharded = [shard(case, model, None) for model in models]
+        losses = [one(input_ids=ids, labels=ids).loss for one, ids in zip(sharded, batches, strict=True)]
+        for loss in losses:
+            loss.backward()
+        found = [{name: full_tensor(param.grad) for name, param in model.named_parameters()} for model in models]
+    for number, whole in enumerate(wholes):
+        for share in range(dist.get_world_size()):
+            ids = batch(0, number, share, device_type())
+            (whole(input_ids=ids, labels=ids).loss / dist.get_world_size()).backward()
+        worst = max(worst, *(relative(found[number][name], param.grad) for name, param in whole.named_parameters()))
+    return worst
+
+
 def gradients_exist_on_every_rank() -> tuple[int, int]:
     """How many gradients are missing, and how many shards are empty (there must be some, or this shows nothing)."""
     model = build_model()
@@ -202,7 +226,7 @@ def from_meta(tp: int, strategy: str, tied: bool) -> dict[str, Any]:
     torch.manual_seed(dist.get_rank())  # ranks that disagree about their random numbers
     options = {"data_parallel_sharding_strategy": strategy, "init_nvfsdp_with_meta_device": True}
     with environment():
-        sharded = shard(Case(options, tp=tp), model, None)
+        sharded = shard(Case(options, tp=tp, public=True), model, None)
         weights = whole_weights(model)
         ids = batch(0, 0, 0, device_type())
         logits = sharded(input_ids=ids).logits.detach()

@@ -32,6 +32,10 @@ def test_two_forwards_then_two_backwards(ranks2: RankPool, strategy: str) -> Non
     assert max(ranks2.run(state.two_forwards_then_two_backwards, strategy)) < 1e-5
 
 
+def test_two_models_with_double_buffers(ranks2: RankPool) -> None:
+    assert max(ranks2.run(state.two_models_at_once)) < 1e-5
+
+
 def test_gradients_exist_on_every_rank(ranks2: RankPool) -> None:
     for missing, empty in ranks2.run(state.gradients_exist_on_every_rank):
         assert missing == 0

@@ -25,6 +25,7 @@ from shardwright.distributed.apply.megatron_fsdp import Options, attach_optimize
 from shardwright.distributed.apply.tensor_parallel import apply_tensor_parallel
 from shardwright.distributed.models.resolve import resolve
 from shardwright.distributed.models.sources import choose_plan
+from shardwright.distributed.parallelizer import nvfsdp_strategy_parallelize
 
 VOCABULARY, LENGTH, ROWS = 64, 12, 2
 
@@ -44,6 +45,8 @@ class Case:
         checkpointing: of activations: ``"none"``, ``"full"`` or ``"selective"``.
         compile: compile every block.
         summed: the ranks' losses are summed, not averaged.
+        public: shard with ``nvfsdp_strategy_parallelize``, which ``options`` are then arguments of.
+        axes: what the mesh calls dp, cp and tp.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -60,6 +63,8 @@ class Case:
     checkpointing: str = "none"
     compile: bool = False
     summed: bool = False
+    public: bool = False
+    axes: tuple[str, str, str] = ("dp", "cp", "tp")
     steps: int = 3
 
 
@@ -83,8 +88,8 @@ def build_model(tied: bool = False, frozen: bool = False) -> LlamaForCausalLM:
 
 
 @cache
-def mesh_of(dp: int, cp: int, tp: int, device: str) -> DeviceMesh:
-    return init_device_mesh(device, (dp, cp, tp), mesh_dim_names=("dp", "cp", "tp"))
+def mesh_of(dp: int, cp: int, tp: int, device: str, axes: tuple[str, str, str] = ("dp", "cp", "tp")) -> DeviceMesh:
+    return init_device_mesh(device, (dp, cp, tp), mesh_dim_names=axes)
 
 
 def device_type() -> str:
@@ -92,16 +97,15 @@ def device_type() -> str:
 
 
 def case_mesh(case: Case) -> DeviceMesh:
-    return mesh_of(dist.get_world_size() // (case.tp * case.cp), case.cp, case.tp, device_type())
+    return mesh_of(dist.get_world_size() // (case.tp * case.cp), case.cp, case.tp, device_type(), case.axes)
 
 
 def environment() -> Any:
     return nullcontext() if device_type() == "cuda" else cuda_standin()
 
 
-def torch_tensor_parallel(model: LlamaForCausalLM, mesh: DeviceMesh) -> None:
-    """Plain torch tensor parallelism: norms stay plain, the embedding's gradient arrives replicated."""
-    tied = model.config.tie_word_embeddings
+def torch_plan(model: LlamaForCausalLM) -> dict[str, Any]:
+    """Torch's own styles, by the names of modules."""
     plan: dict[str, Any] = {"model.embed_tokens": RowwiseParallel(input_layouts=Replicate())}
     for number in range(len(model.model.layers)):
         layer = f"model.layers.{number}"
@@ -109,8 +113,13 @@ def torch_tensor_parallel(model: LlamaForCausalLM, mesh: DeviceMesh) -> None:
         plan |= {f"{layer}.mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")}
         plan |= {f"{layer}.self_attn.o_proj": RowwiseParallel(), f"{layer}.mlp.down_proj": RowwiseParallel()}
     plan["lm_head"] = ColwiseParallel(output_layouts=Replicate())
-    parallelize_module(model, mesh, plan)
-    if tied:
+    return plan
+
+
+def torch_tensor_parallel(model: LlamaForCausalLM, mesh: DeviceMesh) -> None:
+    """Plain torch tensor parallelism: norms stay plain, the embedding's gradient arrives replicated."""
+    parallelize_module(model, mesh, torch_plan(model))
+    if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
 
 
@@ -153,6 +162,14 @@ def loop(
 
 def shard(case: Case, model: nn.Module, optimizer: Optimizer | None) -> nn.Module:
     mesh = case_mesh(case)
+    if case.public:
+        names = dict(zip(("dp_mesh_name", "cp_mesh_name", "tp_mesh_name"), case.axes, strict=True))
+        plan = torch_plan(model) if case.plan == "torch" else None
+        sharded, same = nvfsdp_strategy_parallelize(
+            model, mesh, optimizer, tp_shard_plan=plan, **{**case.options, **names}
+        )
+        assert same is optimizer
+        return sharded
     step = prepare(model, mesh, optimizer, Options(**case.options))
     if case.tp > 1 and case.plan == "torch":
         torch_tensor_parallel(model, mesh["tp"])

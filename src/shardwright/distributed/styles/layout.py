@@ -33,7 +33,7 @@ def whole(tensor: Tensor) -> Tensor:
         return tensor.full_tensor()
     names = mesh.mesh_dim_names
     assert names is not None
-    local = tensor.detach().to_local()
+    local = tensor.to_local().detach()
     for axis, placement in enumerate(placements):
         if not isinstance(placement, (Shard, _StridedShard)):
             continue

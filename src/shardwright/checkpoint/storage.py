@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata
 
 from shardwright.checkpoint.folder import is_plain_name
@@ -75,6 +78,22 @@ class SafeReader(dcp.FileSystemReader):
         return metadata
 
 
+class _Files(FileSystem):
+    """Files that say why they could not be written: torch's own error only says at which byte it noticed."""
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
+        with super().create_stream(path, mode) as stream:
+            try:
+                yield stream
+            except RuntimeError as error:
+                try:
+                    os.write(stream.fileno(), bytes(1))  # the disk has an answer to one more byte
+                except OSError as cause:
+                    raise OSError(cause.errno, cause.strerror, str(path)) from error
+                raise
+
+
 def write_tensors(pieces: dict[str, Pieces], folder: Path, group: dist.ProcessGroup | None) -> None:
     """Write what this rank holds; collective over ``group``. Replicas are written once.
 
@@ -82,6 +101,7 @@ def write_tensors(pieces: dict[str, Pieces], folder: Path, group: dist.ProcessGr
         CheckpointError: some rank could not write, on every rank.
     """
     writer = dcp.FileSystemWriter(folder, sync_files=True)
+    writer.fs = _Files()
     try:
         dcp.save(pieces, storage_writer=writer, process_group=group, no_dist=not dist.is_initialized())
     except CheckpointException as error:

@@ -107,6 +107,11 @@ class Checkpoints:
                 "checkpoint.resume=true goes on from there."
             )
 
+    def stop(self, done: int) -> None:
+        """The run ends early, with ``done`` steps behind it: save them, and wait until they are on the disk."""
+        if self._store is not None and done:
+            self._save(self._store, done, None, wait=True)
+
     def _save(self, store: CheckpointStore, done: int, metric: float | None, wait: bool) -> None:
         if done != self._saved_step:
             store.save(self._state, done, {"data_step": done}, metric=metric, notes={"mesh": self._degrees}, wait=wait)

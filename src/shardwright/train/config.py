@@ -14,7 +14,7 @@ from shardwright.errors import ConfigError
 from shardwright.train.settings import apply_overrides, build, read_yaml
 
 DEVICES = ("auto", "cpu", "cuda")
-NOT_FINITE = ("raise", "skip")
+NOT_FINITE = ("raise", "stop", "skip")
 
 
 @dataclass(frozen=True)
@@ -184,8 +184,10 @@ class TrainConfig:
             asks for, or one for every GPU where ``sharding.dp_shard`` is -1.
         check_first_step: compare the first step (loss, every gradient, every updated weight) with the same step of the
             unsharded model in one process, and stop when they differ.
-        not_finite: what a loss or gradient that is no number does to the run: ``"raise"`` ends it with the name of the
-            parameter, before the weights are touched; ``"skip"`` leaves that update out and goes on.
+        not_finite: what a loss or gradient that is no number does to the run, before the weights are touched; the
+            message names the parameter. ``"raise"`` ends it with an error. ``"stop"`` ends it as its last step would:
+            checkpoint and model are saved, with the weights of the step before. ``"skip"`` leaves that update out and
+            goes on.
         step_timeout: seconds after which a step counts as hanging: the ranks end and say which collective they were in.
     """
 

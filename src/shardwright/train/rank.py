@@ -114,7 +114,8 @@ def train(config: TrainConfig, job: Path, mesh: DeviceMesh) -> None:
 
     folder = Path(config.output.dir) / MODEL
     save_pretrained(trainer.model, folder, tokenizer)
-    show_curve(console, losses)
+    if losses:
+        show_curve(console, losses)
     _say(console, f"Saved [bold]{folder}[/] for AutoModelForCausalLM.from_pretrained.")
 
 
@@ -184,7 +185,9 @@ def _train_all(
                 loss, raw_norm = trainer.backward(order.rows(step)), trainer.gradient_norm()
                 norm = whole(raw_norm)
                 if not is_finite(loss, norm):
-                    _not_finite(config, trainer, step, loss, norm)
+                    if not _goes_on(config, trainer, step, loss, norm):
+                        checkpoints.stop(step)
+                        break
                     checkpoints.after(step, None)
                     continue
                 trainer.update(raw_norm)
@@ -196,8 +199,8 @@ def _train_all(
     return recorder.losses
 
 
-def _not_finite(config: TrainConfig, trainer: Trainer, step: int, loss: torch.Tensor, norm: torch.Tensor) -> None:
-    """Do what the config says about a step whose loss or gradient is no number.
+def _goes_on(config: TrainConfig, trainer: Trainer, step: int, loss: torch.Tensor, norm: torch.Tensor) -> bool:
+    """Do what the config says about a step whose loss or gradient is no number; returns whether there is a next step.
 
     Raises:
         RunError: on every rank, where that ends the run; the weights are those of the step before.
@@ -213,5 +216,9 @@ def _not_finite(config: TrainConfig, trainer: Trainer, step: int, loss: torch.Te
             f"{what} Training cannot go on from there. Lower optimizer.lr, raise schedule.warmup_steps, or lower "
             "clip_norm; or leave such steps out with not_finite=skip."
         )
+    if config.not_finite == "stop":
+        log.warning("%s The run ends here, with the weights after step %d.", what, step)
+        return False
     log.warning("%s It is left out.", what)
     trainer.leave_out()
+    return True

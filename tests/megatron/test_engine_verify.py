@@ -52,6 +52,7 @@ def test_a_mistake_is_found(ranks2: RankPool) -> None:
     assert "buffers for float32" in str(found.float64_failure)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_is_one_paragraph() -> None:
     done = CliRunner().invoke(main, ["verify", "llama", "--engine", "megatron_fsdp"])
     assert (done.exit_code, done.stdout) == (1, "")

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 class NanoAttention(nn.Module):
-    """Fused q|k|v; the width is read off the input, so the code cannot run on a slice."""
+    """Fused q|k|v; the width is read off the input, which on a rank is wider than what the code works on."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -22,10 +22,22 @@ class NanoAttention(nn.Module):
         return self.c_proj(y.transpose(1, 2).contiguous().view(b, t, c))
 
 
+class MiniAttention(NanoAttention):
+    """As above, but for a width that is read off an attribute too, separate heads and an explicit mask."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, time, width = x.shape
+        q, k, v = self.c_attn(x).split(self.n_embd, dim=-1)
+        q, k, v = (y.view(batch, time, self.n_head, width // self.n_head).permute(0, 2, 1, 3) for y in (q, k, v))
+        scores = q @ k.mT / (width // self.n_head) ** 0.5
+        scores = scores.masked_fill(torch.ones(time, time, device=x.device).triu(1).bool(), -torch.inf)
+        return self.c_proj((scores.softmax(-1) @ v).permute(0, 2, 1, 3).reshape(batch, time, width))
+
+
 class NanoBlock(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, attention: type[NanoAttention] = NanoAttention) -> None:
         super().__init__()
-        self.ln_1, self.attn, self.ln_2 = nn.LayerNorm(width), NanoAttention(width, heads), nn.LayerNorm(width)
+        self.ln_1, self.attn, self.ln_2 = nn.LayerNorm(width), attention(width, heads), nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -34,10 +46,12 @@ class NanoBlock(nn.Module):
 
 
 class NanoGPT(nn.Module):
+    attention = NanoAttention
+
     def __init__(self, width: int = 32, heads: int = 4, layers: int = 4, vocabulary: int = 96) -> None:
         super().__init__()
         self.wte, self.wpe = nn.Embedding(vocabulary, width), nn.Embedding(32, width)
-        self.h = nn.ModuleList(NanoBlock(width, heads) for _ in range(layers))
+        self.h = nn.ModuleList(NanoBlock(width, heads, self.attention) for _ in range(layers))
         self.ln_f, self.lm_head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
 
     def forward(self, idx: Tensor) -> Tensor:
@@ -45,6 +59,10 @@ class NanoGPT(nn.Module):
         for block in self.h:
             x = block(x)
         return self.lm_head(self.ln_f(x))
+
+
+class MiniGPT(NanoGPT):
+    attention = MiniAttention
 
 
 class Oracle(nn.Module):
@@ -156,7 +174,7 @@ class Recurrent(nn.Module):
         return self.out(x)
 
 
-HANDWRITTEN = {"nano": NanoGPT, "temple": Temple, "vision": VisionTransformer, "recurrent": Recurrent}
+HANDWRITTEN = {"nano": NanoGPT, "mini": MiniGPT, "temple": Temple, "vision": VisionTransformer, "recurrent": Recurrent}
 
 
 def example(name: str) -> Tensor:

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from handwritten import HANDWRITTEN, NanoGPT, example
+from handwritten import HANDWRITTEN, NanoAttention, NanoGPT, example
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig
 
@@ -111,13 +111,15 @@ def test_handwritten_models(name: str) -> None:
     plan = derive_plan(HANDWRITTEN[name](), example(name))
     assert plan.styles == EXPECTED[name]
     assert plan.local_attributes == LOCAL.get(name, {})
+    # The width of the input is the model's: attention code that reads it off there sees a rank's.
+    assert plan.local_arguments == ({"h.*.attn": ("x:width",)} if name in ("nano", "mini") else {})
 
 
 EXPECTED = {
     "nano": {
         "wte": "embedding_rowwise",
-        "h.*.attn.c_attn": "colwise_gather_output",  # the code reads the width off its input
-        "h.*.attn.c_proj": "colwise_gather_output",
+        "h.*.attn.c_attn": "packed_colwise:3",
+        "h.*.attn.c_proj": "rowwise",
         "h.*.mlp.0": "colwise",
         "h.*.mlp.2": "rowwise",
         "lm_head": "colwise_gather_output",
@@ -152,7 +154,13 @@ EXPECTED = {
         "out": "colwise_gather_output",
     },
 }
-LOCAL = {"temple": {"choir.*": ("scouts", "troops")}, "vision": {"blocks.*": ("heads",)}}
+EXPECTED["mini"] = EXPECTED["nano"]
+LOCAL = {
+    "nano": {"h.*.attn": ("n_head",)},
+    "mini": {"h.*.attn": ("n_embd", "n_head")},
+    "temple": {"choir.*": ("scouts", "troops")},
+    "vision": {"blocks.*": ("heads",)},
+}
 
 
 class Between(nn.Module):
@@ -264,3 +272,19 @@ def test_check_confirms_and_yaml_brings_it_back() -> None:
     plan = derive_plan(model, check=True)
     assert plan == derive_plan(model)
     assert ParallelPlan.from_yaml(plan.to_yaml()) == plan
+
+
+class ReadsMore(NanoAttention):
+    """Uses the values of what it reads the width from."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * x.mean()
+
+
+def test_a_width_is_not_made_local_where_the_values_are_used() -> None:
+    class Model(NanoGPT):
+        attention = ReadsMore
+
+    plan = derive_plan(Model(), example("nano"))
+    assert plan.styles["h.*.attn.c_attn"] == "colwise_gather_output"
+    assert not plan.local_arguments

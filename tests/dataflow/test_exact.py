@@ -9,12 +9,16 @@ import pytest
 import torch
 from handwritten import HANDWRITTEN, example
 from torch import nn
+from torch.distributed.tensor.debug import CommDebugMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from shardwright import parallelize
+from shardwright.distributed.apply.tensor_parallel import apply_tensor_parallel
 from shardwright.distributed.config import ParallelConfig
 from shardwright.distributed.models.dataflow import derive_plan
-from shardwright.verify.ranks import RankPool
+from shardwright.distributed.models.resolve import resolve
+from shardwright.distributed.plan import ParallelPlan
+from shardwright.verify.ranks import RankPool, shared_mesh
 from shardwright.verify.step import full
 from shardwright.verify.tiny import randomize, shrunk_config
 
@@ -78,7 +82,7 @@ def worst_error(name: str, sequence_parallel: bool, folder: str) -> tuple[float,
 
 CASES = [
     *((name, False) for name in HANDWRITTEN),
-    ("nano", True),
+    *((name, True) for name in ("nano", "mini", "temple", "vision")),
     ("opt", False),
     *((name, sp) for name in ("gptj", "gpt_neox", "bart", "stablelm") for sp in (False, True)),
 ]
@@ -92,3 +96,39 @@ def test_exact(name: str, sequence_parallel: bool, ranks2: RankPool, tmp_path: P
     (tmp_path / "plan.yaml").write_text(plan.to_yaml())
     for error, where in ranks2.run(worst_error, name, sequence_parallel, str(tmp_path)):
         assert error < EXACT, where
+
+
+def collectives(layers: int, folder: str) -> int:
+    model = HANDWRITTEN["nano"](layers=layers)
+    parallelize(model, ParallelConfig(tp=2, dp_shard=1, plan=f"{folder}/plan.yaml"))
+    with CommDebugMode() as counted:
+        model(example("nano")).square().mean().backward()
+    return sum(counted.get_comm_counts().values())
+
+
+def test_a_nano_gpt_layer_takes_four_collectives(ranks2: RankPool, tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text(derive_plan(HANDWRITTEN["nano"](), example("nano")).to_yaml())
+    few, many = (ranks2.run(collectives, layers, str(tmp_path))[0] for layers in (2, 5))
+    assert many - few == 3 * 4
+
+
+def test_a_width_that_code_uses_for_more_than_its_size_is_not_silently_wrong(ranks2: RankPool) -> None:
+    for values in ranks2.run(with_a_plan_that_is_wrong):
+        assert values != values  # NaN
+
+
+def with_a_plan_that_is_wrong() -> float:
+    model = nn.Sequential(Residual())
+    plan = ParallelPlan({"0.up": "colwise", "0.down": "rowwise"}, local_arguments={"0": ("x:width",)})
+    resolved = resolve(model, plan, 2)
+    apply_tensor_parallel(model, shared_mesh(ParallelConfig(tp=2, dp_shard=1))["tp"], resolved)
+    return float(model(torch.randn(2, 3, 8)).sum().detach())
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x)) + x.mean()

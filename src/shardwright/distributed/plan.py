@@ -29,7 +29,8 @@ class ParallelPlan:
             head count, a width) and that become rank-local: they are divided by the tensor-parallel size, on the
             instance, never in the shared config.
         local_arguments: glob over module names -> tensor arguments of the module's forward that are cut to this rank's
-            heads, as ``name:dim:heads``: the dim's entries come in groups of ``heads``.
+            heads, as ``name:dim:heads``: the dim's entries come in groups of ``heads``. ``name:width``: an argument
+            that column-parallel layers read whole, and whose last dim the module's own code sees divided by the size.
         source: where the plan comes from, for reports (``"custom"``, ``"optimized: qwen3"``, ``"huggingface"``, ...).
         tp: the only tensor-parallel size that the plan is for; None where it suits any that divides the model's heads.
         notes: sentences for the reader of a report, for example what falls back to a gather and what that costs.

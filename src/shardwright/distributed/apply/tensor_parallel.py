@@ -15,6 +15,7 @@ from shardwright.distributed.styles.forward import wrap_forward
 from shardwright.distributed.styles.gradient_sum import make_local
 from shardwright.distributed.styles.local_arguments import LocalArguments
 from shardwright.distributed.styles.local_view import LocalAttributes
+from shardwright.distributed.styles.local_width import LocalWidth
 from shardwright.distributed.styles.outputs import PlainOutputs
 from shardwright.distributed.styles.regions import (
     Region,
@@ -51,6 +52,9 @@ def apply_tensor_parallel(
         wrap_forward(model.get_submodule(name), LocalAttributes(values))
     for name, cuts in resolved.arguments.items():
         wrap_forward(model.get_submodule(name), LocalArguments(model.get_submodule(name), cuts, mesh))
+    for name, argument in resolved.widths.items():
+        module = model.get_submodule(name)
+        wrap_forward(module, LocalWidth(module, argument, shared[name], mesh.size()))
     _wrap_regions(model, mesh, resolved, shared, lengths)
     _make_local(model, mesh, resolved, list(units))
     wrap_forward(model, PlainOutputs())

@@ -23,6 +23,7 @@ from shardwright.distributed.plan import ParallelPlan, match_names
 from shardwright.distributed.styles import canonical_style, make_style
 from shardwright.distributed.styles.local_arguments import ArgumentCut
 from shardwright.distributed.styles.local_view import CONFIG
+from shardwright.distributed.styles.local_width import WIDTH, arguments_of
 from shardwright.errors import PlanError
 
 # Layers that hand on this rank's slice, and modules that sum over the ranks before they return.
@@ -222,13 +223,30 @@ def _localise_attributes(modules: dict[str, nn.Module], plan: ParallelPlan, reso
 def _localise_arguments(modules: dict[str, nn.Module], plan: ParallelPlan, resolved: ResolvedPlan) -> None:
     """Match the arguments that the plan cuts by heads to modules."""
     for glob, texts in plan.local_arguments.items():
-        cuts = tuple(ArgumentCut.parse(text) for text in texts)
+        widths = [text.partition(":")[0] for text in texts if text.endswith(f":{WIDTH}")]
+        cuts = tuple(ArgumentCut.parse(text) for text in texts if not text.endswith(f":{WIDTH}"))
         uneven = [cut for cut in cuts if cut.heads % resolved.tp]
         if uneven:
             raise PlanError(
                 f"{glob!r} cuts {uneven[0].argument} by {uneven[0].heads} heads; tp={resolved.tp} does not divide."
             )
-        resolved.arguments |= dict.fromkeys(match_names(glob, modules), cuts)
+        found = match_names(glob, modules)
+        if cuts:
+            resolved.arguments |= dict.fromkeys(found, cuts)
+        for name in found if widths else ():
+            resolved.widths[name] = _width_argument(name, widths, modules, resolved)
+
+
+def _width_argument(name: str, widths: list[str], modules: dict[str, nn.Module], resolved: ResolvedPlan) -> str:
+    readers = [other for other, use in resolved.modules.items() if use.style in RANK_LOCAL]
+    if len(widths) > 1 or widths[0] not in arguments_of(modules[name]):
+        raise PlanError(f"{name} has no single argument {' or '.join(widths)} whose width can be made rank-local.")
+    if not any(other.rpartition(".")[0] == name for other in readers):
+        raise PlanError(
+            f"The plan makes the width of {widths[0]!r} rank-local in {name}, but no layer directly below {name} is "
+            "column-parallel: nothing there reads it whole."
+        )
+    return widths[0]
 
 
 def _attribute(module: nn.Module, name: str) -> object:

@@ -56,6 +56,7 @@ class ResolvedPlan:
         summed: module name -> those whose gradient is a sum over the ranks.
         attributes: module name -> attribute values that are rank-local from now on.
         arguments: module name -> tensor arguments that are cut to this rank's heads.
+        widths: module name -> the argument whose width its code sees divided by the size.
         ties: parameters that several modules share.
         notes: sentences for the report.
     """
@@ -72,5 +73,6 @@ class ResolvedPlan:
     summed: dict[str, tuple[str, ...]] = field(default_factory=dict)
     attributes: dict[str, dict[str, int]] = field(default_factory=dict)
     arguments: dict[str, tuple[ArgumentCut, ...]] = field(default_factory=dict)
+    widths: dict[str, str] = field(default_factory=dict)
     ties: list[Tie] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

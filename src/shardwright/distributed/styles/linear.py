@@ -65,6 +65,7 @@ def reader_input(x: Tensor, group: c.Group, shared: SharedInput, length: Sequenc
     Args:
         length: set for a layer directly below a sequence-parallel block, whose input is a chunk of the sequence.
     """
+    x = shared.behind(x)
     if isinstance(x, DTensor):
         if x.placements == (Shard(SEQUENCE_DIM),):
             chunk, length_here = x.to_local(), x.shape[SEQUENCE_DIM]

@@ -49,6 +49,20 @@ class SharedInput:
         self.written = False
         self._source: Tensor | None = None
         self._copy: Tensor | None = None
+        self._seen: tuple[Tensor, Tensor] | None = None
+
+    def see(self, stand_in: Tensor, x: Tensor) -> None:
+        """Note that the region's code is handed ``stand_in`` where its readers are to read ``x``."""
+        self._seen = stand_in, x
+
+    def behind(self, x: Tensor) -> Tensor:
+        """The tensor that ``x`` stands for: itself, unless it is the stand-in."""
+        if self._seen is None:
+            return x
+        stand_in, whole = self._seen
+        if x is stand_in:
+            return whole
+        return c.join(whole, x) if _only_hooked(x, stand_in) else x
 
     def copy(self, x: Tensor, group: c.Group) -> Tensor:
         """``x``, which is whole, for rank-local work."""
@@ -81,7 +95,7 @@ class SharedInput:
 
     def close(self) -> None:
         self.active = False
-        self._source = self._copy = None
+        self._source = self._copy = self._seen = None
 
 
 def _only_hooked(x: Tensor, source: Tensor) -> bool:

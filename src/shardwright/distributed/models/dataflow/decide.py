@@ -202,8 +202,10 @@ def _candidates(study: Study, group: Group) -> Iterator[Sharding]:
                 break
             base = base.with_(cuts)
         else:
-            yield base
-            yield from _with_local_sizes(study, group, base)
+            for start in (base, base.with_(_widths(study, group))):
+                if start is base or start.widths:
+                    yield start
+                    yield from _with_local_sizes(study, group, start)
 
 
 def _with_local_sizes(study: Study, group: Group, base: Sharding) -> Iterator[Sharding]:
@@ -322,6 +324,22 @@ def _attributes(study: Study, group: Group) -> list[list[tuple[str, str]]]:
             cls = type(study.hollow.model.get_submodule(name))
             together.setdefault((cls, attribute), []).append((name, attribute))
     return list(together.values())
+
+
+def _widths(study: Study, group: Group) -> Sharding:
+    """The argument of each region's own module that its layers read, whose width its code may read too."""
+    widths = {}
+    for region in group.regions:
+        (owner,) = _owners([region])
+        readers = [name for name, _ in region.outs]
+        argument, width = study.record.first.get(owner, ("", 0))
+        inside = all(name.rpartition(".")[0] == owner for name in readers)
+        if not argument or not inside or width % study.size:
+            return Sharding()
+        if any(study.hollow.stubs[name].width_in != width for name in readers):
+            return Sharding()
+        widths[owner] = argument
+    return Sharding(widths=widths)
 
 
 def _arguments(

@@ -14,6 +14,7 @@ from shardwright.distributed.models.dataflow.decide import Group, Study
 from shardwright.distributed.models.dataflow.repeats import Repeats
 from shardwright.distributed.models.huggingface import head_name
 from shardwright.distributed.plan import ParallelPlan, match_names
+from shardwright.distributed.styles.local_width import WIDTH
 
 T = TypeVar("T")
 
@@ -28,7 +29,7 @@ class Answers:
     Attributes:
         styles: module or parameter kind -> style.
         attributes: module kind -> attributes that become rank-local.
-        arguments: module kind -> ``name:dim:heads`` of arguments that are cut.
+        arguments: module kind -> ``name:dim:heads`` of arguments that are cut, ``name:width`` of one whose width is.
         gathered: kinds of layers that are cut although their region runs whole.
     """
 
@@ -58,6 +59,9 @@ def answers(model: nn.Module, study: Study) -> Answers:
         found.attributes[kind(name)] = tuple(dict.fromkeys([*known, attribute]))
     for name, cuts in sharding.arguments.items():
         found.arguments[kind(name)] = tuple(map(str, cuts))
+    for name, argument in sharding.widths.items():
+        known = found.arguments.get(kind(name), ())
+        found.arguments[kind(name)] = tuple(dict.fromkeys([*known, f"{argument}:{WIDTH}"]))
     _ends(model, study, found)
     _gather(study, found)
     return found
@@ -178,6 +182,8 @@ def _how(study: Study, group: Group) -> str:
     arguments = sorted({cut.argument for cuts in group.sharding.arguments.values() for cut in cuts})
     if arguments:
         parts.append(f"{' and '.join(arguments)} is cut by heads")
+    if group.sharding.widths:
+        parts.append(f"it sees a rank's width of {' and '.join(sorted(set(group.sharding.widths.values())))}")
     if group.sharding.parameters:
         parts.append(f"{', '.join(sorted({p.rpartition('.')[2] for p in group.sharding.parameters}))} cut with it")
     return f" ({'; '.join(parts)})" if parts else ""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cache, partial
 from typing import Any
 
 import torch
@@ -15,9 +13,11 @@ from torch.utils._pytree import tree_leaves
 
 from shardwright.distributed.models.dataflow.cuts import Cut
 from shardwright.distributed.models.dataflow.hollow import Hollow
-from shardwright.distributed.models.dataflow.local import is_config, local_values, watched_view
+from shardwright.distributed.models.dataflow.local import local_values
 from shardwright.distributed.models.dataflow.tape import TOLERANCE, FullRun, Idle, Mismatch, RankRun, Tape, same
+from shardwright.distributed.models.dataflow.watch import bind, listening, reading
 from shardwright.distributed.styles.local_arguments import ArgumentCut
+from shardwright.distributed.styles.local_width import stand_in
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Sharding:
         parameters: parameter -> how its dim 0 is cut.
         attributes: (module, attribute) that are divided by the number of ranks; ``config.name`` for a config's.
         arguments: module -> arguments that are cut.
+        widths: module -> the argument whose width its code sees divided by the number of ranks.
     """
 
     cuts_in: dict[str, Cut] = field(default_factory=dict)
@@ -45,6 +46,7 @@ class Sharding:
     parameters: dict[str, Cut] = field(default_factory=dict)
     attributes: set[tuple[str, str]] = field(default_factory=set)
     arguments: dict[str, tuple[ArgumentCut, ...]] = field(default_factory=dict)
+    widths: dict[str, str] = field(default_factory=dict)
 
     def local_values(self, model: nn.Module, size: int) -> dict[str, dict[str, Any]]:
         """Module -> what its attributes are on a rank."""
@@ -60,6 +62,7 @@ class Sharding:
             self.parameters | other.parameters,
             self.attributes | other.attributes,
             self.arguments | other.arguments,
+            self.widths | other.widths,
         )
 
 
@@ -74,6 +77,7 @@ class Record:
         param_grads: gradient of every parameter that is not a stub's.
         reads: (module, attribute) -> integer that the forward read there.
         arguments: module -> shapes of its tensor arguments that need no gradient.
+        first: module -> name and width of the first of its tensor arguments that needs one.
         input_grad: gradient of the first floating-point input; None where there is none.
         exposed: stubs whose weight is used by other code than their own forward, too.
     """
@@ -84,6 +88,7 @@ class Record:
     param_grads: dict[str, Tensor]
     reads: dict[tuple[str, str], int]
     arguments: dict[str, dict[str, torch.Size]]
+    first: dict[str, tuple[str, int]]
     exposed: frozenset[str]
     input_grad: Tensor | None
 
@@ -106,14 +111,15 @@ def full_run(hollow: Hollow, inputs: Inputs, seed: int = 0) -> Record:
     run = FullRun(seed)
     reads: dict[tuple[str, str], int] = {}
     arguments: dict[str, dict[str, torch.Size]] = {}
-    with _reading(hollow.model, reads), _listening(hollow.model, arguments):
+    first: dict[str, tuple[str, int]] = {}
+    with reading(hollow.model, reads), listening(hollow.model, arguments, first):
         outputs, leaf = _forward(hollow, run, inputs)
     generator = torch.Generator().manual_seed(seed + 2)
     grads = [torch.randn(o.shape, generator=generator).to(o.dtype) if o.requires_grad else None for o in outputs]
     _clear_grads(hollow.model)
     _backward(outputs, grads, retain=True)
     exposed = {n for n in hollow.stubs if any(p.grad is not None for p in hollow.model.get_submodule(n).parameters())}
-    return Record(run, outputs, grads, _param_grads(hollow), reads, arguments, frozenset(exposed), _grad(leaf))
+    return Record(run, outputs, grads, _param_grads(hollow), reads, arguments, first, frozenset(exposed), _grad(leaf))
 
 
 def some_ranks_forward(hollow: Hollow, record: Record, inputs: Inputs, sharding: Sharding, size: int) -> None:
@@ -123,8 +129,9 @@ def some_ranks_forward(hollow: Hollow, record: Record, inputs: Inputs, sharding:
         as :func:`rank_runs`.
     """
     for rank in sorted({0, size - 1}):
-        with _sharded(hollow.model, sharding, rank, size):
-            _rank_forward(hollow, record, inputs, RankRun(record.run, rank, size, sharding.cuts_in, sharding.cuts_out))
+        run = RankRun(record.run, rank, size, sharding.cuts_in, sharding.cuts_out)
+        with _sharded(hollow.model, sharding, run):
+            _rank_forward(hollow, record, inputs, run)
 
 
 def rank_runs(hollow: Hollow, record: Record, inputs: Inputs, sharding: Sharding, size: int) -> Finding:
@@ -137,7 +144,7 @@ def rank_runs(hollow: Hollow, record: Record, inputs: Inputs, sharding: Sharding
     runs = []
     for rank in range(size):
         run = RankRun(record.run, rank, size, sharding.cuts_in, sharding.cuts_out)
-        with _sharded(hollow.model, sharding, rank, size):
+        with _sharded(hollow.model, sharding, run):
             outputs, leaf = _rank_forward(hollow, record, inputs, run)
             _clear_grads(hollow.model)
             _backward(outputs, record.output_grads, retain=False)
@@ -275,8 +282,9 @@ def _param_grads(hollow: Hollow) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _sharded(model: nn.Module, sharding: Sharding, rank: int, size: int) -> Iterator[None]:
+def _sharded(model: nn.Module, sharding: Sharding, run: RankRun) -> Iterator[None]:
     """The model as this rank has it: parameters cut, attributes divided, arguments cut."""
+    rank, size = run.rank, run.size
     with ExitStack() as stack:
         for name, cut in sharding.parameters.items():
             owner, _, key = name.rpartition(".")
@@ -294,12 +302,16 @@ def _sharded(model: nn.Module, sharding: Sharding, rank: int, size: int) -> Iter
             module = model.get_submodule(module_name)
             hook = module.register_forward_pre_hook(_argument_hook(cuts, rank, size), with_kwargs=True)
             stack.callback(hook.remove)
+        for module_name, argument in sharding.widths.items():
+            module = model.get_submodule(module_name)
+            hook = module.register_forward_pre_hook(_width_hook(argument, run), with_kwargs=True)
+            stack.callback(hook.remove)
         yield
 
 
 def _argument_hook(cuts: tuple[ArgumentCut, ...], rank: int, size: int) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        bound = _bind(module, args, kwargs)
+        bound = bind(module, args, kwargs)
         for cut in cuts:
             value = bound.arguments.get(cut.argument, kwargs.get(cut.argument))
             if isinstance(value, Tensor):
@@ -313,66 +325,12 @@ def _argument_hook(cuts: tuple[ArgumentCut, ...], rank: int, size: int) -> Any:
     return hook
 
 
-def _bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
-    return inspect.signature(module.forward).bind(*args, **kwargs)
+def _width_hook(argument: str, run: RankRun) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        bound = bind(module, args, kwargs)
+        x = bound.arguments[argument]
+        bound.arguments[argument] = stand_in(x, run.size)
+        run.stand_ins.append((bound.arguments[argument], x))
+        return bound.args, bound.kwargs
 
-
-@contextmanager
-def _listening(model: nn.Module, found: dict[str, dict[str, torch.Size]]) -> Iterator[None]:
-    """Note the tensor arguments of every module that need no gradient."""
-    hooks = []
-    for name, module in model.named_modules():
-
-        def hook(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-            try:
-                bound = _bind(module, args, kwargs)
-            except TypeError:
-                return
-            tensors = dict(bound.arguments)
-            tensors |= tensors.pop("kwargs", {})
-            shapes = found.setdefault(name, {})
-            for key, value in tensors.items():
-                if isinstance(value, Tensor) and not value.requires_grad and value.ndim > 1:
-                    shapes[key] = value.shape
-
-        hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-    try:
-        yield
-    finally:
-        for handle in hooks:
-            handle.remove()
-
-
-@contextmanager
-def _reading(model: nn.Module, reads: dict[tuple[str, str], int]) -> Iterator[None]:
-    """Note which integers every module reads from its attributes and its config."""
-    undo: list[Callable[[], Any]] = []
-    for name, module in model.named_modules():
-        own = module.__dict__
-        for holder, config in [(k, v) for k, v in own.items() if is_config(v)]:
-
-            def note(key: str, value: int, name: str = name, holder: str = holder) -> None:
-                reads.setdefault((name, f"{holder}.{key}"), value)
-
-            undo.append(partial(own.__setitem__, holder, config))
-            own[holder] = watched_view(config, note)
-        undo += [partial(setattr, module, "__class__", type(module)), partial(own.pop, "_on_read")]
-        own["_on_read"] = lambda key, value, name=name: reads.setdefault((name, key), value)
-        cls: Any = type(module)
-        module.__class__ = _reader(cls)
-    try:
-        yield
-    finally:
-        for restore in undo:
-            restore()
-
-
-@cache
-def _reader(cls: type[nn.Module]) -> type[nn.Module]:
-    def getattribute(self: nn.Module, key: str) -> Any:
-        value = cls.__getattribute__(self, key)
-        if type(value) is int and key in self.__dict__:
-            self.__dict__["_on_read"](key, value)
-        return value
-
-    return type(cls.__name__, (cls,), {"__getattribute__": getattribute, "__module__": cls.__module__})
+    return hook

@@ -1,7 +1,8 @@
 """How many collectives, and how many bytes, does tensor parallelism cost per decoder layer and training step?
 
-Two real gloo ranks, one training step (forward, backward, AdamW) of a tiny model. Per layer: the difference between four layers and two,
-halved. What does not change with the length of the sequence is a sum of gradients of replicated parameters.
+Two real gloo ranks, one training step (forward, backward, AdamW) of a tiny model. Per layer: the difference between
+four layers and two, halved. What does not change with the length of the sequence is a sum of gradients of
+replicated parameters.
 """
 
 from __future__ import annotations
@@ -114,11 +115,9 @@ def main() -> None:
 
 
 def tabulate(found: Found, layout: Layout) -> Table:
-    table = Table(
-        layout.title,
-        ["shape", "contender", "collectives per layer", "kinds", "bytes / minimum"]
-        + ["gradient sums per layer", "gradient sums per step (4 layers)", "loss"],
-    )
+    columns = ["shape", "contender", "collectives per layer", "kinds", "bytes / minimum"]
+    columns += ["gradient sums per layer", "gradient sums per step (4 layers)", "loss"]
+    table = Table(layout.title, columns)
     for family in FAMILIES:
         for peer in CONTENDERS:
             row = found[family, peer, layout]

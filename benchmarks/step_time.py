@@ -40,6 +40,7 @@ LAYOUTS: dict[Layout, tuple[Peer, ...]] = {
 }
 # Of the peers' time under tensor parallelism; of hand-written torch's everywhere.
 GOAL_TP, GOAL_BAR = 0.85, 1.0
+Seconds = dict[Peer, list[float]]
 _state: dict[str, Any] = {}  # of this rank, between calls
 
 

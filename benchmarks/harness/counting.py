@@ -78,7 +78,7 @@ class CollectiveCounter(TorchDispatchMode):
 
 def _group_size(args: Any) -> int:
     for each in args:
-        if (isinstance(each, str) and each.isdigit()) or (isinstance(each, str) and ":" in each):
+        if isinstance(each, str) and (each.isdigit() or ":" in each):
             return _resolve_process_group(each).size()
         if isinstance(each, torch.ScriptObject):
             return ProcessGroup.unbox(each).size()

@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install test test-faults test-gpu lint zoo demo clean
+.PHONY: install test test-faults test-gpu lint zoo demo bench bench-peers bench-zoo bench-gpu clean
 
 install: $(READY)
 
@@ -35,6 +35,19 @@ zoo: install
 
 demo: install
 	$(BIN)/python examples/demo.py
+
+# Peers come from the package index, into environments of their own below build/benchmarks.
+bench-peers: install
+	$(BIN)/python benchmarks/environments.py
+
+bench: bench-peers
+	$(BIN)/python benchmarks/run.py
+
+bench-zoo: bench-peers
+	$(BIN)/python benchmarks/zoo_comparison.py
+
+bench-gpu: install
+	$(BIN)/python benchmarks/gpu.py
 
 clean:
 	rm -rf $(VENV) runs build

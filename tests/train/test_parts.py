@@ -13,7 +13,7 @@ from shardwright.errors import ConfigError, UnsupportedError
 from shardwright.train.check import relative_error
 from shardwright.train.config import ModelSettings, OptimizerSettings, OutputSettings
 from shardwright.train.metrics import use_tensorboard
-from shardwright.train.model import build_model, check_fit, model_config
+from shardwright.train.model import build_whole_model, check_fit, model_config
 from shardwright.train.optim import make_optimizer, rate
 from shardwright.train.output import check_output
 from shardwright.train.plot import curve
@@ -149,13 +149,13 @@ def test_what_does_not_fit_the_model_is_told(tokenizer: PreTrainedTokenizerBase,
 def test_a_checkpoint_is_loaded_whole_or_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     settings = ModelSettings(config=dict(TINY))
     config = model_config(settings, tokenizer)
-    model = build_model(settings, config, seed=3)
-    assert torch.equal(model.lm_head.weight, build_model(settings, config, seed=3).lm_head.weight)
-    assert not torch.equal(model.lm_head.weight, build_model(settings, config, seed=4).lm_head.weight)
+    model = build_whole_model(settings, config, seed=3)
+    assert torch.equal(model.lm_head.weight, build_whole_model(settings, config, seed=3).lm_head.weight)
+    assert not torch.equal(model.lm_head.weight, build_whole_model(settings, config, seed=4).lm_head.weight)
 
     model.save_pretrained(tmp_path)
     checkpoint = ModelSettings(path=str(tmp_path))
-    loaded = build_model(checkpoint, model_config(checkpoint, tokenizer), seed=0)
+    loaded = build_whole_model(checkpoint, model_config(checkpoint, tokenizer), seed=0)
     assert loaded.training
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
 
@@ -163,4 +163,4 @@ def test_a_checkpoint_is_loaded_whole_or_refused(tokenizer: PreTrainedTokenizerB
     del state["model.norm.weight"]
     model.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(ConfigError, match=r"lacks 1 of the model's weights \(first: model\.norm\.weight\)"):
-        build_model(checkpoint, config, seed=0)
+        build_whole_model(checkpoint, config, seed=0)

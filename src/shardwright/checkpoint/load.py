@@ -116,6 +116,28 @@ def init_pretrained(
     return model.train()
 
 
+def init_whole(
+    model_config: PreTrainedConfig,
+    *,
+    seed: int = 0,
+    model_class: type[Any] | None = None,
+    dtype: torch.dtype | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """The model that :func:`init_pretrained` makes of the same arguments, in one piece, in CPU memory of this process.
+
+    Raises:
+        UnsupportedError: the model has a weight that its ``_init_weights`` does not initialise.
+        ConfigError: no model can be made from these values.
+    """
+    skeleton = build_on_meta(model_config, model_class, dtype, **kwargs)
+    model = build_on_meta(model_config, model_class, dtype, **kwargs)
+    to_empty(model, "cpu")
+    fill_the_rest(model, Initialiser(skeleton, seed), set())
+    check_complete(model, skeleton)
+    return model.train()
+
+
 def _empty_shards(model: PreTrainedModel, config: ParallelConfig, mesh: DeviceMesh) -> PreTrainedModel:
     parallelize(model, config, mesh)  # in place
     if config.engine == "fsdp2":  # Megatron-FSDP takes a model off meta while it shards it

@@ -16,7 +16,7 @@ from shardwright.errors import ConfigError, ParityError
 from shardwright.train.config import TrainConfig
 from shardwright.train.dataset import IGNORE, TokenRows
 from shardwright.train.loop import Trainer
-from shardwright.train.model import build_model
+from shardwright.train.model import build_whole_model
 from shardwright.train.optim import make_optimizer, make_schedule
 
 TOLERANCE = 1e-5
@@ -74,7 +74,7 @@ def require_float32(config: TrainConfig) -> None:
 
 def reference_step(config: TrainConfig, model_config: PreTrainedConfig, data: TokenRows, rows: np.ndarray) -> Reference:
     """The first step written down as plainly as possible: no mesh, no shards, one process on the CPU."""
-    model = build_model(config.model, model_config, config.seed)
+    model = build_whole_model(config.model, model_config, config.seed)
     optimizer = make_optimizer(model, config.optimizer)
     make_schedule(optimizer, config.schedule, config.steps)
     targets = data.targets(rows)

@@ -1,4 +1,4 @@
-"""The model of a run: its transformers config, checked, and the model itself, equal on every rank."""
+"""The model of a run: its transformers config, checked, and the model itself, with the same weights at any mesh."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
+from shardwright.checkpoint.load import init_pretrained, init_whole, load_pretrained
+from shardwright.distributed.config import ParallelConfig
 from shardwright.errors import ConfigError, UnsupportedError
 from shardwright.train.config import ModelSettings
 from shardwright.train.settings import unknown_key
@@ -95,18 +98,25 @@ def check_fit(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, sequ
         )
 
 
-def build_model(settings: ModelSettings, config: PreTrainedConfig, seed: int) -> nn.Module:
-    """The model on the CPU, in training mode; the same weights on every rank, at any number of ranks.
+def build_model(
+    settings: ModelSettings, config: PreTrainedConfig, seed: int, sharding: ParallelConfig, mesh: DeviceMesh
+) -> nn.Module:
+    """The model of a run, sharded, in training mode; no rank ever holds more of it than its shards and one tensor.
 
-    From scratch, the weights follow from ``seed`` alone, because they are drawn before anything is sharded.
+    From scratch, the weights follow from ``seed`` and not from the mesh.
     """
-    torch.manual_seed(seed)
     dtype = getattr(torch, settings.dtype)
-    if settings.path is None:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    else:
-        model = _load(settings.path, dtype)
-    return model.train()
+    if settings.path is not None:
+        return load_pretrained(settings.path, sharding, mesh, model_class=AutoModelForCausalLM, dtype=dtype).train()
+    return init_pretrained(config, sharding, mesh, seed=seed, model_class=AutoModelForCausalLM, dtype=dtype)
+
+
+def build_whole_model(settings: ModelSettings, config: PreTrainedConfig, seed: int) -> nn.Module:
+    """The same model with the same weights in one piece, in CPU memory of this process."""
+    dtype = getattr(torch, settings.dtype)
+    if settings.path is not None:
+        return _load(settings.path, dtype).train()
+    return init_whole(config, seed=seed, model_class=AutoModelForCausalLM, dtype=dtype)
 
 
 def _load(path: str, dtype: torch.dtype) -> nn.Module:

@@ -12,12 +12,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from shardwright.api import parallelize
-from shardwright.checkpoint.load import load_pretrained
 from shardwright.checkpoint.save import save_pretrained
 from shardwright.distributed.mesh import AXES, default_device_type
 from shardwright.distributed.styles.layout import whole
@@ -135,14 +132,7 @@ def _say(console: Console, text: str) -> None:
 def _trainer(
     config: TrainConfig, architecture: PreTrainedConfig, mesh: DeviceMesh, data: TokenRows, device: torch.device
 ) -> Trainer:
-    if config.model.path is not None:
-        dtype = getattr(torch, config.model.dtype)
-        model: nn.Module = load_pretrained(
-            config.model.path, config.sharding, mesh, model_class=AutoModelForCausalLM, dtype=dtype
-        ).train()
-    else:
-        model = build_model(config.model, architecture, config.seed).to(device)
-        parallelize(model, config.sharding, mesh)
+    model = build_model(config.model, architecture, config.seed, config.sharding, mesh)
     optimizer = make_optimizer(model, config.optimizer)
     schedule = make_schedule(optimizer, config.schedule, config.steps)
     return Trainer(model, optimizer, schedule, mesh, data, device, config.accumulation, config.clip_norm)

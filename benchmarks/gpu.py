@@ -147,7 +147,7 @@ def _synchronizer(device: torch.device) -> Callable[[], None]:
 
 
 def flops_per_token(shape: str, length: int) -> float:
-    """As torchtitan counts: 6 per parameter outside of the embedding, and 12 x layers x width x length for attention."""
+    """As torchtitan counts: 6 per parameter outside of the embedding, 12 x layers x width x length for attention."""
     sizes, (heads, key_values) = SHAPES[shape], HEADS[shape]
     width, inner, layers = sizes["hidden_size"], sizes["intermediate_size"], sizes["num_hidden_layers"]
     attention = 2 * width * width * (1 + key_values / heads)

@@ -17,6 +17,8 @@ What is different from the package (0.5 and 0.6; its behaviour was found by expe
 * Gathered weights stay in use, and gathers that run ahead write old weights back, when the distributed parameters
   change after a forward without backward, or, with ``overlap_param_gather=False``, at all. Here nothing gathered or in
   flight outlives the raw parameters (:meth:`ShardedModel._replace_param_with_distributed_if_needed`).
+* Double buffers are found by a name that is the same in every model of the process, so that two models overwrite each
+  other's weights; here it is the model's own.
 * The NaN check raises on one rank while the others wait for it; here all ranks raise, with the same message.
 """
 
@@ -30,7 +32,7 @@ import megatron_fsdp.megatron_fsdp as package
 import torch
 import torch.distributed as dist
 from megatron_fsdp import MegatronFSDP
-from megatron_fsdp.param_and_grad_buffer import ParamAndGradBuffer
+from megatron_fsdp.param_and_grad_buffer import FixedPoolAllocator, ParamAndGradBuffer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
@@ -50,6 +52,11 @@ class _Buffer(ParamAndGradBuffer):
 
     layout: Layout  # set on a subclass before the package makes an instance
     exact: dict[str, Tensor]  # values of higher precision than the model's weights, by name
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, FixedPoolAllocator):
+            value.name = f"{value.name} of {id(self)}"  # before it hands out the first
+        super().__setattr__(name, value)
 
     def _init_distributed_params(self) -> None:
         self.dist_main_weight: dict[str, DTensor] = {}

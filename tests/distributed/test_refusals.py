@@ -29,6 +29,7 @@ PLANS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a linear style on a norm": ({"model.norm": "rowwise"}, "rowwise.*model.norm"),
     "an embedding style on a linear": ({"lm_head": "embedding_rowwise"}, "embedding_rowwise.*lm_head"),
+    "a reader without its writer": ({f"{BLOCK}.mlp.up_proj": "colwise"}, "does not compute what LlamaForCausalLM"),
     "an object that is no style": ({f"{BLOCK}.mlp.up_proj": 3}, "up_proj"),
 }
 
@@ -125,7 +126,8 @@ def test_ranks_that_hold_different_models(ranks4: RankPool, what: str, config: P
 def _not_raised_for_equal_models() -> None:
     config = ParallelConfig(tp=2, dp_shard=2)
     parallelize(build("llama"), config, shared_mesh(config))
-    plan: dict[str, Any] = {f"{BLOCK}.mlp.up_proj": ColwiseParallel(), f"{BLOCK}.mlp.down_proj": RowwiseParallel()}
+    plan: dict[str, Any] = {f"{BLOCK}.mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")}
+    plan[f"{BLOCK}.mlp.down_proj"] = RowwiseParallel()
     fsdp2_strategy_parallelize(build("llama"), shared_mesh(config), tp_shard_plan=plan)
 
 

@@ -27,6 +27,7 @@ from shardwright.distributed.config import ParallelConfig
 from shardwright.distributed.mesh import axis, data_parallel_mesh, refuse_context_parallel
 from shardwright.distributed.models.heads import check_heads
 from shardwright.distributed.models.imports import import_class_from_path, import_classes_from_paths
+from shardwright.distributed.models.planning import plan_and_resolve
 from shardwright.distributed.models.resolve import resolve
 from shardwright.distributed.models.resolved import ResolvedPlan
 from shardwright.distributed.models.sources import CustomPlan, choose_plan, huggingface_styles
@@ -329,5 +330,4 @@ def _resolved(
         return None
     if isinstance(tp_shard_plan, dict):
         sequence_parallel |= asks_for_sequence_parallel(tp_shard_plan.values())
-    plan = choose_plan(model, tp_shard_plan, tp_mesh.size())
-    return resolve(model, plan, tp_mesh.size(), sequence_parallel=sequence_parallel)
+    return plan_and_resolve(model, tp_shard_plan, tp_mesh.size(), sequence_parallel=sequence_parallel)[1]

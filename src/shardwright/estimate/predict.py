@@ -14,9 +14,8 @@ from transformers import PreTrainedConfig
 
 from shardwright.distributed.config import DTYPES, ParallelConfig, Precision
 from shardwright.distributed.models.build import build_on_meta, load_config
-from shardwright.distributed.models.resolve import resolve
+from shardwright.distributed.models.planning import plan_and_resolve
 from shardwright.distributed.models.resolved import ResolvedPlan
-from shardwright.distributed.models.sources import choose_plan
 from shardwright.distributed.models.structure import block_names, numbers_to_globs
 from shardwright.distributed.plan import ParallelPlan
 from shardwright.errors import ConfigError, UnsupportedError
@@ -125,8 +124,7 @@ def predict(model: Model, config: ParallelConfig, *, weights: str = "float32") -
         raise UnsupportedError(f"cp is {config.cp}: context parallelism is not supported yet. Use cp=1.")
     config = config.with_(dp_shard=max(config.dp_shard, 1))
     built = model if isinstance(model, nn.Module) else build_on_meta(load_config(model), dtype=getattr(torch, weights))
-    plan = choose_plan(built, config.plan, config.tp)
-    resolved = resolve(built, plan, config.tp, sequence_parallel=config.sequence_parallel)
+    plan, resolved = plan_and_resolve(built, config.plan, config.tp, sequence_parallel=config.sequence_parallel)
     layouts = parameter_layouts(built, resolved)
     return Prediction(
         model=type(built).__name__,

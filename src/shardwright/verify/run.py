@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from shardwright import api
 from shardwright.distributed.config import ParallelConfig
-from shardwright.distributed.models.sources import choose_plan
+from shardwright.distributed.models.planning import plan_and_resolve
 from shardwright.errors import UnsupportedError
 from shardwright.verify.compare import EXACT, Difference, Report, compare
 from shardwright.verify.locate import first_module_that_differs
@@ -152,6 +152,8 @@ def _plan_source(case: Case) -> str:
         return "none: tp is 1"
     if case.parallelize is not api.parallelize:
         return f"custom: {case.parallelize.__name__}"
-    source = [choose_plan(case.build(), case.config.plan, case.config.tp).source] if dist.get_rank() == 0 else [None]
+    source = [""]
+    if dist.get_rank() == 0:
+        source = [plan_and_resolve(case.build(), case.config.plan, case.config.tp)[0].source]
     dist.broadcast_object_list(source)
     return str(source[0])

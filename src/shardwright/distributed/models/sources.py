@@ -15,9 +15,9 @@ from torch import nn
 from torch.distributed.tensor.parallel import ParallelStyle
 from transformers import PreTrainedModel
 
-from shardwright.distributed.models.distrusted import DISTRUSTED, NOT_CUT
 from shardwright.distributed.models.huggingface import embedding_name, head_name, plan_styles, text_config, text_model
 from shardwright.distributed.models.imports import import_class_from_path
+from shardwright.distributed.models.not_cut import NOT_CUT
 from shardwright.distributed.models.structure import block_names
 from shardwright.distributed.plan import ParallelPlan, match_names
 from shardwright.distributed.plans import optimized_plans
@@ -47,14 +47,12 @@ def choose_plan(model: nn.Module, custom: CustomPlan | None = None, tp: int = 2)
         plan, why = ParallelPlan({}, source="none", notes=notes), "no plan for this model type is exact"
     elif (optimized := optimized_plan(model)) is not None:
         plan, why = optimized, "Shardwright has a tuned plan for this model type"
-    elif (flaw := DISTRUSTED.get(_model_type(model))) is None and (huggingface := huggingface_plan(model)) is not None:
+    elif (huggingface := huggingface_plan(model)) is not None:
         plan, why = huggingface, "transformers has a plan for this model's blocks"
     else:
         from shardwright.distributed.models.dataflow import derive_plan  # not needed by models that have a plan
 
         plan, why = derive_plan(model, tp=tp), "neither Shardwright nor transformers has a plan for this model's blocks"
-        if flaw is not None:
-            why = f"the plan that transformers has is not exact ({flaw})"
     if not dist.is_initialized() or dist.get_rank() == 0:
         logger.info("Tensor-parallel plan of %s: %s, because %s.", type(model).__name__, plan.source, why)
     return plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
@@ -30,8 +31,12 @@ class LocalAttributes(Around):
         self.config = {name[len(CONFIG) :]: value for name, value in values.items() if name.startswith(CONFIG)}
 
     def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with self.on(module):
+            return forward(*args, **kwargs)
+
+    def on(self, module: nn.Module) -> AbstractContextManager[None]:
+        """``module`` has the values inside."""
         values: dict[str, Any] = dict(self.own)
         if self.config:
             values["config"] = LocalConfig(module.__dict__["config"], self.config)
-        with attributes_as(module, values):
-            return forward(*args, **kwargs)
+        return attributes_as(module, values)

@@ -1,0 +1,211 @@
+"""Whether a plan is exact for a model: every rank played in this process, without weights, before anything is changed.
+
+Plans read off the dataflow were found this way. A plan from elsewhere (transformers', a user's) is only somebody's word
+until it has been played, and a layer cut in the wrong place is often not an error but another function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from shardwright.distributed.models.dataflow.cuts import Cut, contiguous, packed
+from shardwright.distributed.models.dataflow.hollow import Hollow, Stub, hollow_copy
+from shardwright.distributed.models.dataflow.inputs import candidate_inputs
+from shardwright.distributed.models.dataflow.play import (
+    Finding,
+    Inputs,
+    Record,
+    Sharding,
+    full_run,
+    rank_runs,
+    some_ranks_forward,
+)
+from shardwright.distributed.models.dataflow.tape import CODE_ERRORS, Mismatch
+from shardwright.distributed.models.resolved import ResolvedPlan, StyleUse
+from shardwright.distributed.styles import make_style
+from shardwright.distributed.styles.local_view import LocalAttributes
+
+# Modules that see to the cuts inside of them and return a sum: what goes in and comes out is whole.
+SUMMING = frozenset({"moe_tp_experts", "ep_dispatch_experts", "all_reduce"})
+SUMMED = "replicated_with_grad_allreduce"
+
+
+@dataclass(frozen=True)
+class Picked(Cut):
+    """A cut that lists every rank's features."""
+
+    features: tuple[tuple[int, ...], ...] = ()
+
+    def indices(self, length: int, rank: int, size: int) -> Tensor:
+        return torch.tensor(self.features[rank])
+
+    def take(self, x: Tensor, dim: int, rank: int, size: int) -> Tensor:
+        return x.index_select(dim, self.indices(x.shape[dim], rank, size))
+
+
+class Unplayable(Exception):
+    """The plan has something in it that cannot be played."""
+
+
+def why_not_exact(model: nn.Module, resolved: ResolvedPlan) -> str | None:
+    """What goes wrong when ``model`` runs on slices as ``resolved`` says; None where nothing does.
+
+    None as well where the model cannot be played: its inputs cannot be guessed, or its code is not deterministic.
+    """
+    played = _full_run(model, resolved)
+    if played is None:
+        return None
+    hollow, inputs, record = played
+    try:
+        sharding = _sharding(hollow, resolved)
+    except Unplayable:
+        return None
+    try:
+        with _local_sizes(hollow, resolved):
+            some_ranks_forward(hollow, record, inputs, sharding, resolved.tp)
+            finding = rank_runs(hollow, record, inputs, sharding, resolved.tp)
+    except Mismatch as error:
+        return f"{_told(hollow, str(error))} gets other values on slices than in one process"
+    except CODE_ERRORS as error:
+        return f"the model's code does not run on slices ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+    return _undeclared(hollow, resolved, finding) or _overdeclared(hollow, resolved, record, finding)
+
+
+def _full_run(model: nn.Module, resolved: ResolvedPlan) -> tuple[Hollow, Inputs, Record] | None:
+    """A run that comes out the same when it is played again with nothing cut."""
+    for inputs in candidate_inputs(model):
+        hollow = hollow_copy(model)
+        if not _uniform(hollow, resolved):
+            hollow = hollow_copy(model, whole=True)
+        try:
+            record = full_run(hollow, inputs)
+            rank_runs(hollow, record, inputs, Sharding(), 1)
+        except (Mismatch, *CODE_ERRORS):
+            continue
+        return hollow, inputs, record
+    return None
+
+
+def _uniform(hollow: Hollow, resolved: ResolvedPlan) -> bool:
+    """Whether what stands for several blocks in the hollow model is cut alike in all of them."""
+    kind = hollow.repeats.kind_of
+    known: dict[str, object] = {}
+    alike: list[bool] = []
+    for name, use in resolved.modules.items():
+        cut = use.style, use.options.items(), resolved.attributes.get(name), resolved.arguments.get(name)
+        alike.append(known.setdefault(kind(name), cut) == cut)
+    for (owner, name), style in resolved.parameters.items():
+        alike.append(known.setdefault(kind(f"{owner}.{name}"), style) == style)
+    return all(alike)
+
+
+@contextmanager
+def _local_sizes(hollow: Hollow, resolved: ResolvedPlan) -> Iterator[None]:
+    with ExitStack() as stack:
+        for name, module in hollow.model.named_modules():
+            if values := resolved.attributes.get(hollow.repeats.original_name(name)):
+                stack.enter_context(LocalAttributes(values).on(module))
+        yield
+
+
+def _told(hollow: Hollow, name: str) -> str:
+    known = name in hollow.stubs or name in dict(hollow.model.named_parameters())
+    return hollow.repeats.original_name(name) if known else f"the model's {name}"
+
+
+def _sharding(hollow: Hollow, resolved: ResolvedPlan) -> Sharding:
+    """The plan in the terms of the play."""
+    sharding = Sharding()
+    names = {name: hollow.repeats.original_name(name) for name, _ in hollow.model.named_modules()}
+    summing = _inside_summing(resolved)
+    for name, stub in hollow.stubs.items():
+        use = resolved.modules.get(names[name])
+        if use is None or stub.kind == "opaque" or names[name].startswith(summing):
+            continue
+        if (cut := _cut_out(use, stub)) is not None:
+            sharding.cuts_out[name] = cut
+        if (cut := _cut_in(use, stub)) is not None:
+            sharding.cuts_in[name] = cut
+    for (owner, parameter), style in resolved.parameters.items():
+        if resolved.modules[owner].style in SUMMING:
+            continue
+        for name in (name for name, original in names.items() if original == owner):
+            param = hollow.model.get_submodule(name)._parameters[parameter]
+            assert param is not None
+            placement = make_style(style).placement(hollow.model.get_submodule(name), parameter)
+            if not isinstance(placement, (Shard, _StridedShard)):
+                continue
+            if placement.dim != 0:
+                raise Unplayable(f"{owner}.{parameter} is cut along dim {placement.dim}")
+            pieces = placement.split_factor if isinstance(placement, _StridedShard) else 1
+            sharding.parameters[f"{name}.{parameter}"] = _pieces(len(param), int(pieces))
+    for name, original in names.items():
+        if original in resolved.arguments:
+            sharding.arguments[name] = resolved.arguments[original]
+        if original in resolved.widths:
+            sharding.widths[name] = resolved.widths[original]
+    return sharding
+
+
+def _cut_out(use: StyleUse, stub: Stub) -> Cut | None:
+    """How the output of a layer with this style is cut; None where it is whole."""
+    if use.style in ("colwise", "embedding_slice"):
+        return contiguous(stub.width_out)
+    if use.style == "packed_colwise":
+        return _pieces(stub.width_out, use.options.get("pieces", 2))
+    if use.style == "fused_qkv":
+        return Picked(features=use.options["heads"])
+    if use.style == "kv_heads":
+        each = stub.width_out // use.options["count"]
+        heads = use.options["heads"]
+        return Picked(features=tuple(tuple(h * each + i for h in mine for i in range(each)) for mine in heads))
+    return None
+
+
+def _cut_in(use: StyleUse, stub: Stub) -> Cut | None:
+    if use.style == "rowwise":
+        return contiguous(stub.width_in)
+    return _pieces(stub.width_in, use.options.get("pieces", 2)) if use.style == "packed_rowwise" else None
+
+
+def _pieces(width: int, pieces: int) -> Cut:
+    return contiguous(width) if pieces == 1 else packed(width, pieces)
+
+
+def _undeclared(hollow: Hollow, resolved: ResolvedPlan, finding: Finding) -> str | None:
+    """Gradients that are sums over the ranks, but that the plan does not sum."""
+    for name in sorted(finding.partial_parameters):
+        owner, _, parameter = name.rpartition(".")
+        original = hollow.repeats.original_name(owner)
+        if resolved.modules[original].style != SUMMED:
+            return f"{original}.{parameter} works on slices, and its gradient has to be summed ({SUMMED!r})"
+    for name in sorted(finding.partial_outputs):
+        original = hollow.repeats.original_name(name)
+        if resolved.modules[original].style not in (SUMMED, "mla_kv_a_proj"):
+            return f"{original} is whole, but what reads it works on slices"
+    return None
+
+
+def _overdeclared(hollow: Hollow, resolved: ResolvedPlan, record: Record, finding: Finding) -> str | None:
+    """Gradients that the plan sums, but that are whole on every rank."""
+    if resolved.sequence_parallel:
+        return None  # whole parameters see a part of the sequence, and so a part of their gradient
+    inside = _inside_summing(resolved)
+    for name in sorted(record.param_grads.keys() - finding.partial_parameters):
+        owner, _, parameter = name.rpartition(".")
+        original = hollow.repeats.original_name(owner)
+        use = resolved.modules.get(original)
+        if use is not None and use.style == SUMMED and not original.startswith(inside):
+            return f"the gradient of {original}.{parameter} is whole on every rank, but is summed ({SUMMED!r})"
+    return None
+
+
+def _inside_summing(resolved: ResolvedPlan) -> tuple[str, ...]:
+    return tuple(f"{name}." for name, use in resolved.modules.items() if use.style in SUMMING)

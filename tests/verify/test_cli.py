@@ -51,7 +51,7 @@ def test_the_table_and_the_exit_code_of_a_difference(monkeypatch: pytest.MonkeyP
         (("no/such/config.json",), "There is no no/such/config.json"),
         (("qwen3", "--tp", "0"), "tp is 0; it must be a whole number >= 1"),
         (("qwen3", "--accumulate", "0"), "accumulate is 0; it must be a whole number >= 1"),
-        (("clip",), "transformers has no causal-LM and no image-text-to-text model"),
+        (("clip",), "transformers has no language model for a CLIPConfig"),
     ],
 )
 def test_bad_input_is_one_paragraph(args: tuple[str, ...], says: str) -> None:

@@ -8,12 +8,22 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
 )
 
 from shardwright.distributed.models.build import class_of_type
 from shardwright.errors import ConfigError
 from shardwright.verify.shrink import FIRST_FREE_ID, LAST_PLAIN_ID, shrink
 from shardwright.verify.stages import ShrinkError, Stage
+
+# In the order of preference. All take ``input_ids`` and ``labels`` and compute a loss.
+_CLASSES = (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+)
 
 
 def shrunk_config(config: PreTrainedConfig, tp: int = 2) -> PreTrainedConfig:
@@ -27,16 +37,17 @@ def shrunk_config(config: PreTrainedConfig, tp: int = 2) -> PreTrainedConfig:
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The image-text-to-text class of a config where there is one, else its causal-LM class.
+    """The language model of a config: image-text-to-text, causal, sequence-to-sequence or masked, what there is first.
 
     Raises:
-        ConfigError: transformers has neither.
+        ConfigError: transformers has none.
     """
-    if found := class_of_type(config, (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING)):
+    if found := class_of_type(config, _CLASSES):
         return found
     raise ConfigError(
-        f"transformers has no causal-LM and no image-text-to-text model for a {type(config).__name__}, and those are "
-        "what verify can build. Pass a function that builds your model to shardwright.verify instead."
+        f"transformers has no language model for a {type(config).__name__} (image-text-to-text, causal, "
+        "sequence-to-sequence or masked), and those are what verify can build. Pass a function that builds your model "
+        "to shardwright.verify instead."
     )
 
 

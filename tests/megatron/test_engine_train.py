@@ -56,7 +56,8 @@ def test_train_and_resume(ranks2: RankPool, tmp_path: Path) -> None:
 
 PACKED = [
     "model.config={model_type: phi3, hidden_size: 32, intermediate_size: 40, num_hidden_layers: 2, "
-    "num_attention_heads: 4, num_key_value_heads: 2, max_position_embeddings: 64, pad_token_id: 0}",
+    "num_attention_heads: 4, num_key_value_heads: 2, max_position_embeddings: 64, pad_token_id: 0, "
+    "tie_word_embeddings: true}",
     "sharding.tp=2",
     "sharding.dp_shard=2",
     "sharding.sequence_parallel=true",

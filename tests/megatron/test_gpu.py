@@ -15,6 +15,7 @@ import state
 import torch
 from training import Case, compare, gradients
 
+from shardwright.distributed.apply.megatron_fsdp.availability import installed
 from shardwright.verify.ranks import RankPool
 
 pytestmark = [
@@ -58,6 +59,7 @@ def test_steps(gpus: RankPool, options: dict[str, Any], case: dict[str, Any], st
         assert difference.moved > 1e-3
 
 
+@pytest.mark.skipif(installed() < (0, 6), reason="refused with megatron-fsdp 0.5")
 def test_double_buffers(gpus: RankPool) -> None:
     assert (
         max(found.parameters for found in gpus.run(compare, Case({"fsdp_double_buffer": True}, accumulation=2))) < 5e-5

@@ -14,6 +14,7 @@ from training import build_model
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from shardwright.distributed.apply.megatron_fsdp import Options, availability, is_available
+from shardwright.distributed.apply.megatron_fsdp import options as options_module
 from shardwright.distributed.apply.megatron_fsdp.units import unit_classes
 from shardwright.distributed.config import ParallelConfig
 from shardwright.errors import ConfigError, UnsupportedError
@@ -78,6 +79,16 @@ def test_versions(installed: dict[str, str], version: str, works: bool) -> None:
 def test_options_that_cannot_work(options: dict[str, Any], message: str) -> None:
     with pytest.raises((ConfigError, UnsupportedError), match=message):
         Options(**options).check(FakeMesh())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("option", ["fsdp_double_buffer", "nccl_ub"])
+def test_double_buffers_need_0_6(installed: dict[str, str], option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(options_module, "_has_nccl_allocator", lambda: True)
+    installed["megatron_fsdp"] = "0.6.1"
+    Options(**{option: True}).check(FakeMesh())  # type: ignore[arg-type]
+    installed["megatron_fsdp"] = "0.5.1"
+    with pytest.raises(UnsupportedError, match=r"Install megatron-fsdp 0\.6"):
+        Options(**{option: True}).check(FakeMesh())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from training import build_model
 
 from shardwright.distributed import parallelizer
 from shardwright.distributed.apply.megatron_fsdp import Options, availability
+from shardwright.distributed.apply.megatron_fsdp.availability import installed
 from shardwright.errors import UnsupportedError
 from shardwright.verify.ranks import RankPool
 
@@ -83,5 +84,6 @@ def test_units_of_our_choice(ranks4: RankPool) -> None:
     check(ranks4, options={"nvfsdp_unit_modules": UNITS}, tp=2, public=True)
 
 
+@pytest.mark.skipif(installed() < (0, 6), reason="refused with megatron-fsdp 0.5")
 def test_double_buffers(ranks2: RankPool) -> None:
-    check(ranks2, options={"fsdp_double_buffer": True}, accumulation=2, public=True)
+    check(ranks2, options={"fsdp_double_buffer": True}, accumulation=2, public=True, frozen=True)

@@ -8,6 +8,7 @@ import pytest
 import state
 import torch
 
+from shardwright.distributed.apply.megatron_fsdp.availability import installed
 from shardwright.verify.ranks import RankPool
 
 STRATEGIES = ("no_shard", "optim", "optim_grads", "optim_grads_params")
@@ -32,6 +33,7 @@ def test_two_forwards_then_two_backwards(ranks2: RankPool, strategy: str) -> Non
     assert max(ranks2.run(state.two_forwards_then_two_backwards, strategy)) < 1e-5
 
 
+@pytest.mark.skipif(installed() < (0, 6), reason="refused with megatron-fsdp 0.5")
 def test_two_models_with_double_buffers(ranks2: RankPool) -> None:
     assert max(ranks2.run(state.two_models_at_once)) < 1e-5
 

@@ -44,6 +44,12 @@ def require(device_type: str) -> None:
         )
 
 
+def installed() -> tuple[int, int]:
+    """Major and minor version of the package that is installed."""
+    major, minor = _version("megatron-fsdp").split(".")[:2]
+    return int(major), int(minor)
+
+
 def _importable(module: str) -> bool:
     return find_spec(module) is not None
 

@@ -213,6 +213,9 @@ class ShardedModel(MegatronFSDP):
         raw = [param for param in params if param in self.param_and_grad_buffer.param_to_param_group]
         super().all_gather_and_wait_parameters_ready(raw, prefetch and self._overlap_param_gather, **others)
 
+    def set_model_auto_sync(self, sync_model: bool = True) -> None:
+        self.model_auto_sync = sync_model  # without a warning of sums that would come twice: see load_gradients
+
     def synchronize_gradient_reduce(self) -> None:
         self.grad_reduce_pipeline.wait_for_previous_grad_reduce(0)
         self.grad_reduce_pipeline.reset()

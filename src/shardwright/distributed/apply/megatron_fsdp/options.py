@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardwright.distributed.apply.megatron_fsdp.availability import installed
 from shardwright.distributed.config import ParallelConfig, Precision
 from shardwright.errors import ConfigError, UnsupportedError
 
@@ -96,7 +97,7 @@ class Options:
 
         Raises:
             ConfigError: no such strategy, no such mesh axis, or options that exclude one another.
-            UnsupportedError: ``nccl_ub`` without an allocator for it.
+            UnsupportedError: ``nccl_ub`` without an allocator for it; double buffers with megatron-fsdp 0.5.
         """
         strategy = self.data_parallel_sharding_strategy
         if strategy not in STRATEGIES:
@@ -122,6 +123,11 @@ class Options:
             raise UnsupportedError(
                 "nccl_ub=True needs an allocator for NCCL user buffers: megatron.core.nccl_allocator (Megatron-Core) "
                 "or apex.contrib.nccl_allocator (Apex), and neither is installed. Install one, or set nccl_ub=False."
+            )
+        if (self.fsdp_double_buffer or self.nccl_ub) and installed() < (0, 6):
+            raise UnsupportedError(
+                "fsdp_double_buffer=True, which nccl_ub=True implies, fails with megatron-fsdp 0.5 where units differ "
+                "(frozen parameters, other layers). Install megatron-fsdp 0.6, or set both to False."
             )
         if not self.overlap_grad_reduce and self.shards_gradients:
             logger.warning(

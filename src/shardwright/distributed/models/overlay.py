@@ -92,7 +92,8 @@ def _overlay_norms(modules: dict[str, nn.Module], resolved: ResolvedPlan) -> Non
 
 
 def _below(name: str, modules: dict[str, nn.Module]) -> list[str]:
-    return [other for other in modules if other == name or other.startswith(f"{name}.")]
+    inside = (f"{name}.{path}".rstrip(".") for path, _ in modules[name].named_modules())
+    return [other for other in inside if other in modules]  # a shared module goes by its first name
 
 
 def _is_tensor_parallel(name: str, resolved: ResolvedPlan) -> bool:

@@ -10,6 +10,7 @@ megabytes this way, and running it takes milliseconds.
 from __future__ import annotations
 
 import copy
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,9 +67,9 @@ def hollow_copy(model: nn.Module, *, whole: bool = False) -> Hollow:
     """
     repeats = find_repeats(model, keep=None if whole else 2)
     opaque = {id(m) for m in model.modules() if _stub_kind(m) is None and any(map(_too_big, m._parameters.values()))}
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {id(block): nn.Identity() for block in repeats.dropped(model)}
     generator = torch.Generator().manual_seed(0)
-    for module in model.modules():
+    for module in _modules_but(model, memo.keys()):
         stubbed = _stub_kind(module) is not None or id(module) in opaque
         for param in module._parameters.values():
             if param is not None and id(param) not in memo:
@@ -88,6 +89,18 @@ def hollow_copy(model: nn.Module, *, whole: bool = False) -> Hollow:
         if kind is not None:
             hollow.stubs[name] = _install(hollow, name, module, kind)
     return hollow
+
+
+def _modules_but(model: nn.Module, left_out: Container[int]) -> list[nn.Module]:
+    """The modules of ``model``, those with these ids and what is below them left out."""
+    found: dict[int, nn.Module] = {}
+    open_ends = [model]
+    while open_ends:
+        module = open_ends.pop()
+        if id(module) not in found and id(module) not in left_out:
+            found[id(module)] = module
+            open_ends += [child for child in reversed(module._modules.values()) if child is not None]
+    return list(found.values())
 
 
 def _stub_kind(module: nn.Module) -> str | None:

@@ -44,6 +44,15 @@ class Repeats:
                 short.add_module(str(index), blocks._modules[str(entry)])
             model.get_submodule(owner)._modules[attribute] = short
 
+    def dropped(self, model: nn.Module) -> list[nn.Module]:
+        """The entries of the original that a truncated model does not hold, but for those that it holds elsewhere."""
+        blocks = {
+            name: [model.get_submodule(f"{name}.{index}") for index in range(len(repeated.kinds))]
+            for name, repeated in self.lists.items()
+        }
+        kept = {id(entries[index]) for name, entries in blocks.items() for index in self.lists[name].kept}
+        return [entry for entries in blocks.values() for entry in entries if id(entry) not in kept]
+
     def original_name(self, name: str) -> str:
         """The original name of a module of the truncated model."""
         seen: list[str] = []

@@ -16,7 +16,7 @@ def build(folder: str, layout: Layout) -> Sharded:
     return Sharded(model, plain_backward(model))
 
 
-def load(folder: str, layout: Layout, dtype: str = "auto") -> Any:
+def load(folder: str, layout: Layout, dtype: str) -> Any:
     """Rank 0 reads the checkpoint and hands the shards out: accelerate's memory-saving way."""
     if layout.tp > 1 or layout.sequence_parallel:
         raise NotOfferedError("used here for FSDP2 alone: its tensor parallelism is that of transformers")

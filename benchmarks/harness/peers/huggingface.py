@@ -19,6 +19,6 @@ def build(folder: str, layout: Layout) -> Sharded:
     return Sharded(model, plain_backward(model))
 
 
-def load(folder: str, layout: Layout, dtype: str = "auto") -> Any:
+def load(folder: str, layout: Layout, dtype: str) -> Any:
     config = DistributedConfig(tp_size=layout.tp, fsdp_size=layout.dp)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, distributed_config=config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM
 
 from harness.layouts import Layout, Sharded, plain_backward
@@ -26,5 +27,5 @@ def build(folder: str, layout: Layout) -> Sharded:
     return Sharded(model, plain_backward(model))
 
 
-def load(folder: str, layout: Layout) -> Any:
-    return load_pretrained(folder, config_of(layout))
+def load(folder: str, layout: Layout, dtype: str) -> Any:
+    return load_pretrained(folder, config_of(layout), dtype=getattr(torch, dtype))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -75,11 +75,29 @@ def test_what_computes_is_not_lazy(op: Any) -> None:
         op(LazyTensor.of("a", (4, 6)))
 
 
-@given(st.lists(st.integers(0, 5000), min_size=1, max_size=3), st.sampled_from([1, 2, 4, 8]))
-def test_boxes_are_cut_into_pieces_that_fit(sizes: list[int], element: int) -> None:
-    box = tuple(slice(3, 3 + size) for size in sizes)
-    pieces = split_box(box, element) if torch.Size(sizes).numel() < 2**31 else []
-    assert all(element * torch.Size(p.stop - p.start for p in piece).numel() <= SLICE_BYTES for piece in pieces)
-    if pieces:
-        covered = sum(torch.Size(p.stop - p.start for p in piece).numel() for piece in pieces)
-        assert covered == torch.Size(sizes).numel()
+@given(st.data(), st.lists(st.integers(1, 5000), min_size=1, max_size=3), st.sampled_from([1, 2, 4, 8]))
+def test_boxes_are_cut_into_pieces_that_fit(data: st.DataObject, shape: list[int], element: int) -> None:
+    assume(torch.Size(shape).numel() < 2**31)
+    starts = [data.draw(st.integers(0, size)) for size in shape]
+    box = tuple(slice(a, data.draw(st.integers(a, size))) for a, size in zip(starts, shape, strict=True))
+    pieces = split_box(box, shape, element)
+    strides = torch.empty(shape, device="meta").stride()
+    for piece in pieces:
+        # from the first byte of the piece to its last, in the file
+        apart = sum((part.stop - part.start - 1) * stride for part, stride in zip(piece, strides, strict=True))
+        assert element * (apart + 1) <= SLICE_BYTES // 2
+    covered = sum(torch.Size(p.stop - p.start for p in piece).numel() for piece in pieces)
+    assert covered == torch.Size(p.stop - p.start for p in box).numel()
+
+
+@settings(max_examples=100, deadline=None)
+@given(_cases(), st.data())
+def test_a_part_cut_in_the_file_is_the_same_part(case: tuple[LazyTensor, Tensor, Box], data: st.DataObject) -> None:
+    lazy, real, _ = case
+    source = data.draw(st.sampled_from(lazy.sources))
+    whole = source.source_box()
+    starts = [data.draw(st.integers(part.start, part.stop - 1)) for part in whole]
+    box = tuple(slice(a, data.draw(st.integers(a + 1, part.stop))) for a, part in zip(starts, whole, strict=True))
+    piece = source.cut(box)
+    assert piece.source_box() == box
+    assert piece.show(ENTRIES[piece.name][box]).equal(real[piece.box()])

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from shardwright import init_pretrained, load_pretrained
+from shardwright.checkpoint.folder import open_folder
 from shardwright.errors import CheckpointError
 from shardwright.verify.ranks import RankPool
 
@@ -37,7 +38,8 @@ def _loads(folder: Path, mesh: str, dtype: torch.dtype) -> tuple[float, int]:
     config, counter = MESHES[mesh], _ReadBytes()
     logger = logging.getLogger("shardwright.checkpoint.fill")
     logger.addHandler(counter)
-    level, logger.level = logger.level, logging.INFO
+    level = logger.level
+    logger.setLevel(logging.INFO)
     model = load_pretrained(folder, config, mesh_for(config), dtype=dtype)
     logger.removeHandler(counter)
     logger.setLevel(level)
@@ -133,6 +135,13 @@ def test_a_tie_written_twice_and_an_extra_entry(ranks2: RankPool, saved: Saved, 
         tensors["model.layers.7.extra"] = torch.zeros(3)
 
     ranks2.run(_equal_tie_in_both_places, _damaged(saved("qwen3_tied"), tmp_path / "twice", change))
+
+
+def test_adapters_are_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    save_file({"base_model.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="PEFT adapters"):
+        open_folder(tmp_path)
 
 
 def test_damaged_files(ranks2: RankPool, saved: Saved, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from shardwright.api import parallelize
 from shardwright.checkpoint import save
 from shardwright.checkpoint.load import init_pretrained, load_pretrained
+from shardwright.checkpoint.manifest import MANIFEST, read_manifest
 from shardwright.checkpoint.save import save_pretrained
 from shardwright.errors import CheckpointError, UnsupportedError
 from shardwright.verify.ranks import RankPool
@@ -53,12 +54,13 @@ def test_four_ranks(ranks4: RankPool, saved: Saved, tmp_path: Path, name: str) -
 
 def _assert_same_files(folder: Path, expected: Path) -> None:
     names = sorted(file.name for file in expected.iterdir())
+    assert sorted(read_manifest(folder)) == sorted(file.name for file in folder.glob("*.safetensors"))
     assert [file.name for file in folder.parent.iterdir() if file.name.startswith(".")] == []
     if "mixtral" in expected.name:  # transformers puts the experts of a layer into one file, whatever its size
         assert _tensors(folder).keys() == _tensors(expected).keys()
         assert all(_tensors(folder)[name].equal(value) for name, value in _tensors(expected).items())
         return
-    assert sorted(file.name for file in folder.iterdir()) == names
+    assert sorted(file.name for file in folder.iterdir()) == sorted([*names, MANIFEST])
     assert sum(name.endswith(".safetensors") for name in names) >= 2
     assert filecmp.cmpfiles(folder, expected, names, shallow=False)[0] == names
 
@@ -81,6 +83,26 @@ def test_a_model_made_from_a_config_has_the_original_layout(ranks2: RankPool, tm
     model.save_pretrained(tmp_path / "again")
     names = ["model.safetensors"]
     assert filecmp.cmpfiles(tmp_path / "out", tmp_path / "again", names, shallow=False)[0] == names
+
+
+def _flip_a_bit(folder: Path, to: Path) -> str:
+    model = _load(folder, "tp2")
+    save_pretrained(model, to, max_shard_size="20KB")
+    file = sorted(to.glob("*.safetensors"))[1]
+    if dist.get_rank() == 0:
+        data = bytearray(file.read_bytes())
+        data[-9] ^= 16  # inside a weight: the file can still be read
+        file.write_bytes(data)
+    dist.barrier()
+    with pytest.raises(CheckpointError, match=rf"{file.name} is not what was written.*remove its manifest") as caught:
+        _load(to, "tp2")
+    load_pretrained(to, MESHES["tp2"], mesh_for(MESHES["tp2"]), checksums=False)
+    return str(caught.value)
+
+
+def test_a_flipped_bit_in_a_saved_weight_is_found(ranks2: RankPool, saved: Saved, tmp_path: Path) -> None:
+    first, second = ranks2.run(_flip_a_bit, saved("llama"), tmp_path / "out")
+    assert first.removeprefix("On rank 1: ") == second.removeprefix("On rank 0: ")
 
 
 def _one_rank_alone(folder: Path, to: Path) -> None:
@@ -145,6 +167,10 @@ def _refusals(to: Path) -> None:
     model = parallelize(AutoModelForCausalLM.from_config(deepcopy(CONFIGS["llama"])), config, mesh_for(config))
     with pytest.raises(CheckpointError, match="no model folder"):
         save_pretrained(model, to.parent)
+    model.peft_config = {}  # what PEFT leaves on a model that it adds adapters to
+    with pytest.raises(UnsupportedError, match="PEFT adapters"):
+        save_pretrained(model, to)
+    del model.peft_config
     model.config.vocab_size += 1
     with pytest.raises(UnsupportedError, match="lm_head"):
         save_pretrained(model, to)

@@ -109,11 +109,11 @@ def _each_part(
             mine = source.within(part.whole)
             if mine is None:
                 continue
-            for box in split_box(mine.box(), element_size(entries[mine.name])):
-                piece = mine.within(box)
-                assert piece is not None
-                value = piece.show(reader.read(piece.name, piece.source_box()))
-                place(local[_shifted(box, part.whole, part.local)], value)
+            entry = entries[mine.name]
+            for box in split_box(mine.source_box(), entry.shape, element_size(entry)):
+                piece = mine.cut(box)
+                value = piece.show(reader.read(piece.name, box))
+                place(local[_shifted(piece.box(), part.whole, part.local)], value)
 
 
 def _shifted(box: Box, whole: Box, local: Box) -> Box:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,7 +21,8 @@ from shardwright.errors import CheckpointError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-SLICE_BYTES = 64 * 2**20  # the most that is read at once
+SLICE_BYTES = 64 * 2**20  # the most host memory that reading takes
+_MAPPED = SLICE_BYTES // 2  # of a file at once; a slice whose rows lie apart is copied out of that, as much again
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -99,6 +101,11 @@ def _entries(path: Path, file: str) -> dict[str, Entry]:
 def _nothing_to_read(path: Path) -> str:
     if not path.is_dir():
         return f"There is no folder {path}."
+    if (path / "adapter_config.json").is_file():
+        return (
+            f"{path} holds PEFT adapters, which are not loaded into a sharded model. Load the base model they name and "
+            "them with PEFT in one process, merge_and_unload(), save that, and load the result."
+        )
     pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
     if pickles:
         return (
@@ -111,8 +118,8 @@ def _nothing_to_read(path: Path) -> str:
 class SliceReader:
     """Reads boxes of the tensors in a folder.
 
-    The files are mapped into memory, and mapped anew after every 64 MB, so that no more than that of them is ever
-    counted as this process's memory.
+    The files are mapped into memory, and mapped anew before they count for more than 32 MB of this process's memory.
+    Boxes that :func:`split_box` makes keep to that.
 
     Attributes:
         bytes_read: size of all boxes read so far.
@@ -140,26 +147,27 @@ class SliceReader:
         Raises:
             CheckpointError: the file cannot be read (any more).
         """
+        entry = self._entries[name]
+        span = _span(box, entry.shape) * element_size(entry)
         try:
-            opened = self._file(self._entries[name].file)
+            opened = self._file(entry.file, span)
             value = opened.get_slice(name)[box] if box else opened.get_tensor(name)
         except SafetensorError as error:
             raise CheckpointError(f"Cannot read {name} from {self._path}: {error}.") from error
-        size = value.numel() * value.element_size()
-        self.bytes_read += size
-        self._since_opened += size
+        self.bytes_read += value.numel() * value.element_size()
+        self._since_opened += span
         return value
 
     def whole(self, name: str) -> Tensor:
         """All of the tensor ``name``, in memory of its own."""
         box = tuple(slice(0, size) for size in self._entries[name].shape)
         whole = torch.empty(self._entries[name].shape, dtype=self.read(name, tuple(slice(0, 0) for _ in box)).dtype)
-        for part in split_box(box, whole.element_size()):
+        for part in split_box(box, whole.shape, whole.element_size()):
             whole[part] = self.read(name, part)
         return whole
 
-    def _file(self, file: str) -> Any:
-        if self._open is not None and self._open[0] == file and self._since_opened < SLICE_BYTES:
+    def _file(self, file: str, more: int) -> Any:
+        if self._open is not None and self._open[0] == file and self._since_opened + more <= _MAPPED:
             return self._open[1]
         self._close()
         self._open = (file, self._stack.enter_context(safe_open(self._path / file, framework="pt")))
@@ -171,21 +179,33 @@ class SliceReader:
         self._since_opened = 0
 
 
-def split_box(box: Box, element_size: int) -> list[Box]:
-    """``box`` in pieces of at most 64 MB (or one row), cut along its first dims. An empty box gives nothing."""
+def split_box(box: Box, shape: Sequence[int], element_size: int) -> list[Box]:
+    """``box`` of an array of ``shape`` in pieces, cut along its first dims; an empty box gives none.
+
+    From the first byte of a piece to its last there are at most 32 MB in the file: a few columns of a wide matrix touch
+    all of its pages.
+    """
     sizes = [part.stop - part.start for part in box]
     if 0 in sizes:
         return []
-    total = element_size
-    for size in sizes:
-        total *= size
-    if total <= SLICE_BYTES or not box:
+    if _span(box, shape) * element_size <= _MAPPED:
         return [box]
     dim = next(i for i, size in enumerate(sizes) if size > 1)
-    rows = max(1, SLICE_BYTES * sizes[dim] // total)
+    rows = max(1, _MAPPED // (prod(shape[dim + 1 :]) * element_size))
     first, stop = box[dim].start, box[dim].stop
     cuts = [slice(start, min(start + rows, stop)) for start in range(first, stop, rows)]
-    return [piece for cut in cuts for piece in split_box((*box[:dim], cut, *box[dim + 1 :]), element_size)]
+    return [piece for cut in cuts for piece in split_box((*box[:dim], cut, *box[dim + 1 :]), shape, element_size)]
+
+
+def _span(box: Box, shape: Sequence[int]) -> int:
+    """Elements from the first of ``box`` to its last, in an array of ``shape`` as it lies in memory."""
+    span, stride = 1, 1
+    for part, size in zip(reversed(box), reversed(shape), strict=True):
+        if part.stop <= part.start:
+            return 0
+        span += (part.stop - part.start - 1) * stride
+        stride *= size
+    return span
 
 
 def element_size(entry: Entry) -> int:

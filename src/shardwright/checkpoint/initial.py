@@ -19,6 +19,10 @@ from transformers import PreTrainedModel
 from shardwright.errors import UnsupportedError
 
 Init = Callable[[], None]
+_WAY_ROUND = (
+    "Make the model once with transformers (AutoModelForCausalLM.from_config(config).save_pretrained(folder)) and load "
+    "that folder, each rank its shards (in shardwright train: model.path=folder)."
+)
 
 
 class Initialiser:
@@ -49,13 +53,14 @@ class Initialiser:
                     init()
             except (RuntimeError, NotImplementedError) as error:
                 raise UnsupportedError(
-                    f"{type(self._skeleton).__name__}._init_weights cannot initialise {name} on its own: {error}"
+                    f"{type(self._skeleton).__name__}._init_weights cannot initialise {name} on its own ({error}). "
+                    f"{_WAY_ROUND}"
                 ) from error
             made = _get(*self._homes[name][0]).detach()
         if made.device.type == "meta" or _is_blank(made):
             raise UnsupportedError(
                 f"{type(self._skeleton).__name__}._init_weights does not initialise {name}, so it cannot be made on "
-                "the meta device. Add it there (transformers calls _init_weights for every module)."
+                f"the meta device. {_WAY_ROUND}"
             )
         return made
 

@@ -61,6 +61,17 @@ class Source:
                 size[dim] = stop - first
         return Source(self.name, tuple(start), tuple(size), self.dims, tuple(at))
 
+    def cut(self, box: Box) -> Source:
+        """The part of this source that is ``box`` of the entry, which lies in this source's own box."""
+        shifts = [0 if dim is None else box[dim].start - self.start[dim] for dim in self.dims]
+        return Source(
+            self.name,
+            tuple(part.start for part in box),
+            tuple(part.stop - part.start for part in box),
+            self.dims,
+            tuple(first + shift for first, shift in zip(self.at, shifts, strict=True)),
+        )
+
     def moved(self, dim: int, distance: int) -> Source:
         return replace(self, at=(*self.at[:dim], self.at[dim] + distance, *self.at[dim + 1 :]))
 

@@ -17,11 +17,13 @@ from shardwright.checkpoint.conversion import plan_load
 from shardwright.checkpoint.fill import check_complete, check_fit, fill_from_folder, fill_the_rest, to_empty
 from shardwright.checkpoint.folder import open_folder
 from shardwright.checkpoint.initial import Initialiser
+from shardwright.checkpoint.manifest import MANIFEST, verify
 from shardwright.checkpoint.source import class_in, local_folder, read_config
-from shardwright.checkpoint.together import same_error_everywhere
+from shardwright.checkpoint.together import rank_and_world, same_error_everywhere
 from shardwright.distributed.config import ParallelConfig
 from shardwright.distributed.mesh import make_mesh
 from shardwright.distributed.models.build import build_on_meta
+from shardwright.errors import CheckpointError
 
 
 def load_pretrained(
@@ -33,6 +35,7 @@ def load_pretrained(
     dtype: torch.dtype | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    checksums: bool = True,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """A sharded model with the weights in ``path``; every rank reads the slices it owns and nothing else.
@@ -50,6 +53,8 @@ def load_pretrained(
         dtype: of the parameters; None takes the one that ``config.json`` names. Values are converted while reading.
         revision: of a repository on the hub: a branch, tag or commit.
         trust_remote_code: run model code that comes with the folder.
+        checksums: first compare the files with the checksums that :func:`save_pretrained` has left in the folder (other
+            folders have none); each rank reads its share of them in whole for that.
         kwargs: for the model's class, for example ``attn_implementation="sdpa"``.
 
     Returns:
@@ -63,6 +68,8 @@ def load_pretrained(
     mesh = make_mesh(config) if mesh is None else mesh
     with same_error_everywhere(f"Loading {path}"):
         folder = local_folder(path, revision, trust_remote_code)
+        if checksums and (folder / MANIFEST).is_file():
+            _compare_checksums(folder)
         entries = open_folder(folder)
         model_config = read_config(folder, trust_remote_code)
         cls = model_class or class_in(folder, model_config, trust_remote_code)
@@ -79,6 +86,15 @@ def load_pretrained(
         fill_the_rest(model, Initialiser(skeleton), set(plan.readings))
         check_complete(model, skeleton)
     return model.eval()
+
+
+def _compare_checksums(folder: Path) -> None:
+    try:
+        verify(folder, *rank_and_world())
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error} Copy the folder again; or, where its weights were replaced on purpose, remove its {MANIFEST}."
+        ) from error
 
 
 def init_pretrained(

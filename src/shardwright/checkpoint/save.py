@@ -20,7 +20,8 @@ from transformers.dynamic_module_utils import custom_object_save
 from shardwright.checkpoint.atomic import abandon, begin, finish, unfinished
 from shardwright.checkpoint.conversion import SavePlan, Writing, plan_save
 from shardwright.checkpoint.folder import INDEX
-from shardwright.checkpoint.together import all_here, barrier, rank_and_world, same_error_everywhere
+from shardwright.checkpoint.manifest import Sums, sums_of, write_manifest
+from shardwright.checkpoint.together import all_here, barrier, from_all, rank_and_world, same_error_everywhere
 from shardwright.distributed.models.build import build_on_meta
 from shardwright.distributed.styles.layout import whole as made_whole
 from shardwright.errors import CheckpointError, UnsupportedError
@@ -44,6 +45,7 @@ def save_pretrained(
     a rank needs host memory for one file, and device memory for one whole weight (one group of weights, where they
     are converted together, such as the experts of one layer).
 
+    Beside them stands ``manifest.json``, the checksums of the weights, by which :func:`load_pretrained` finds damage.
     The folder appears under its name when it is whole; a model folder of that name is replaced.
 
     Args:
@@ -78,8 +80,10 @@ def save_pretrained(
                     f"Rank 0 made {unfinished(folder)}, but rank {rank} does not see it. Save to a disk that all share."
                 )
         _write_files(model, skeleton, plan, split.filename_to_tensors, unfinished(folder))
+        sums = _checksums(list(split.filename_to_tensors), unfinished(folder))
         with same_error_everywhere(f"Saving to {folder}"):
             if rank == 0:
+                write_manifest(unfinished(folder), sums)
                 if split.is_sharded:
                     total = {"total_parameters": skeleton.num_parameters(), **split.metadata}
                     _write_index(unfinished(folder), total, split.tensor_to_filename)
@@ -94,6 +98,12 @@ def save_pretrained(
 
 def skeleton_of(model: nn.Module) -> PreTrainedModel:
     """A whole copy of ``model`` on meta, of the class it had before FSDP2 gave it another."""
+    if "peft_config" in vars(model):  # a PeftModel, or a transformers model that adapters were added to
+        raise UnsupportedError(
+            f"This {type(model).__name__} has PEFT adapters, which save_pretrained does not write: they have a format "
+            "of their own. Merge them into the weights first (PEFT's merge_and_unload, before the model is sharded), "
+            "or save the run with torch.distributed.checkpoint."
+        )
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedError(
             f"{type(model).__name__} is no transformers model, so it has no Hugging Face layout. Save its state with "
@@ -151,6 +161,14 @@ def _write_files(
                 _save(ordered, folder / round_[rank])
 
 
+def _checksums(files: list[str], folder: Path) -> Sums:
+    """Of all weight files; every rank reads those that it wrote."""
+    rank, world = rank_and_world()
+    with same_error_everywhere(f"Reading {folder}"):
+        mine = sums_of(folder, [folder / file for file in files[rank::world]])
+    return {file: told for part in from_all(mine) for file, told in part.items()}
+
+
 def _gathered(
     state: dict[str, Tensor], skeleton: PreTrainedModel, plan: SavePlan, wanted: set[str], mine: set[str]
 ) -> Iterator[tuple[str, Tensor]]:
@@ -168,7 +186,9 @@ def _converted(
 ) -> Iterator[tuple[str, Tensor]]:
     for name, value in writing.convert(whole, skeleton).items():
         if name in mine:
-            yield name, value.to("cpu", copy=True).contiguous()
+            on_cpu = value.to("cpu").contiguous()
+            part_of_more = on_cpu.untyped_storage().nbytes() != on_cpu.nbytes  # would keep all of it in memory
+            yield name, on_cpu.clone() if part_of_more else on_cpu
 
 
 def _bytes_of(tensor: Tensor) -> int:

@@ -288,3 +288,23 @@ def test_a_width_is_not_made_local_where_the_values_are_used() -> None:
     plan = derive_plan(Model(), example("nano"))
     assert plan.styles["h.*.attn.c_attn"] == "colwise_gather_output"
     assert not plan.local_arguments
+
+
+class TiedPieces(nn.Module):
+    """Two tables whose vectors a layer mixes, one of them tied to the head: its rows are cut, not its features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.shapes, self.mix = nn.Embedding(40, 16), nn.Embedding(20, 16), nn.Linear(32, 16)
+        self.head = nn.Linear(16, 40, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.mix(torch.cat([self.words(ids), self.shapes(ids)], dim=-1))))
+
+
+def test_a_table_that_is_tied_to_the_head_is_not_cut_by_features() -> None:
+    model = TiedPieces()
+    plan = derive_plan(model, torch.randint(20, (2, 5)))
+    assert plan.styles["words"] == "embedding_rowwise"
+    resolve(model, plan, 2)

@@ -12,6 +12,8 @@ from tiny_models import assert_exact, batch, build, load_whole
 from torch import nn
 
 from shardwright import ParallelConfig, parallelize
+from shardwright.distributed.models.resolve import resolve
+from shardwright.distributed.plan import ParallelPlan
 from shardwright.errors import PlanError
 from shardwright.verify.ranks import RankPool, shared_mesh
 from shardwright.verify.run import Case, run_case
@@ -82,3 +84,24 @@ def _contradiction() -> None:
 
 def test_styles_that_contradict_a_tie_are_refused(ranks2: RankPool) -> None:
     ranks2.run(_contradiction)
+
+
+class Halves(nn.Module):
+    """An encoder and a decoder of the same weights; a plan names the encoder's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = (nn.ModuleDict({"up": nn.Linear(8, 16), "down": nn.Linear(16, 8)}) for _ in "ab")
+        for name in ("up", "down"):
+            self.decoder[name].weight = self.encoder[name].weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for half in (self.encoder, self.decoder):
+            x = x + half["down"](half["up"](x).relu())
+        return x
+
+
+def test_the_other_end_of_a_tied_layer_is_cut_alike() -> None:
+    styles = resolve(Halves(), ParallelPlan({"encoder.up": "colwise", "encoder.down": "rowwise"}), 2).modules
+    assert styles["decoder.up"].style == "colwise"
+    assert styles["decoder.down"].style == "rowwise"

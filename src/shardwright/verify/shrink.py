@@ -56,6 +56,7 @@ SIZES = _rules(
     (r"((max_)?(image|img)_size|resolution|crop_size)", _at_most(32)),
     (r".*(sliding_window(_size)?|attention_(chunk|window)_size|local_attention|window_len)", _at_most(8)),
     (r"index_topk(_blocks)?", _at_most(4)),
+    (r"canvas_length", _at_most(8)),
     (r"index_kpool|indexer_compress_ratio", _at_most(2)),
     (r"(mamba_)?chunk_size|block_size|index_block_size", _at_most(4)),
     # Experts.

@@ -21,18 +21,27 @@ def text_model(model: PreTrainedModel) -> tuple[str, PreTrainedModel]:
 
     For a model that is its own text model, ``("", model)``.
     """
-    embeddings = model.get_input_embeddings()
+    embeddings = _input_embeddings(model)
     owners = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, PreTrainedModel) and any(child is embeddings for child in module.modules())
+        if embeddings is not None
+        and isinstance(module, PreTrainedModel)
+        and any(child is embeddings for child in module.modules())
     ]
     return owners[-1] if owners else ("", model)
 
 
 def embedding_name(model: nn.Module) -> str | None:
     """The name of the input embedding, where the model says which it is."""
-    return _name_of(model, model.get_input_embeddings()) if isinstance(model, PreTrainedModel) else None
+    return _name_of(model, _input_embeddings(model)) if isinstance(model, PreTrainedModel) else None
+
+
+def _input_embeddings(model: PreTrainedModel) -> nn.Module | None:
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:  # transformers could not tell, and the model's class does not say
+        return None
 
 
 def head_name(model: nn.Module) -> str | None:

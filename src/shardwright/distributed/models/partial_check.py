@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from shardwright.distributed.models.dataflow.hollow import Hollow, hollow_copy
 from shardwright.distributed.models.dataflow.inputs import candidate_inputs
-from shardwright.distributed.models.dataflow.play import full_run
+from shardwright.distributed.models.dataflow.play import forward_run
 from shardwright.distributed.models.dataflow.tape import CODE_ERRORS, Mismatch
 
 
@@ -94,7 +94,7 @@ def _runs(
             if kind(original) in kinds:
                 listen(hollow, name, kind(original))
         try:
-            full_run(hollow, inputs)
+            forward_run(hollow, inputs)
         except (Mismatch, *CODE_ERRORS):
             continue
         yield hollow

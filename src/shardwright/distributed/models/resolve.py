@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -178,8 +179,11 @@ def _settle_ties(modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
         for name, parameter in tie.places:
             if uses[name] is not None:
                 continue
-            rule = f"tied to {next(iter(sharded))}"
-            if isinstance(modules[name], nn.Embedding):
+            other, use = next(iter(sharded.items()))
+            rule = f"tied to {other}"
+            if isinstance(modules[name], nn.Linear) and type(modules[name]) is type(modules[other]):
+                resolved.modules[name] = replace(use, rule=rule)
+            elif isinstance(modules[name], nn.Embedding):
                 resolved.modules[name] = StyleUse("embedding_rowwise", rule=rule)
             elif isinstance(modules[name], nn.Linear):
                 resolved.modules[name] = StyleUse("colwise_logits", rule=rule)

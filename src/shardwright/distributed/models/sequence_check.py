@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from shardwright.distributed.models.dataflow.hollow import Hollow, hollow_copy
 from shardwright.distributed.models.dataflow.inputs import candidate_inputs
-from shardwright.distributed.models.dataflow.play import full_run
+from shardwright.distributed.models.dataflow.play import forward_run
 from shardwright.distributed.models.dataflow.tape import CODE_ERRORS, Mismatch
 from shardwright.distributed.models.structure import block_names
 from shardwright.distributed.styles.regions import SEQUENCE_DIM, first_argument
@@ -71,7 +71,7 @@ def _record(model: nn.Module) -> Trial | str:
         trial = Trial(hollow_copy(model))
         handles = [handle for block in block_names(trial.hollow.model) for handle in _listen(trial, block)]
         try:
-            full_run(trial.hollow, inputs)
+            forward_run(trial.hollow, inputs)
         except (Mismatch, *CODE_ERRORS) as error:
             reason = f"the trial run failed ({type(error).__name__}: {error})".partition("\n")[0]
             continue

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import Tensor
 
@@ -80,6 +81,15 @@ class Study:
     finding: Finding = field(default_factory=Finding)
     error: str = ""
     abilities: Abilities = AVAILABLE
+
+    @cached_property
+    def tied(self) -> frozenset[str]:
+        """Tables and linear layers that have one weight together, which can only be cut over the vocabulary."""
+        holders: dict[int, dict[str, str]] = {}
+        for name, stub in self.hollow.stubs.items():
+            weight = self.hollow.model.get_submodule(name)._parameters.get("weight")
+            holders.setdefault(id(weight), {})[name] = stub.kind
+        return frozenset(name for kinds in holders.values() if len(set(kinds.values())) > 1 for name in kinds)
 
     @property
     def rotary_key(self) -> int | None:
@@ -233,11 +243,15 @@ def _cuts(study: Study, group: Group, regions: list[Region], pieces: int) -> Sha
     outs, ins = {name for name, _ in region.outs}, {name for name, _ in region.ins}
     stubs = study.hollow.stubs
     whole_ins = (outs & ins) | pinned | {n for n in ins if stubs[n].kind != "linear" or not study.usable(n)}
+    whole_ins |= study.tied & ins
     writers = [key for key in region.ins if key[0] not in whole_ins]
     upstream = {source for key in region.ins if key[0] in whole_ins for source in region.feeds[key]}
     readers = [key for key in region.outs if key not in upstream]
     if any(stubs[name].kind == "opaque" or not study.usable(name) for name, _ in readers):
         group.reason = "a weight in it is used outside of its layer"
+        return None
+    if any(name in study.tied for name, _ in readers):
+        group.reason = "a layer in it is tied to an embedding"
         return None
     if not writers or not readers or any(name in written for name, _ in readers):
         group.reason = "its layers follow one another"

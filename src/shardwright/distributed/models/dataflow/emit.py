@@ -112,8 +112,9 @@ def _gather(study: Study, found: Answers) -> None:
         as_writer = 2 * stub.width_out + stub.width_in
         if min(stub.width_in, stub.width_out) < study.size:
             continue
-        found.styles[kind] = "colwise_gather_output" if as_reader <= as_writer else "rowwise_split_input"
-        found.gathered[kind] = min(as_reader, as_writer)
+        by_rows = as_reader <= as_writer or name in study.tied
+        found.styles[kind] = "colwise_gather_output" if by_rows else "rowwise_split_input"
+        found.gathered[kind] = as_reader if by_rows else as_writer
 
 
 def make_plan(model: nn.Module, study: Study, groups: list[Group]) -> ParallelPlan:

@@ -79,7 +79,7 @@ def _from_config(model: PreTrainedModel) -> Iterator[Inputs]:
         yield Inputs((), {name: torch.randn(2, 50, bins), **fixed})
     if name == "input_values":
         yield Inputs((), {name: torch.randn(2, 8000), **fixed})
-    if "inputs_embeds" in accepted:
+    if "inputs_embeds" in accepted and hasattr(text, "hidden_size"):
         yield Inputs((), {"inputs_embeds": torch.randn(BATCH, LENGTH, text.hidden_size), **fixed})
 
 

@@ -122,6 +122,11 @@ def full_run(hollow: Hollow, inputs: Inputs, seed: int = 0) -> Record:
     return Record(run, outputs, grads, _param_grads(hollow), reads, arguments, first, frozenset(exposed), _grad(leaf))
 
 
+def forward_run(hollow: Hollow, inputs: Inputs, seed: int = 0) -> None:
+    """Run the model in full, forward only, for what hooks on its modules see."""
+    _forward(hollow, FullRun(seed), inputs)
+
+
 def some_ranks_forward(hollow: Hollow, record: Record, inputs: Inputs, sharding: Sharding, size: int) -> None:
     """Play the forward of the first and the last rank only: enough to find out most of what does not work.
 

@@ -191,7 +191,7 @@ def main() -> None:
         "Loading a checkpoint of a few GB on two ranks",
         "Fresh processes for every load, files in the page cache, contenders in turns; imports are not counted. A load "
         "ends when every weight of the rank has been looked at once: mapped files are read no earlier. `read`: bytes "
-        "of read calls. `mapped`, `anonymous`, `resident`: growth of the mapped file pages, of the rank's own memory and "
+        "of read calls. `mapped`, `anonymous`, `resident`: growth of mapped file pages, of the rank's own memory and "
         "of all its pages, at their highest, sampled.",
     )
     with tempfile.TemporaryDirectory(prefix="bench-loading-") as scratch:

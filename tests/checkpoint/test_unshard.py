@@ -15,8 +15,10 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from shardwright.api import parallelize
 from shardwright.distributed.apply.unshard import _groups_of, _states_of, unshard_fsdp2_model
-from shardwright.distributed.config import Degrees
+from shardwright.distributed.config import Degrees, ParallelConfig
+from shardwright.distributed.styles.layout import whole as whole_tensor
 from shardwright.verify.ranks import RankPool, shared_mesh
 
 CONFIG = LlamaConfig(
@@ -225,6 +227,42 @@ def test_generate_with_different_lengths_and_training_after(ranks4: RankPool) ->
     for same, plain, disturbed in ranks4.run(_generates_different_lengths):
         assert same
         assert plain == disturbed
+
+
+def _generates_with_tensor_parallelism(sequence_parallel: bool) -> list[float]:
+    """The ranks of one data-parallel rank generate the same, those of the other another length; then training."""
+    config = ParallelConfig(tp=2, dp_shard=2, sequence_parallel=sequence_parallel)
+    mesh = shared_mesh(config)
+    dp_rank, curves = mesh["dp"].get_local_rank(), []
+    for with_context in (False, True):
+        model = parallelize(_whole(), config, mesh)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        curve = []
+        for step in range(3):
+            ids = _batch(step * 10 + dp_rank)
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            curve.append(loss.item())
+            if with_context:
+                whole = _whole()
+                whole.load_state_dict({name: tensor.full_tensor() for name, tensor in model.state_dict().items()})
+                rows, length = _batch(7 + dp_rank, 1 + dp_rank), 10 - 6 * dp_rank
+                with unshard_fsdp2_model(model):
+                    assert _generate(model, rows, length) == _generate(whole, rows, length)
+                    with torch.no_grad():
+                        scores = model(input_ids=rows).logits.log_softmax(-1)
+                        expected = whole(input_ids=rows).logits.log_softmax(-1)
+                    torch.testing.assert_close(whole_tensor(scores), expected, rtol=1e-5, atol=1e-5)
+        curves.append(curve)
+    assert curves[0] == curves[1]
+    return curves[0]
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_generate_with_tensor_parallelism(ranks4: RankPool, sequence_parallel: bool) -> None:
+    ranks4.run(_generates_with_tensor_parallelism, sequence_parallel)
 
 
 def test_replicated_shards(ranks4: RankPool) -> None:

@@ -15,10 +15,11 @@ import torch.distributed as dist
 from checkpoint_models import MESHES, mesh_for
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig
 
-from shardwright import load_pretrained, save_pretrained
+from shardwright import init_pretrained, load_pretrained, save_pretrained
 from shardwright.checkpoint.folder import SLICE_BYTES
 from shardwright.verify.ranks import RankPool
 
@@ -80,15 +81,35 @@ def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
+def _bytes_here(model: nn.Module) -> int:
+    local = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+    return sum(part.numel() * part.element_size() for part in local)
+
+
 def _load_and_save(folder: Path, mesh: str, to: Path) -> tuple[int, int, int]:
     """Bytes of this rank's shards, and by how much memory rose on top of them while loading and while saving."""
     config = MESHES[mesh]
     model, loading = _peak(lambda: load_pretrained(folder, config, mesh_for(config)))
-    local = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
-    shards = sum(part.numel() * part.element_size() for part in local)
+    shards = _bytes_here(model)
     _, saving = _peak(lambda: save_pretrained(model, to, max_shard_size="40MB"))
     dist.barrier()
     return shards, loading - shards, saving
+
+
+def _initialise() -> tuple[int, int]:
+    """Bytes of this rank's shards of a random model, and by how much memory rose on top of them while it was made."""
+    config = MESHES["tp2"]
+    model, risen = _peak(lambda: init_pretrained(CONFIG, config, mesh_for(config)))
+    shards = _bytes_here(model)
+    return shards, risen - shards
+
+
+def test_a_rank_of_a_random_model_holds_its_shards_and_one_weight() -> None:
+    with RankPool(2) as fresh:
+        results = fresh.run(_initialise)
+    for shards, on_top in results:
+        assert shards < 220 * MB
+        assert on_top < LARGEST + LOOSE, f"{on_top / MB:.0f} MB"
 
 
 @pytest.mark.parametrize("mesh", ["tp2", "fsdp2"])

@@ -61,7 +61,7 @@ def load(peer: str, folder: str, small: str, layout: dict[str, Any], dtype: str)
     gc.collect()
     dist.barrier()
     began, read = time.perf_counter(), read_calls()
-    with peaks("RssAnon", "RssFile", "VmRSS") as peak:
+    with watched("RssAnon", "RssFile", "VmRSS") as sizes:
         model = library.load(folder, Layout(**layout), dtype)
         returned = time.perf_counter() - began
         shard = look_at(model)
@@ -69,9 +69,9 @@ def load(peer: str, folder: str, small: str, layout: dict[str, Any], dtype: str)
         "seconds": time.perf_counter() - began,
         "returned": returned,
         "read": read_calls() - read,
-        "mapped": peak["RssFile"],
-        "anonymous": peak["RssAnon"],
-        "resident": peak["VmRSS"],
+        "mapped": sizes["RssFile grew"],
+        "anonymous": sizes["RssAnon"],
+        "resident": sizes["VmRSS"],
         "shard": shard,
         "dtype": str(next(iter(model.parameters())).dtype).removeprefix("torch."),
         "versions": versions(),
@@ -99,13 +99,21 @@ def memory(name: str) -> int:
 
 
 @contextmanager
-def peaks(*names: str, interval: float = 0.005) -> Iterator[dict[str, int]]:
-    """How much these lines of /proc/self/status grew at their highest, sampled in a thread; filled in at the end."""
-    before, peak, done = {name: memory(name) for name in names}, dict.fromkeys(names, 0), threading.Event()
+def watched(*names: str, interval: float = 0.002) -> Iterator[dict[str, int]]:
+    """Lines of /proc/self/status, sampled in a thread: by ``name`` how much each grew at its highest.
+
+    By ``name grew``: all of its increases added up, which also counts what was let go in between.
+    """
+    before = {name: memory(name) for name in names}
+    last, found, done = dict(before), dict.fromkeys(names, 0), threading.Event()
+    found |= dict.fromkeys((f"{name} grew" for name in names), 0)
 
     def look() -> None:
         for name in names:
-            peak[name] = max(peak[name], memory(name) - before[name])
+            now = memory(name)
+            found[name] = max(found[name], now - before[name])
+            found[f"{name} grew"] += max(0, now - last[name])
+            last[name] = now
 
     def watch() -> None:
         while not done.wait(interval):
@@ -114,7 +122,7 @@ def peaks(*names: str, interval: float = 0.005) -> Iterator[dict[str, int]]:
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        yield peak
+        yield found
     finally:
         done.set()
         watcher.join()
@@ -191,8 +199,8 @@ def main() -> None:
         "Loading a checkpoint of a few GB on two ranks",
         "Fresh processes for every load, files in the page cache, contenders in turns; imports are not counted. A load "
         "ends when every weight of the rank has been looked at once: mapped files are read no earlier. `read`: bytes "
-        "of read calls. `mapped`, `anonymous`, `resident`: growth of mapped file pages, of the rank's own memory and "
-        "of all its pages, at their highest, sampled.",
+        "of read calls. `mapped`: file pages that came into the rank's memory, increases added up. `anonymous`, "
+        "`resident`: growth of the rank's own memory and of all its pages, at their highest. Sampled every 2 ms.",
     )
     with tempfile.TemporaryDirectory(prefix="bench-loading-") as scratch:
         folder = write_checkpoint(Path(scratch) / "llama", "llama", "bfloat16", **(QUICK if options.quick else SIZES))

@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.tensor.parallel import ParallelStyle
 from transformers import PreTrainedModel
 
+from shardwright.distributed.models.experts import cuts_layers, with_experts
 from shardwright.distributed.models.huggingface import embedding_name, head_name, plan_styles, text_config, text_model
 from shardwright.distributed.models.imports import import_class_from_path
 from shardwright.distributed.models.not_cut import NOT_CUT
@@ -47,12 +48,13 @@ def choose_plan(model: nn.Module, custom: CustomPlan | None = None, tp: int = 2)
         plan, why = ParallelPlan({}, source="none", notes=notes), "no plan for this model type is exact"
     elif (optimized := optimized_plan(model)) is not None:
         plan, why = optimized, "Shardwright has a tuned plan for this model type"
-    elif (huggingface := huggingface_plan(model)) is not None:
+    elif (huggingface := huggingface_plan(model)) is not None and cuts_layers(model, huggingface):
         plan, why = huggingface, "transformers has a plan for this model's blocks"
     else:
         from shardwright.distributed.models.dataflow import derive_plan  # not needed by models that have a plan
 
-        plan, why = derive_plan(model, tp=tp), "neither Shardwright nor transformers has a plan for this model's blocks"
+        plan = with_experts(model, derive_plan(model, tp=tp), tp)
+        why = "neither Shardwright nor transformers has a plan for the layers of this model's blocks"
     if not dist.is_initialized() or dist.get_rank() == 0:
         logger.info("Tensor-parallel plan of %s: %s, because %s.", type(model).__name__, plan.source, why)
     return plan

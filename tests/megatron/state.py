@@ -131,6 +131,47 @@ def two_forwards_then_two_backwards(strategy: str) -> float:
     return max(relative(found[name], param.grad) for name, param in whole.named_parameters())
 
 
+class Branches(nn.Module):
+    """One layer takes no part, another only where ``through`` says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.always, self.sometimes, self.never = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor, through: bool) -> Tensor:
+        x = self.always(x).tanh()
+        return self.sometimes(x).square().mean() if through else x.square().mean()
+
+
+def parameters_that_take_no_part(strategy: str, one_unit: bool) -> dict[str, Any]:
+    """Only the first of two micro-batches comes to the layer ``sometimes``; then a step with weight decay.
+
+    In a model that is one unit, only rank 0's does.
+    """
+    torch.manual_seed(0)
+    whole = Branches().to(device_type())
+    model = copy.deepcopy(whole)
+    ranks = dist.get_world_size()
+    inputs = torch.randn(ranks, 2, 4, 8).to(device_type())
+    options = {"data_parallel_sharding_strategy": strategy, "nvfsdp_unit_modules": None if one_unit else [nn.Linear]}
+    with environment():
+        sharded = shard(Case(options), model, None)
+        optimizer = AdamW(sharded.parameters(), lr=0.1, weight_decay=0.5)
+        for micro in range(2):
+            sharded(
+                inputs[dist.get_rank(), micro], through=micro == 0 and not (one_unit and dist.get_rank())
+            ).backward()
+        missing = [name for name, param in model.named_parameters() if param.grad is None]
+        optimizer.step()
+        found = whole_weights(model)
+    reference = AdamW(whole.parameters(), lr=0.1, weight_decay=0.5)
+    for rank in range(ranks):
+        for micro in range(2):
+            (whole(inputs[rank, micro], through=micro == 0 and not (one_unit and rank)) / ranks).backward()
+    reference.step()
+    return {"missing": missing, "weights": max(relative(found[name], p) for name, p in whole.named_parameters())}
+
+
 def two_models_at_once() -> float:
     """Their forwards before their backwards, with buffers that stay for good: each has its own."""
     wholes = [build_model(), build_model()]

@@ -77,6 +77,9 @@ def test_gradients(gpus: RankPool, strategy: str, tp: int) -> None:
 def test_between_steps(gpus: RankPool, strategy: str) -> None:
     assert max(gpus.run(state.evaluation_sees_new_weights, strategy)) < 1e-5
     assert max(gpus.run(state.two_forwards_then_two_backwards, strategy)) < 1e-5
+    for found in gpus.run(state.parameters_that_take_no_part, strategy, True):
+        assert found["missing"] == ["never.weight", "never.bias"]
+        assert found["weights"] < 1e-4
 
 
 def test_optimizers(gpus: RankPool) -> None:

@@ -38,6 +38,14 @@ def test_two_models_with_double_buffers(ranks2: RankPool) -> None:
     assert max(ranks2.run(state.two_models_at_once)) < 1e-5
 
 
+@pytest.mark.parametrize("one_unit", [True, False])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_parameters_that_take_no_part(ranks2: RankPool, strategy: str, one_unit: bool) -> None:
+    for found in ranks2.run(state.parameters_that_take_no_part, strategy, one_unit):
+        assert found["missing"] == ["never.weight", "never.bias"]
+        assert found["weights"] < 1e-5
+
+
 def test_gradients_exist_on_every_rank(ranks2: RankPool) -> None:
     for missing, empty in ranks2.run(state.gradients_exist_on_every_rank):
         assert missing == 0

@@ -11,6 +11,8 @@ What is different from the package (0.5 and 0.6; its behaviour was found by expe
   counts: the buffers are set from it when a backward starts (:meth:`_Buffer.load_gradients`).
 * Where a rank holds no part of a parameter, ``.grad`` is None there; collectives over gradients (clipping) then differ
   between ranks. Here it is an empty shard.
+* A parameter that takes no part gets a gradient of zeros, with which an optimizer still decays it; here it gets None,
+  unless some rank's backward has come to it.
 * The start of a backward is missed for outputs that are neither tensors nor tuples (a ``ModelOutput``); the model's
   own hook finds them in any structure.
 * ``overlap_grad_reduce=False`` reduces twice with ``optim``. Here it reduces once, after backward.
@@ -164,6 +166,7 @@ class ShardedModel(MegatronFSDP):
         self._overlap_grad_reduce = self.ddp_config.overlap_grad_reduce
         self._check_gradients = check_gradients
         self._in_backward = False
+        self._reached: set[str] = set()  # by the backward that runs, or an earlier one since gradients were cleared
         # Tensor parallelism reads whole parameters outside of units when the model begins, not when their module does.
         self._read_by_root = [
             raw
@@ -176,6 +179,8 @@ class ShardedModel(MegatronFSDP):
         for raw in self.raw_param.values():
             if isinstance(raw, DTensor) and raw.requires_grad:
                 raw.register_hook(_laid_out_as(raw))
+        for name, param, _ in self.param_and_grad_buffer.trained:
+            param.orig_param.register_post_accumulate_grad_hook(partial(self._reach, name))
         module.register_forward_pre_hook(self._before_forward, prepend=True)
         module.register_forward_hook(self._after_forward)
         module.register_state_dict_post_hook(partial(ShardedModel._describe_state_dict, self))
@@ -252,6 +257,7 @@ class ShardedModel(MegatronFSDP):
             return
         self._in_backward = True
         self._replace_param_with_raw_if_needed()
+        self._reached = {name for name, param, _ in self.param_and_grad_buffer.trained if param.grad is not None}
         self.param_and_grad_buffer.load_gradients()
         self.model_auto_sync = self._overlap_grad_reduce
         self.pre_backward.func(self.module)  # queues the package's own end of backward, ahead of ours
@@ -264,8 +270,27 @@ class ShardedModel(MegatronFSDP):
             self.grad_reduce_pipeline.reduce_gradients(raw)
             self.finish_grad_sync()
             self.model_auto_sync = True
+        self._drop_unreached()
         if self._check_gradients:
             self._require_finite_gradients()
+
+    def _reach(self, name: str, _: Tensor) -> None:
+        self._reached.add(name)
+
+    @torch.no_grad()
+    def _drop_unreached(self) -> None:
+        """Take back the gradients, all zero, of parameters that no backward of any rank has come to."""
+        trained = [(name, param) for name, param, _ in self.param_and_grad_buffer.trained]
+        reached = torch.tensor([name in self._reached for name, _ in trained], dtype=torch.int32, device=self.device)
+        for (_, param), flag in zip(trained, self._anywhere(reached), strict=True):
+            if not flag:
+                param.grad = None
+
+    def _anywhere(self, flags: Tensor) -> list[int]:
+        """Which of ``flags`` (int32, 1-D) are set on some rank."""
+        for axis in range(self._layout.mesh.ndim):
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._layout.mesh.get_group(axis))
+        return flags.tolist()
 
     @torch.no_grad()
     def _require_finite_gradients(self) -> None:
@@ -276,9 +301,7 @@ class ShardedModel(MegatronFSDP):
         if not grads:
             return
         bad = torch.stack([~grad.isfinite().all() for grad in grads]).int()
-        for axis in range(self._layout.mesh.ndim):
-            dist.all_reduce(bad, op=dist.ReduceOp.MAX, group=self._layout.mesh.get_group(axis))
-        found = [name for name, flag in zip(names, bad.tolist(), strict=True) if flag]
+        found = [name for name, flag in zip(names, self._anywhere(bad), strict=True) if flag]
         if found:
             shown = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
             raise RunError(

@@ -45,13 +45,17 @@ _state: dict[str, Any] = {}  # of this rank, between calls
 
 
 def build(peer: str, folder: str, layout: dict[str, Any]) -> dict[str, Any]:
-    """On a rank: make the model and the optimizer of the next calls."""
+    """On a rank: make the model and the optimizer of the next calls; how much of the weights this rank holds."""
     import torch
+    from torch.distributed.tensor import DTensor
 
     sharded = import_module(f"harness.peers.{peer}").build(folder, Layout(**layout))
     optimizer = torch.optim.AdamW(sharded.model.parameters(), lr=1e-4)
     _state.update(sharded=sharded, optimizer=optimizer, tp=layout["tp"])
-    return {"versions": versions(), "loss": step()["loss"], "next": step()["loss"]}
+    parameters = list(sharded.model.parameters())
+    held = sum((part.to_local() if isinstance(part, DTensor) else part).numel() for part in parameters)
+    share = held / sum(part.numel() for part in parameters)
+    return {"versions": versions(), "loss": step()["loss"], "next": step()["loss"], "share": share}
 
 
 def step() -> dict[str, float]:
@@ -77,19 +81,21 @@ def run(
     with ExitStack() as stack:
         contenders = {peer: stack.enter_context(Contender(peer, layout.tp * layout.dp)) for peer in peers}
         running: dict[Peer, Contender] = {}
-        losses = {}
+        checks = {}
         for peer, contender in contenders.items():
             with results.failures_of(f"{peer.title}, {layout.title}"):
                 asked = {"peer": peer.name, "folder": str(folder), "layout": vars(layout)}
                 built = contender.call("step_time:build", **asked)[0]
                 results.versions[peer.title] = built["versions"]
-                losses[peer] = f"{built['loss']:.4f}, {built['next']:.4f}"
+                checks[peer] = [f"{built['share']:.2f}", f"{built['loss']:.4f}, {built['next']:.4f}"]
                 running[peer] = contender
         seconds = in_turns({peer: partial(_wall, contender) for peer, contender in running.items()}, rounds)
-    table = Table(layout.title, ["contender", "median s", "spread", "ours / theirs (spread)", "loss of steps 1, 2"])
+    table = Table(
+        layout.title, ["contender", "median s", "spread", "ours / theirs (spread)", "share of weights", "losses"]
+    )
     for peer, values in seconds.items():
         against = ratio_text(seconds[OURS], values) if OURS in seconds else ""
-        table.rows.append([peer.title, f"{median(values):.3f}", spread(values), against, losses[peer]])
+        table.rows.append([peer.title, f"{median(values):.3f}", spread(values), against, *checks[peer]])
     results.tables.append(table)
     return seconds
 

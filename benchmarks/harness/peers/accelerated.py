@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from harness.layouts import Layout, NotOfferedError, Sharded, plain_backward
@@ -26,6 +28,12 @@ def load(folder: str, layout: Layout, dtype: str) -> Any:
         cpu_ram_efficient_loading=True,
         activation_checkpointing=layout.activation_checkpointing,
     )
-    accelerator = Accelerator(fsdp_plugin=plugin, cpu=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    return accelerator.prepare(model)
+    accelerator = Accelerator(cpu=True)
+    # On CPU ranks accelerate passes over its FSDP plugin without a word and replicates the model. What it would call on
+    # a GPU runs on gloo too, once its state says so.
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = plugin
+    model = fsdp2_prepare_model(accelerator, AutoModelForCausalLM.from_pretrained(folder, dtype=dtype))
+    if not all(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise NotOfferedError("accelerate did not shard the model on CPU ranks")
+    return model

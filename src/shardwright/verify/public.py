@@ -20,7 +20,7 @@ from shardwright.verify.ranks import RankPool
 from shardwright.verify.run import Case, Parallelize, run_case
 from shardwright.verify.source import load_config
 from shardwright.verify.stages import ShrinkError, Stage
-from shardwright.verify.tiny import build, model_class, shrunk_config, text_batch
+from shardwright.verify.tiny import build, model_class, shrunk_config, text_batch, text_pair_batch
 
 Model = str | os.PathLike[str] | PreTrainedConfig | Callable[[], nn.Module]
 
@@ -92,7 +92,8 @@ def case_of(
         return Case(model, batch or text_batch, config, accumulate, parallelize)
     tiny = shrunk_config(load_config(model), config.tp)
     model_class(tiny)  # says now that there is none
-    make_batch = batch or images_of(tiny, seed) or partial(text_batch, start=1000 * seed)
+    text = text_pair_batch if tiny.is_encoder_decoder else text_batch
+    make_batch = batch or images_of(tiny, seed) or partial(text, start=1000 * seed)
     return Case(partial(build, tiny, seed), make_batch, config, accumulate, parallelize)
 
 

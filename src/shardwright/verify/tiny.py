@@ -67,6 +67,8 @@ def randomize(model: nn.Module, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
+            if not parameter.numel():
+                continue
             fan_in = parameter.shape[-1] if parameter.ndim == 3 else parameter[:1].numel()
             scale = 0.1 if parameter.ndim < 2 else fan_in**-0.5
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
@@ -78,3 +80,9 @@ def text_batch(index: int, start: int = 0, rows: int = 2, length: int = 16) -> d
     generator = torch.Generator().manual_seed(start + index)
     ids = torch.randint(FIRST_FREE_ID, LAST_PLAIN_ID, (rows, length), generator=generator)
     return {"input_ids": ids, "labels": ids.clone()}
+
+
+def text_pair_batch(index: int, start: int = 0) -> dict[str, torch.Tensor]:
+    """A :func:`text_batch` for encoder and decoder, whose ids are the labels moved on by one."""
+    batch = text_batch(index, start)
+    return {**batch, "decoder_input_ids": batch["labels"].roll(1, dims=1)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from torch.distributed.tensor.placement_types import Placement
+from torch.overrides import TorchFunctionMode
 
 from shardwright.distributed.styles import collectives as c
 from shardwright.distributed.styles.base import LocalParameters, Style
-from shardwright.distributed.styles.forward import Around, Forward, attributes_as, local_parameters, parameters_as
+from shardwright.distributed.styles.forward import (
+    Around,
+    Forward,
+    local_parameters,
+    original_class,
+    parameters_as,
+)
 from shardwright.distributed.styles.implicit import ImplicitDTensor, mark
 from shardwright.distributed.styles.layout import sharded
 from shardwright.errors import PlanError
@@ -25,6 +32,8 @@ def _require_embedding(module: nn.Module, name: str, style: str) -> nn.Embedding
         raise PlanError(f"{style!r} is for embeddings, but {name} is a {type(module).__name__}.")
     if module.max_norm is not None:
         raise PlanError(f"{name} renormalises its vectors in forward (max_norm); declare it 'replicate'.")
+    if module.scale_grad_by_freq or module.sparse:
+        raise PlanError(f"{name} has gradients by frequency, or sparse ones; declare it 'replicate'.")
     return module
 
 
@@ -34,14 +43,37 @@ class _VocabularyForward(Around):
         self.vocabulary = vocabulary
 
     def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        ids, *others = args if args else (kwargs.pop("input"),)
+        local = local_parameters(module)
+        if original_class(module).forward is nn.Embedding.forward:
+            (ids,) = (*args, *kwargs.values())
+            return self.look_up(ids, local["weight"], cast(Any, module).padding_idx)
+        with parameters_as(module, local), _LookUps(local["weight"], self.look_up):
+            return forward(*args, **kwargs)
+
+    def look_up(self, input: Tensor, weight: Tensor, padding_idx: int | None = None, **_: Any) -> Tensor:
+        """``F.embedding`` of the whole table; ``weight`` is this rank's part of it. What else it takes is not in use."""
         start, end = self.group.bounds(self.vocabulary)
-        elsewhere = (ids < start) | (ids >= end)
-        padding = module.padding_idx
-        here = padding - start if isinstance(padding, int) and start <= padding < end else None
-        with parameters_as(module, local_parameters(module)), attributes_as(module, {"padding_idx": here}):
-            vectors = forward((ids - start).masked_fill(elsewhere, 0), *others, **kwargs)
+        elsewhere = (input < start) | (input >= end)
+        here = padding_idx - start if padding_idx is not None and start <= padding_idx < end else None
+        mine = (input - start).masked_fill(elsewhere, 0)
+        vectors = nn.functional.embedding(mine, weight, here)
         return c.reduce_from_region(vectors.masked_fill(elsewhere.unsqueeze(-1), 0), self.group)
+
+
+class _LookUps(TorchFunctionMode):
+    """Every look-up in one table goes to ``answer``: the class of an embedding may do more than look ids up."""
+
+    def __init__(self, weight: Tensor, answer: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.weight = weight
+        self.answer = answer
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is nn.functional.embedding and args[1] is self.weight:
+            return self.answer(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 class EmbeddingRowwise(Style, RowwiseParallel):
@@ -58,7 +90,7 @@ class EmbeddingRowwise(Style, RowwiseParallel):
             raise PlanError(f"{name} has {rows} rows, too few for {size} tensor-parallel ranks to hold some each.")
 
     def placement(self, module: nn.Module, parameter: str) -> Placement:
-        return Shard(0)
+        return Shard(0) if parameter == "weight" else Replicate()
 
     def around(self, module: nn.Module, mesh: DeviceMesh) -> Around:
         weight = module._parameters["weight"]
@@ -89,7 +121,7 @@ class EmbeddingColwise(Style, ColwiseParallel):
         _require_embedding(module, name, self.name)
 
     def placement(self, module: nn.Module, parameter: str) -> Placement:
-        return Shard(1)
+        return Shard(1) if parameter == "weight" else Replicate()
 
     def around(self, module: nn.Module, mesh: DeviceMesh) -> Around:
         weight = module._parameters["weight"]

@@ -58,6 +58,14 @@ def test_dense_models_run_on_slices_with_two_regions_a_block(model_type: str) ->
     assert plan.local_attributes == {f"{block}.{name}": value for name, value in attributes.items()}
 
 
+def test_heads_fused_in_four_parts_run_on_slices() -> None:
+    plan = derive_plan(
+        on_meta("codegen", n_embd=128, n_head=16, rotary_dim=4, n_layer=2, n_positions=32, vocab_size=96)
+    )
+    assert plan.styles["transformer.h.*.attn.qkv_proj"] == "packed_colwise:12"
+    assert plan.styles["transformer.h.*.attn.out_proj"] == "packed_rowwise:4"
+
+
 def test_encoder_decoder_runs_on_slices() -> None:
     plan = derive_plan(on_meta("bart"))
     inner = {glob: style for glob, style in plan.styles.items() if ".layers." in glob}

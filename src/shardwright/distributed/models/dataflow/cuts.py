@@ -44,6 +44,8 @@ class Cut:
 
 
 WHOLE = Cut()
+# Numbers of equal blocks that fused layers are looked at for: q|k|v, gate|up, and those in up to four parts (CodeGen).
+PACKED = (2, 3, 4, 6, 8, 12)
 
 
 def contiguous(width: int) -> Cut:
@@ -67,7 +69,7 @@ def cut_from_masks(masks: list[Tensor], *, equal_only: bool = False) -> Cut | No
     size = len(masks)
     if not any(bool(mask.any()) for mask in masks):
         return None
-    guesses = [contiguous(width)] + [packed(width, n) for n in (2, 3) if width % n == 0 and (width // n) % size == 0]
+    guesses = [contiguous(width)] + [packed(width, n) for n in PACKED if width % n == 0 and (width // n) % size == 0]
     if not equal_only:
         guesses += _unequal(masks)
     for cut in guesses:

@@ -204,7 +204,7 @@ def _settle(study: Study, group: Group) -> bool:
 
 def _candidates(study: Study, group: Group) -> Iterator[Sharding]:
     """Ways to cut the group's regions, the simplest first."""
-    for pieces in (1, 2, 3):
+    for pieces in (1, 2, 3, 4):
         base = Sharding()
         for regions in group.kinds:
             cuts = _cuts(study, group, regions, pieces)

@@ -51,7 +51,7 @@ class _VocabularyForward(Around):
             return forward(*args, **kwargs)
 
     def look_up(self, input: Tensor, weight: Tensor, padding_idx: int | None = None, **_: Any) -> Tensor:
-        """``F.embedding`` of the whole table; ``weight`` is this rank's part of it. What else it takes is not in use."""
+        """``F.embedding`` of the whole table; ``weight`` is this rank's part. What else it takes is not in use."""
         start, end = self.group.bounds(self.vocabulary)
         elsewhere = (input < start) | (input >= end)
         here = padding_idx - start if padding_idx is not None and start <= padding_idx < end else None

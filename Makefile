@@ -2,21 +2,25 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+CONSTRAINTS ?= constraints.txt
 
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install test test-faults test-gpu lint zoo demo bench bench-peers bench-zoo bench-gpu clean
+.PHONY: install test test-oldest test-faults test-gpu lint zoo demo bench bench-peers bench-zoo bench-gpu clean
 
 install: $(READY)
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,megatron-fsdp]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev,megatron-fsdp]'
 	touch $@
 
 test: install
 	$(BIN)/python -m pytest -m "not gpu and not fault"
+
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
 test-faults: install
 	$(BIN)/python -m pytest -m fault

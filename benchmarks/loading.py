@@ -207,6 +207,7 @@ def main() -> None:
         write_checkpoint(folder / "small", "llama", "bfloat16", num_hidden_layers=1)
         for case in CASES:
             run(case, folder, 1 if options.quick else 2, results)
+            results.save()
     results.write()
 
 

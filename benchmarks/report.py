@@ -21,7 +21,7 @@ def render(found: Mapping[str, dict[str, Any]], title: str) -> str:
     rows = []
     for name, result in found.items():
         if "error" in result:
-            rows.append([name, "", "did not run", "**not reached**"])
+            rows.append([name, "", "did not run", REACHED[None]])
         rows += [[name, goal["text"], goal["measured"], REACHED[goal["reached"]]] for goal in result.get("goals", ())]
     parts += [*_table(["benchmark", "goal", "measured", ""], rows), ""]
     for name, result in found.items():

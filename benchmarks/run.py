@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from harness.contenders import BENCHMARKS
 from harness.results import RESULTS, arguments
@@ -42,6 +43,16 @@ def run(name: str, limit: float, options: list[str]) -> str:
     return "" if process.returncode == 0 else (said.strip().splitlines() or ["no message"])[-1]
 
 
+def note_error(path: Path, error: str) -> None:
+    """Keep what a benchmark had saved before it ended, and say how it ended."""
+    if path.is_file():
+        found = json.loads(path.read_text())
+        found["failures"].append({"who": "the rest of this benchmark", "error": error})
+    else:
+        found = {"error": error}
+    path.write_text(json.dumps(found) + "\n")
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("names", nargs="*", help="Only these; all of them without it.")
@@ -53,7 +64,7 @@ def main() -> None:
         print(f"== {name}", flush=True)
         error = run(name, LIMITS[name] * options.patience, ["--quick"] if options.quick else [])
         if error:
-            (RESULTS / f"{name}.json").write_text(json.dumps({"error": error}) + "\n")
+            note_error(RESULTS / f"{name}.json", error)
         print(f"== {name}: {error or 'done'}, {time.monotonic() - began:.0f} s", flush=True)
     paths = {name: RESULTS / f"{name}.json" for name in LIMITS}
     found = {name: json.loads(path.read_text()) for name, path in paths.items() if path.is_file()}

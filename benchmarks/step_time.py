@@ -133,6 +133,7 @@ def main() -> None:
             if not options.layouts or number in options.layouts:
                 seconds = run(layout, peers, folder, 2 if options.quick else 7, results)
                 judge(layout, seconds, results)
+                results.save()
     results.write()
 
 

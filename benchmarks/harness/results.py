@@ -73,10 +73,15 @@ class Results:
     def goal(self, text: str, measured: str, reached: bool | None) -> None:
         self.goals.append(Goal(text, measured, reached))
 
-    def write(self, folder: Path = RESULTS) -> None:
+    def save(self, folder: Path = RESULTS) -> None:
+        """Write what there is so far, for the case that the time limit comes before the end."""
         folder.mkdir(parents=True, exist_ok=True)
         self.seconds = round(time.monotonic() - _STARTED, 1)
         (folder / f"{self.name}.json").write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    def write(self) -> None:
+        """Write everything, and print it."""
+        self.save()
         for table in self.tables:
             print(f"\n{table.title}\n" + "\n".join("  ".join(map(str, row)) for row in [table.columns, *table.rows]))
         for goal in self.goals:

@@ -316,3 +316,15 @@ def test_a_table_that_is_tied_to_the_head_is_not_cut_by_features() -> None:
     plan = derive_plan(model, torch.randint(20, (2, 5)))
     assert plan.styles["words"] == "embedding_rowwise"
     resolve(model, plan, 2)
+
+
+class OnlyTrains(Between):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            raise RuntimeError("not made for inference")
+        return super().forward(nn.functional.dropout(x, 0.0, self.training))
+
+
+def test_a_model_that_runs_in_training_mode_only() -> None:
+    model = OnlyTrains(nn.Sequential(nn.SiLU(), nn.Dropout(0.5)))
+    assert derive_plan(model, torch.randn(2, 5, 16)).styles["first"] == "colwise"

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from shardwright.distributed.models.dataflow.decide import Study, decide, recheck
 from shardwright.distributed.models.dataflow.emit import make_plan
@@ -50,10 +51,16 @@ def derive_plan(model: nn.Module, example_inputs: Any = None, *, tp: int = 2, ch
 
 
 def _first_run(model: nn.Module, example_inputs: Any) -> tuple[Hollow, Inputs, Record] | str:
-    """Find inputs that the model runs with: on a copy with two blocks of each kind, or, failing that, with all."""
+    """Find inputs that the model runs with: on a copy with two blocks of each kind, or, failing that, with all.
+
+    Some models change their weights for inference (RWKV) or keep back part of their code in it: they run in training
+    mode, with nothing dropped.
+    """
     reason = "no tensor parallelism: this model's inputs could not be guessed; pass example_inputs to derive_plan."
-    for whole in (False, True):
+    for whole, training in ((False, False), (True, False), (False, True), (True, True)):
         hollow = hollow_copy(model, whole=whole)
+        if training:
+            _train_without_dropout(hollow.model)
         for inputs in candidate_inputs(model, example_inputs):
             try:
                 return hollow, inputs, full_run(hollow, inputs)
@@ -62,3 +69,10 @@ def _first_run(model: nn.Module, example_inputs: Any) -> tuple[Hollow, Inputs, R
                 reason = f"no tensor parallelism: {type(model).__name__} did not run ({message})."
                 logger.debug("derive_plan: %s", reason)
     return reason
+
+
+def _train_without_dropout(model: nn.Module) -> None:
+    model.train()
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
+            module.eval()

@@ -68,11 +68,11 @@ def step(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.T
     return values | {"loss": full(loss), "logits": full(logits)}
 
 
-def worst_error(name: str, sequence_parallel: bool, folder: str) -> tuple[float, str]:
+def worst_error(name: str, sequence_parallel: bool, folder: str, tp: int = 2) -> tuple[float, str]:
     model, inputs = build(name)
     expected = step(copy.deepcopy(model), inputs)
     path = Path(folder) / "plan.yaml"
-    config = ParallelConfig(tp=2, dp_shard=1, sequence_parallel=sequence_parallel, plan=str(path))
+    config = ParallelConfig(tp=tp, dp_shard=1, sequence_parallel=sequence_parallel, plan=str(path))
     parallelize(model, config)
     found = step(model, inputs)
     assert found.keys() == expected.keys()
@@ -101,6 +101,16 @@ def test_exact(name: str, sequence_parallel: bool, ranks2: RankPool, tmp_path: P
     assert "rowwise" in plan.styles.values()
     (tmp_path / "plan.yaml").write_text(plan.to_yaml())
     for error, where in ranks2.run(worst_error, name, sequence_parallel, str(tmp_path)):
+        assert error < EXACT, where
+
+
+@pytest.mark.parametrize("name", ["nano", "temple", "vision", "opt", "stablelm"])
+def test_exact_on_four_ranks(name: str, ranks4: RankPool, tmp_path: Path) -> None:
+    model, inputs = build(name)
+    plan = derive_plan(model, inputs, tp=4)
+    assert "rowwise" in plan.styles.values()
+    (tmp_path / "plan.yaml").write_text(plan.to_yaml())
+    for error, where in ranks4.run(worst_error, name, True, str(tmp_path), 4):
         assert error < EXACT, where
 
 

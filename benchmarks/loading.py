@@ -11,7 +11,7 @@ import gc
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
@@ -93,24 +93,24 @@ def read_calls() -> int:
     return int(Path("/proc/self/io").read_text().split("rchar:")[1].split()[0])
 
 
-def memory(name: str) -> int:
-    """A line of /proc/self/status, in bytes."""
-    return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) * 1024
+def memory(names: Sequence[str]) -> dict[str, int]:
+    """Lines of /proc/self/status, in bytes."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {name: int(lines[name].split()[0]) * 1024 for name in names}
 
 
 @contextmanager
-def watched(*names: str, interval: float = 0.002) -> Iterator[dict[str, int]]:
+def watched(*names: str, interval: float = 0.005) -> Iterator[dict[str, int]]:
     """Lines of /proc/self/status, sampled in a thread: by ``name`` how much each grew at its highest.
 
     By ``name grew``: all of its increases added up, which also counts what was let go in between.
     """
-    before = {name: memory(name) for name in names}
+    before = memory(names)
     last, found, done = dict(before), dict.fromkeys(names, 0), threading.Event()
     found |= dict.fromkeys((f"{name} grew" for name in names), 0)
 
     def look() -> None:
-        for name in names:
-            now = memory(name)
+        for name, now in memory(names).items():
             found[name] = max(found[name], now - before[name])
             found[f"{name} grew"] += max(0, now - last[name])
             last[name] = now
@@ -200,7 +200,7 @@ def main() -> None:
         "Fresh processes for every load, files in the page cache, contenders in turns; imports are not counted. A load "
         "ends when every weight of the rank has been looked at once: mapped files are read no earlier. `read`: bytes "
         "of read calls. `mapped`: file pages that came into the rank's memory, increases added up. `anonymous`, "
-        "`resident`: growth of the rank's own memory and of all its pages, at their highest. Sampled every 2 ms.",
+        "`resident`: growth of the rank's own memory and of all its pages, at their highest. Sampled every 5 ms.",
     )
     with tempfile.TemporaryDirectory(prefix="bench-loading-") as scratch:
         folder = write_checkpoint(Path(scratch) / "llama", "llama", "bfloat16", **(QUICK if options.quick else SIZES))

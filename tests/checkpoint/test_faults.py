@@ -97,7 +97,7 @@ def _gone(ranks: dict[int, int]) -> bool:
 
 def _kill_one_rank(folder: Path) -> None:
     with _start(folder) as process:
-        ranks = _until(folder, 5, process)
+        ranks = _until(folder, 7, process)  # the save of step 6 has waited for that of step 3 by then
         os.kill(ranks[1], signal.SIGKILL)
         _, error = process.communicate(timeout=LIMIT)
     assert process.returncode == 1
@@ -114,11 +114,13 @@ def _kill_all_while_they_save(folder: Path) -> None:
 
 
 def _preempt(folder: Path) -> None:
+    before = _whole_checkpoints(folder)
     with _start(folder, "checkpoint.every=1000") as process:
         ranks = _until(folder, 21, process)
         process.send_signal(signal.SIGTERM)
-        _, error = process.communicate(timeout=LIMIT)
+        said, error = process.communicate(timeout=LIMIT)
     assert process.returncode == 75, error
+    assert f"Resumed after step {before[-1]}." in said
     assert "checkpoint.resume=true goes on from" in error
     assert _whole_checkpoints(folder)[-1] >= 21
     assert _gone(ranks)
@@ -127,8 +129,9 @@ def _preempt(folder: Path) -> None:
 def _fill_the_disk(folder: Path) -> None:
     before = _whole_checkpoints(folder)
     with _start(folder, room=150_000) as process:
-        _, error = process.communicate(timeout=LIMIT)
+        said, error = process.communicate(timeout=LIMIT)
     assert process.returncode == 1, error
+    assert f"Resumed after step {before[-1]}." in said
     assert "File too large" in error
     assert "__1_0.distcp" in error
     assert error.count("\n") == 1

@@ -89,7 +89,7 @@ DROPOUT = re.compile(r".*(dropout|drop_path|drop_rate|droprate|pdrop|layerdrop|j
 # Where a multimodal model's config leaves the sections of its rotary embedding to the code (Qwen2-VL's proportions).
 DEFAULT_SECTIONS = (16, 24, 24)
 # What an absent size stands for, where "absent" is the default of a config that then does not describe a whole model.
-ABSENT = {"head_dim": HEAD_DIM}
+ABSENT = {"head_dim": HEAD_DIM, "num_experts_per_tok": 2}
 
 
 def shrink(config: Mapping[str, Any], tp: int = 2) -> dict[str, Any]:

@@ -152,3 +152,12 @@ def test_a_checkpoint_folder_is_read(tmp_path) -> None:
     Qwen3Config(num_hidden_layers=7, tie_word_embeddings=True).save_pretrained(tmp_path)
     assert load_config(tmp_path).num_hidden_layers == 7
     assert load_config(tmp_path / "config.json").tie_word_embeddings
+
+
+def test_rotary_shares_follow_the_parts_of_a_head() -> None:
+    tiny = shrink(load_config("mistral4").to_dict())
+    assert tiny["head_dim"] * tiny["rope_parameters"]["partial_rotary_factor"] == tiny["qk_rope_head_dim"]
+
+
+def test_routed_experts_without_a_top_k_get_one() -> None:
+    assert shrink(load_config("deepseek_v2").to_dict())["num_experts_per_tok"] == 2

@@ -200,6 +200,9 @@ class _Shrinker:
         half = int(head_dim * rope.get("partial_rotary_factor", 1.0)) // 2
         sections = rope.get("mrope_section", DEFAULT_SECTIONS if self.multimodal else None)
         result = self.mapping(rope)
+        whole, turned, share = config.get("head_dim"), config.get("qk_rope_head_dim"), rope.get("partial_rotary_factor")
+        if whole and turned and share and whole * share == turned:  # the share says again what the parts of a head say
+            result["partial_rotary_factor"] = self._values("qk_rope_head_dim", turned) / head_dim
         return {"rope_parameters": result | ({"mrope_section": _resize(sections, half)} if sections else {})}
 
     def _head_pair(self, heads: int, kv_heads: int) -> tuple[int, int]:

@@ -37,7 +37,11 @@ class Initialiser:
         self._skeleton = skeleton
         self._seed = seed
         self._homes, self._first_names = _homes(skeleton)
-        self._inits = self._find_inits()
+        self._calls = list(_init_calls(skeleton))
+        self._around: dict[nn.Module, list[int]] = defaultdict(list)  # module -> calls on it and on what holds it
+        for index, (module, _) in enumerate(self._calls):
+            for inside in module.modules():
+                self._around[inside].append(index)
 
     def value(self, name: str) -> Tensor:
         """The whole initial value of a parameter or buffer, on the CPU.
@@ -46,10 +50,11 @@ class Initialiser:
             UnsupportedError: the model has no code that initialises it.
         """
         name = self._first_names[name]
+        inits = self._find_inits(name)
         blank = _blank(_get(*self._homes[name][0]))
         with self._real(name, blank), self._seeded(name), torch.no_grad(), torch.device("cpu"):
             try:
-                for init in self._inits[name]:
+                for init in inits:
                     init()
             except (RuntimeError, NotImplementedError) as error:
                 raise UnsupportedError(
@@ -64,21 +69,20 @@ class Initialiser:
             )
         return made
 
-    def _find_inits(self) -> dict[str, list[Init]]:
-        """Name -> the calls that write it, in transformers' order; the owner's call where no write is seen."""
-        found: dict[str, list[Init]] = defaultdict(list)
-        names = {home: name for name, homes in self._homes.items() for home in homes}
-        for module, init in _init_calls(self._skeleton):
-            inside = [(owner, key) for owner in module.modules() for key in (*owner._parameters, *owner._buffers)]
-            inside = [home for home in inside if home in names]
-            before = {home: (_get(*home), _get(*home)._version) for home in inside}
+    def _find_inits(self, name: str) -> list[Init]:
+        """The calls that write one tensor, in transformers' order; the owner's call where no write is seen."""
+        homes = self._homes[name]
+        found: list[Init] = []
+        for index in sorted({index for owner, _ in homes for index in self._around[owner]}):
+            module, init = self._calls[index]
+            before = {home: (_get(*home), _get(*home)._version) for home in homes}
             with torch.no_grad():
                 init()
             for home, (tensor, version) in before.items():
                 now = _get(*home)
                 written = now is not tensor or now._version != version
-                if (written or home[0] is module) and init not in found[names[home]]:
-                    found[names[home]].append(init)
+                if (written or home[0] is module) and init not in found:
+                    found.append(init)
                 if now is not tensor:
                     _set(*home, tensor)
         return found

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
 from shardwright.distributed.models.dataflow.cuts import Cut
@@ -246,7 +247,8 @@ def _forward(hollow: Hollow, tape: Tape, inputs: Inputs) -> tuple[list[Tensor], 
     hollow.tape = tape
     torch.manual_seed(0)
     try:
-        with torch.enable_grad():
+        # Fused attention of torch 2.11 ends the process where a slice has no heads.
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             output = hollow.model(*args, **kwargs)
     finally:
         hollow.tape = Idle()

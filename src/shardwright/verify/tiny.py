@@ -47,7 +47,7 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     raise ConfigError(
         f"transformers has no language model for a {type(config).__name__} (image-text-to-text, causal, "
         "sequence-to-sequence or masked), and those are what verify can build. Pass a function that builds your model "
-        "to shardwright.verify instead."
+        "to shardwright.verify.verify instead."
     )
 
 

@@ -56,7 +56,11 @@ def _expert_rules(rules: Mapping[str, str], prefix: str) -> dict[str, str]:
     """The rules of one plan for its batched experts and the parameters below them."""
     owners = [glob for glob, style in rules.items() if style in EXPERTS]
     below = tuple(f"{owner}." for owner in owners)
-    return {prefix + glob: style for glob, style in rules.items() if glob in owners or glob.startswith(below)}
+    found = {glob: style for glob, style in rules.items() if glob in owners or glob.startswith(below)}
+    if "grouped_gemm" in found.values():
+        # Whole experts. In transformers 5.17 the router's style picked a rank's own; here the router stays as it is.
+        found |= dict.fromkeys(owners, "ep_dispatch_experts")
+    return {prefix + glob: style for glob, style in found.items()}
 
 
 def _divides(module: nn.Module, tp: int) -> bool:

@@ -80,7 +80,7 @@ def test_dense_layer_contract_under_fsdp(sequence_parallel: bool, ranks4: RankPo
 
 
 def test_blocks_that_cannot_be_split_are_told() -> None:
-    prediction = predict("jamba", TP.with_(sequence_parallel=True))
+    prediction = predict("zamba", TP.with_(sequence_parallel=True))
     assert any("not in the predicted collectives" in note for note in prediction.notes)
     assert not predict(config_of("llama"), TP.with_(sequence_parallel=True)).notes
 

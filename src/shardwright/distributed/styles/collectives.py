@@ -14,6 +14,7 @@ They are what DTensor itself issues, so tracers, ``torch.compile`` and ``CommDeb
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -186,11 +187,12 @@ class _SumGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
-        # Summed in float32: the buffers are small, and bf16 sums of many ranks lose what FSDP's fp32 reduction keeps.
+        # Summed in float32 at least: the buffers are small, and bf16 sums lose what FSDP's fp32 reduction keeps.
         # A number per tensor says on how many ranks it was used: one that none has used has no gradient.
         parts = [torch.zeros_like(t) if g is None else g for t, g in zip(tensors, grads, strict=True)]
         used = torch.tensor([float(grad is not None) for grad in grads], device=tensors[0].device)
-        flat = all_reduce(torch.cat([used, *(part.reshape(-1).float() for part in parts)]), ctx.group)
+        dtype = reduce(torch.promote_types, (part.dtype for part in parts), torch.float32)
+        flat = all_reduce(torch.cat([used.to(dtype), *(part.reshape(-1).to(dtype) for part in parts)]), ctx.group)
         used, *pieces = flat.split([len(grads), *(part.numel() for part in parts)])
         if all(grad is not None for grad in grads):
             return None, *(piece.view_as(t).to(t.dtype) for piece, t in zip(pieces, tensors, strict=True))

@@ -6,11 +6,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, MixtralConfig, Phi3Config, Qwen3Config
 
 from shardwright.distributed.config import ParallelConfig
 from shardwright.distributed.mesh import make_mesh
+from shardwright.distributed.styles.layout import whole
 from shardwright.verify.ranks import shared_mesh
 
 _COMMON = {
@@ -48,7 +48,7 @@ def mesh_for(config: ParallelConfig) -> DeviceMesh:
 def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Every parameter and buffer, gathered."""
     tensors = {**model.state_dict(), **dict(model.named_buffers())}
-    return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in tensors.items()}
+    return {name: whole(value) for name, value in tensors.items()}
 
 
 def assert_same_state(model: nn.Module, expected: nn.Module) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 from torch import nn
 
+from shardwright.distributed.models.dataflow import derive_plan
+from shardwright.distributed.models.dataflow.tape import Call
 from shardwright.distributed.models.plan_check import why_not_exact
 from shardwright.distributed.models.planning import plan_and_resolve
 from shardwright.distributed.models.resolve import resolve
@@ -80,6 +84,14 @@ def test_an_edited_plan_is_played_again() -> None:
     assert edited != derived
     with pytest.raises(PlanError, match="does not compute what GPT2LMHeadModel computes"):
         plan_and_resolve(model, edited, 2)
+
+
+def test_a_play_leaves_nothing_behind() -> None:
+    model = _tiny("llama")
+    plan_and_resolve(model, HEADS | NEURONS, 2, sequence_parallel=True)
+    derive_plan(model, check=True)
+    gc.collect()
+    assert not [kept for kept in gc.get_objects() if isinstance(kept, Call)]
 
 
 def test_a_model_that_cannot_be_played_is_not_refuted() -> None:

@@ -45,7 +45,7 @@ class Region:
 def find_regions(hollow: Hollow, record: Record) -> list[Region]:
     """The regions of the model, in order of the first call that flows into each."""
     walker = _Walker(hollow.model)
-    sources = {key: walker.sources(call.source) for key, call in record.run.calls.items()}
+    sources = {key: walker.sources(record.run.sources.get(key)) for key in record.run.calls}
     sources[OUTPUT] = walker.sources(*record.outputs)
     parent: dict[tuple[str, Key], tuple[str, Key]] = {}
 
@@ -98,7 +98,7 @@ def dependencies(hollow: Hollow, record: Record, region: Region, writers: list[K
             param.grad = None
         tensors, grads = [], []
         for key in writers:
-            source = calls[key].source
+            source = run.sources.get(key)
             assert source is not None
             grad = torch.zeros_like(source)
             held = share(key)

@@ -9,6 +9,7 @@ the same function, whatever the weights: the matrices themselves are cut exactly
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,7 +47,6 @@ class Call:
         output: what it gave.
         input_grad: what its backward returns.
         output_grad: what its backward was given; None where nothing used the output.
-        source: the graph of ``input``.
         partial: in a dependency run, the gradient of ``output``.
     """
 
@@ -56,7 +56,6 @@ class Call:
     input: Tensor | None = None
     input_grad: Tensor | None = None
     output_grad: Tensor | None = None
-    source: Tensor | None = None
     partial: Tensor | None = None
 
     @property
@@ -84,13 +83,13 @@ class Idle(Tape):
 class _FullStub(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor, call: Call, tape: FullRun) -> Tensor:
-        ctx.call, ctx.tape = call, tape
+        ctx.call, ctx.tape = call, weakref.ref(tape)
         ctx.set_materialize_grads(False)
         return call.output.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None, None]:
-        if ctx.tape.tracing:
+        if ctx.tape().tracing:
             ctx.call.partial = _plus(ctx.call.partial, grad)
             return None, None, None, None
         ctx.call.output_grad = _plus(ctx.call.output_grad, grad)
@@ -98,10 +97,17 @@ class _FullStub(torch.autograd.Function):
 
 
 class FullRun(Tape):
-    """The record of a run in one process, with values drawn from ``seed``."""
+    """The record of a run in one process, with values drawn from ``seed``.
+
+    Attributes:
+        calls: by name and index.
+        sources: the inputs of the calls that have one, with their graph. Not in the calls, and the graph's nodes know
+            their tape weakly: a graph that led to itself would never be freed.
+    """
 
     def __init__(self, seed: int) -> None:
         self.calls: dict[tuple[str, int], Call] = {}
+        self.sources: dict[tuple[str, int], Tensor] = {}
         self.tracing = False
         self._count: dict[str, int] = defaultdict(int)
         self._generator = torch.Generator().manual_seed(seed + 1)
@@ -122,7 +128,8 @@ class FullRun(Tape):
         self._count[name] += 1
         self.calls[call.key] = call
         if x is not None:
-            call.source, call.input, call.input_grad = x, x.detach().clone(), self._random(x.shape)
+            self.sources[call.key] = x
+            call.input, call.input_grad = x.detach().clone(), self._random(x.shape)
         return _FullStub.apply(self._anchor if x is None else x, self._anchor, call, self)
 
     def _random(self, shape: tuple[int, ...] | torch.Size) -> Tensor:
@@ -132,14 +139,15 @@ class FullRun(Tape):
 class _RankStub(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor, call: Call, tape: RankRun) -> Tensor:
-        ctx.call, ctx.tape = call, tape
+        ctx.call, ctx.tape = call, weakref.ref(tape)
         return tape.cut_out(call, call.output).clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
-        ctx.tape.grads[ctx.call.key] = _plus(ctx.tape.grads.get(ctx.call.key), grad)
+        tape = ctx.tape()
+        tape.grads[ctx.call.key] = _plus(tape.grads.get(ctx.call.key), grad)
         input_grad = ctx.call.input_grad
-        return None if input_grad is None else ctx.tape.cut_in(ctx.call, input_grad), None, None, None
+        return None if input_grad is None else tape.cut_in(ctx.call, input_grad), None, None, None
 
 
 class RankRun(Tape):

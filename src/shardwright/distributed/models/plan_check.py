@@ -28,12 +28,10 @@ from shardwright.distributed.models.dataflow.play import (
     some_ranks_forward,
 )
 from shardwright.distributed.models.dataflow.tape import CODE_ERRORS, Mismatch
-from shardwright.distributed.models.resolved import ResolvedPlan, StyleUse
+from shardwright.distributed.models.resolved import SUMMING, ResolvedPlan, StyleUse
 from shardwright.distributed.styles import make_style
 from shardwright.distributed.styles.local_view import LocalAttributes
 
-# Modules that see to the cuts inside of them and return a sum: what goes in and comes out is whole.
-SUMMING = frozenset({"moe_tp_experts", "ep_dispatch_experts", "all_reduce"})
 SUMMED = "replicated_with_grad_allreduce"
 
 
@@ -99,7 +97,8 @@ def _uniform(hollow: Hollow, resolved: ResolvedPlan) -> bool:
     known: dict[str, object] = {}
     alike: list[bool] = []
     for name, use in resolved.modules.items():
-        cut = use.style, use.options.items(), resolved.attributes.get(name), resolved.arguments.get(name)
+        sizes = resolved.attributes.get(name), resolved.arguments.get(name), resolved.widths.get(name)
+        cut = use.style, use.options.items(), sizes
         alike.append(known.setdefault(kind(name), cut) == cut)
     for (owner, name), style in resolved.parameters.items():
         alike.append(known.setdefault(kind(f"{owner}.{name}"), style) == style)

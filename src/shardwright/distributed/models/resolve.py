@@ -17,7 +17,7 @@ from shardwright.distributed.models.huggingface import head_name, text_config
 from shardwright.distributed.models.key_values import share_projections
 from shardwright.distributed.models.overlay import find_regions, overlay_sequence_parallel
 from shardwright.distributed.models.partial_check import layers_on_whole, modules_on_slices
-from shardwright.distributed.models.resolved import READERS, SHARDED, WRITERS, ResolvedPlan, StyleUse
+from shardwright.distributed.models.resolved import READERS, SHARDED, SUMMING, WRITERS, ResolvedPlan, StyleUse
 from shardwright.distributed.models.structure import block_names, numbers_to_globs, owns_parameters
 from shardwright.distributed.models.ties import Tie, find_ties
 from shardwright.distributed.plan import ParallelPlan, match_names
@@ -27,9 +27,8 @@ from shardwright.distributed.styles.local_view import CONFIG
 from shardwright.distributed.styles.local_width import WIDTH, arguments_of
 from shardwright.errors import PlanError
 
-# Layers that hand on this rank's slice, and modules that sum over the ranks before they return.
+# Layers that hand on this rank's slice.
 RANK_LOCAL = frozenset({"colwise", "packed_colwise", "fused_qkv", "kv_heads"})
-SUMMING = frozenset({"moe_tp_experts", "ep_dispatch_experts", "all_reduce"})
 SUMMED = ("replicated_with_grad_allreduce", "sequence_parallel", "kv_heads", "packed_colwise")
 
 

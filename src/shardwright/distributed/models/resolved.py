@@ -13,6 +13,9 @@ READERS = frozenset({"colwise", "packed_colwise", "fused_qkv", "kv_heads", "colw
 WRITERS = frozenset({"rowwise", "packed_rowwise", "rowwise_split_input"})
 SHARDED = READERS | WRITERS | {"embedding_rowwise", "embedding_colwise", "colwise_logits"} - {"kv_heads"}
 
+# Modules that sum over the ranks before they return: what goes in and what comes out is whole, whatever is cut inside.
+SUMMING = frozenset({"moe_tp_experts", "ep_dispatch_experts", "all_reduce"})
+
 
 @dataclass(frozen=True)
 class StyleUse:

@@ -129,15 +129,13 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.patch = nn.Conv2d(3, width, kernel_size=8, stride=8)
         self.token, self.place = nn.Parameter(torch.randn(1, 1, width)), nn.Parameter(torch.randn(1, 17, width))
-        self.blocks = nn.ModuleList(VisionBlock(width, heads) for _ in range(layers))
+        self.blocks = nn.Sequential(*(VisionBlock(width, heads) for _ in range(layers)))  # as timm keeps them
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
 
     def forward(self, image: Tensor) -> Tensor:
         x = self.patch(image).flatten(2).transpose(1, 2)
         x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], dim=1) + self.place
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x[:, 0]))
+        return self.head(self.norm(self.blocks(x)[:, 0]))
 
 
 class Mixer(nn.Module):

@@ -236,7 +236,23 @@ def test_blocks_of_gpt2_and_of_a_custom_model() -> None:
     assert get_lm_ac_layers(custom) == list(custom.trunk)
 
 
-@pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]), nn.Module()])
+def test_blocks_in_a_sequential() -> None:
+    blocks = [nn.TransformerEncoderLayer(8, 2) for _ in range(3)]
+    model = nn.Sequential(nn.Embedding(9, 8), *blocks, nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 9)))
+    assert get_lm_ac_layers(model) == blocks
+    assert get_lm_ac_layers(nn.ModuleDict({"trunk": nn.Sequential(*blocks)})) == blocks
+
+
+NO_BLOCKS = (
+    nn.Linear(2, 2),
+    nn.Module(),
+    nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]),
+    nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)),
+    nn.Sequential(nn.Linear(2, 2), nn.TransformerEncoderLayer(2, 1)),
+)
+
+
+@pytest.mark.parametrize("model", NO_BLOCKS)
 def test_no_blocks(model: nn.Module) -> None:
     assert get_lm_ac_layers(model) == []
 

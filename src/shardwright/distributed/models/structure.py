@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 from torch import nn
@@ -27,7 +28,8 @@ def block_names(model: nn.Module) -> list[str]:
     """The names of the repeated blocks, in the model's order: of decoders, encoders and towers alike.
 
     A block is an entry of an ``nn.ModuleList`` (or of an ``nn.ModuleDict`` with numbered entries, as pipeline stages
-    have) that holds more than a single layer. Where the entries are stages made of blocks, the blocks are taken.
+    have) that holds more than a single layer, or one of several entries of one class in an ``nn.Sequential``. Where the
+    entries are stages made of blocks, the blocks are taken.
     """
     names: list[str] = []
     seen: set[int] = set()
@@ -56,19 +58,31 @@ def shared_parts(model: nn.Module) -> list[list[str]]:
 
 
 def _collect(module: nn.Module, path: str, names: list[str], seen: set[int]) -> None:
+    repeated = _repeated_classes(module)
     for name, child in module.named_children():
         below = f"{path}.{name}" if path else name
-        if not _is_sequence(module) or _is_sequence(child) or _is_stage(child):
+        if type(child) not in repeated or not is_block(child) or _is_sequence(child) or _is_stage(child):
             _collect(child, below, names, seen)
-        elif is_block(child) and id(child) not in seen:
+        elif id(child) not in seen:
             seen.add(id(child))
             names.append(below)
 
 
 def _is_sequence(module: nn.Module) -> bool:
+    return bool(_repeated_classes(module))
+
+
+def _repeated_classes(module: nn.Module) -> set[type[nn.Module]]:
+    """The classes of those children of a list that can be blocks; none for a module that is no list."""
+    classes = Counter(type(child) for child in module.children())
     if isinstance(module, nn.ModuleList):
-        return True
-    return isinstance(module, nn.ModuleDict) and len(module) > 0 and all(key.isdigit() for key in module)
+        return set(classes)
+    if isinstance(module, nn.ModuleDict):
+        return set(classes) if all(key.isdigit() for key in module) else set()
+    if isinstance(module, nn.Sequential):  # its other entries may be an embedding, a head, an activation
+        alike = {type(child) for child in module.children() if is_block(child)}
+        return {cls for cls in alike if classes[cls] > 1}
+    return set()
 
 
 def _is_stage(entry: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPoli
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from shardwright.distributed.apply.meta_chunks import MetaChunks
 from shardwright.distributed.models.structure import block_names, owns_parameters, shared_parts
 from shardwright.errors import PlanError
 
@@ -74,9 +75,10 @@ def _shard(
         "offload_policy": offload,
         "shard_placement_fn": _placement(mesh),
     }
-    for part in _parts_of_other_dtype(modules[0]):
-        fully_shard(part, reshard_after_forward=reshard_after_forward, **options)
-    fully_shard(modules if len(modules) > 1 else modules[0], reshard_after_forward=reshard_after_forward, **options)
+    with MetaChunks():
+        for part in _parts_of_other_dtype(modules[0]):
+            fully_shard(part, reshard_after_forward=reshard_after_forward, **options)
+        fully_shard(modules if len(modules) > 1 else modules[0], reshard_after_forward=reshard_after_forward, **options)
 
 
 def _placement(mesh: DeviceMesh) -> Callable[[nn.Parameter], Shard | None]:

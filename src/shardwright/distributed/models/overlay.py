@@ -84,9 +84,9 @@ def _child_kind(name: str, modules: dict[str, nn.Module], resolved: ResolvedPlan
 def _overlay_norms(modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
     """Norms beside the lists of blocks take the stream as it comes."""
     lists = {_parent(_parent(block)) for block in resolved.blocks}
+    inside = tuple(f"{block}." for block in resolved.blocks)
     for name, use in list(resolved.modules.items()):
-        inside = name.startswith(tuple(f"{block}." for block in resolved.blocks))
-        explicit = use.style == "sequence_parallel" and not inside
+        explicit = use.style == "sequence_parallel" and not name.startswith(inside)
         if explicit or (use.style == "replicate" and _parent(name) in lists and is_norm(modules[name])):
             resolved.modules[name] = StyleUse("sequence_parallel", {"outside": True}, "norm of the stream")
 

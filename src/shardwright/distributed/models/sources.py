@@ -122,9 +122,9 @@ def huggingface_plan(model: nn.Module) -> ParallelPlan | None:
         styles = huggingface_styles(model)
     except PlanError:
         return None
-    blocks = block_names(model)
-    inside = [name for name, _ in model.named_modules() if any(name.startswith(f"{block}.") for block in blocks)]
-    inside += [name for name, _ in model.named_parameters() if any(name.startswith(f"{block}.") for block in blocks)]
+    blocks = tuple(f"{block}." for block in block_names(model))
+    inside = [name for name, _ in model.named_modules() if name.startswith(blocks)]
+    inside += [name for name, _ in model.named_parameters() if name.startswith(blocks)]
     if not any(match_names(glob, inside) for glob in styles):
         return None
     # transformers writes one plan for all variants of a model, so some globs match nothing in this one.

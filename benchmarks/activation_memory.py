@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from harness.contenders import AUTOMODEL, HANDWRITTEN, OURS, TRANSFORMERS, Contender, Peer
+from harness.contenders import AUTOMODEL, HANDWRITTEN, OURS, TRANSFORMERS, Contender, Peer, nurseries
 from harness.layouts import Layout
 from harness.machine import versions
 from harness.results import Results, Table, arguments
@@ -73,12 +73,12 @@ def main() -> None:
         "vocabulary.",
     )
     found: dict[tuple[str, Peer], Any] = {}
-    with tempfile.TemporaryDirectory(prefix="bench-memory-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="bench-memory-") as scratch, nurseries(CONTENDERS) as forks:
         folders = {depth: Path(scratch) / str(depth) for depth in DEPTHS}
         for depth, folder in folders.items():
             write_checkpoint(folder, "llama", num_hidden_layers=depth, **SIZES)
         for peer in CONTENDERS:
-            with Contender(peer, TP) as contender:
+            with Contender(peer, TP, nursery=forks.get(peer)) as contender:
                 for title in LAYOUTS:
                     found[title, peer] = measure(contender, title, folders, results)
     stream = ROWS * LENGTH * WIDTH * 4

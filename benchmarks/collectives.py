@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from harness.contenders import AUTOMODEL, HANDWRITTEN, OURS, TRANSFORMERS, Contender, Peer
+from harness.contenders import AUTOMODEL, HANDWRITTEN, OURS, TRANSFORMERS, Contender, Peer, nurseries
 from harness.layouts import Layout
 from harness.machine import versions
 from harness.results import Results, Table, arguments
@@ -95,13 +95,13 @@ def main() -> None:
     )
     layouts = [Layout(tp=TP), Layout(tp=TP, sequence_parallel=True)]
     found: Found = {}
-    with tempfile.TemporaryDirectory(prefix="bench-collectives-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="bench-collectives-") as scratch, nurseries(CONTENDERS) as forks:
         folders = {(family, depth): Path(scratch) / f"{family}-{depth}" for family in FAMILIES for depth in DEPTHS}
         for (family, depth), folder in folders.items():
             write_checkpoint(folder, family, num_hidden_layers=depth)
 
         def examine(peer: Peer) -> None:
-            with Contender(peer, TP) as contender:
+            with Contender(peer, TP, nursery=forks.get(peer)) as contender:
                 for layout in layouts:
                     for family in FAMILIES:
                         mine = {depth: folders[family, depth] for depth in DEPTHS}

@@ -63,7 +63,7 @@ def main() -> None:
             with results.failures_of(peer.title):
                 measure(peer, folder, found)
         runners = {peer: partial(measure, peer, folder, found) for peer in CONTENDERS if peer in found}
-        seconds = in_turns(runners, 1 if options.quick else 4)
+        seconds = in_turns(runners, 1 if options.quick else 3)
     for peer, values in seconds.items():
         results.versions[peer.title] = found[peer]["versions"]
         files, against = found[peer]["models"], ratio_text(seconds[OURS], values)

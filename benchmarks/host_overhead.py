@@ -16,9 +16,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from harness.contenders import AUTOMODEL, HANDWRITTEN, OURS, TRANSFORMERS, Contender
+from harness.contenders import AUTOMODEL, HANDWRITTEN, OURS, TRANSFORMERS, Contender, Peer, nurseries
 from harness.layouts import Layout, Sharded
 from harness.machine import versions
+from harness.nursery import Nursery
 from harness.results import Results, Table, arguments
 from harness.shapes import batch_of, write_checkpoint
 from harness.statistics import in_turns, ratio, ratio_text, spread
@@ -79,7 +80,7 @@ def profile() -> list[list[Any]]:
     return sorted(rows, key=lambda row: -row[2])[:12]
 
 
-def measure(layout: Layout, folder: Path, rounds: int, results: Results) -> None:
+def measure(layout: Layout, folder: Path, forks: dict[Peer, Nursery], rounds: int, results: Results) -> None:
     table = Table(
         f"{layout.title}: processor seconds of a step",
         [
@@ -95,7 +96,7 @@ def measure(layout: Layout, folder: Path, rounds: int, results: Results) -> None
         contenders, counts = {}, {}
         for peer in CONTENDERS:
             with results.failures_of(f"{peer.title}, {layout.title}"):
-                contender = stack.enter_context(Contender(peer, TP, backend="fake"))
+                contender = stack.enter_context(Contender(peer, TP, "fake", forks.get(peer)))
                 arguments = {"peer": peer.name, "folder": str(folder), "layout": vars(layout)}
                 results.versions[peer.title] = contender.call("host_overhead:build", **arguments)[0]
                 counts[peer] = contender.call("host_overhead:operations")[0]
@@ -141,10 +142,11 @@ def main() -> None:
         "One process on torch's fake process group (rank 0 of 2), forward and backward of 8 tokens, processor time, "
         "contenders in turns. DTensor operations are counted by a dispatch mode that sees them before DTensor does.",
     )
-    with tempfile.TemporaryDirectory(prefix="bench-host-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="bench-host-") as scratch, nurseries(CONTENDERS) as forks:
         folder = write_checkpoint(Path(scratch) / "llama", "llama", num_hidden_layers=LAYERS, **SIZES)
         for layout in LAYOUTS:
-            measure(layout, folder, 3 if options.quick else 15, results)
+            measure(layout, folder, forks, 3 if options.quick else 9, results)
+            results.save()
     results.write()
 
 

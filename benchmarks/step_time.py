@@ -13,9 +13,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from harness.contenders import ACCELERATE, AUTOMODEL, HANDWRITTEN, OURS, TRANSFORMERS, Contender, Peer
+from harness.contenders import ACCELERATE, AUTOMODEL, HANDWRITTEN, OURS, TRANSFORMERS, Contender, Peer, nurseries
 from harness.layouts import Layout
 from harness.machine import versions
+from harness.nursery import Nursery
 from harness.results import Results, Table, arguments
 from harness.shapes import batch_of, write_checkpoint
 from harness.statistics import in_turns, ratio, ratio_text, spread
@@ -28,7 +29,7 @@ SIZES = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
 }
-ROWS, LENGTH = 2, 128
+LENGTH = 128
 PLAIN = (OURS, HANDWRITTEN, TRANSFORMERS, AUTOMODEL)
 LAYOUTS: dict[Layout, tuple[Peer, ...]] = {
     Layout(tp=2): PLAIN,
@@ -51,7 +52,7 @@ def build(peer: str, folder: str, layout: dict[str, Any]) -> dict[str, Any]:
 
     sharded = import_module(f"harness.peers.{peer}").build(folder, Layout(**layout))
     optimizer = torch.optim.AdamW(sharded.model.parameters(), lr=1e-4)
-    _state.update(sharded=sharded, optimizer=optimizer, tp=layout["tp"])
+    _state.update(sharded=sharded, optimizer=optimizer, tp=layout["tp"], rows=1 if layout["dp"] > 1 else 2)
     parameters = list(sharded.model.parameters())
     held = sum((part.to_local() if isinstance(part, DTensor) else part).numel() for part in parameters)
     share = held / sum(part.numel() for part in parameters)
@@ -64,7 +65,7 @@ def step() -> dict[str, float]:
 
     import torch.distributed as dist
 
-    batch = batch_of(ROWS, LENGTH, SIZES["vocab_size"], seed=dist.get_rank() // _state["tp"])
+    batch = batch_of(_state["rows"], LENGTH, SIZES["vocab_size"], seed=dist.get_rank() // _state["tp"])
     dist.barrier()
     began, busy = time.perf_counter(), time.process_time()
     loss = _state["sharded"].backward(batch)
@@ -74,15 +75,13 @@ def step() -> dict[str, float]:
     return {"wall": time.perf_counter() - began, "busy": time.process_time() - busy, "loss": float(loss)}
 
 
-def run(
-    layout: Layout, peers: tuple[Peer, ...], folder: Path, rounds: int, results: Results
-) -> dict[Peer, list[float]]:
+def run(layout: Layout, forks: dict[Peer, Nursery], folder: Path, rounds: int, results: Results) -> Seconds:
     """Wall seconds of the steps of each contender that runs; a table is added to ``results``."""
     with ExitStack() as stack:
-        contenders = {peer: stack.enter_context(Contender(peer, layout.tp * layout.dp)) for peer in peers}
         running: dict[Peer, Contender] = {}
         checks = {}
-        for peer, contender in contenders.items():
+        for peer in LAYOUTS[layout]:
+            contender = stack.enter_context(Contender(peer, layout.tp * layout.dp, nursery=forks.get(peer)))
             with results.failures_of(f"{peer.title}, {layout.title}"):
                 asked = {"peer": peer.name, "folder": str(folder), "layout": vars(layout)}
                 built = contender.call("step_time:build", **asked)[0]
@@ -123,15 +122,15 @@ def main() -> None:
     results = Results(
         "step_time",
         "Training step, 2 and 4 gloo ranks",
-        f"57M-parameter Llama, float32, {ROWS} x {LENGTH} tokens per data-parallel rank, forward, backward and stock "
-        "AdamW, one thread a rank. All contenders alive at once, one step each in turns; ratios are medians of the "
-        "rounds' ratios.",
+        f"57M-parameter Llama, float32, 2 x {LENGTH} tokens, or 1 x {LENGTH} for each of several data-parallel ranks; "
+        "forward, backward and stock AdamW, one thread a rank. All contenders alive at once, one step each in turns; "
+        "ratios are medians of the rounds' ratios.",
     )
-    with tempfile.TemporaryDirectory(prefix="bench-step-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="bench-step-") as scratch, nurseries((*PLAIN, ACCELERATE)) as forks:
         folder = write_checkpoint(Path(scratch) / "llama", "llama", **SIZES)
-        for number, (layout, peers) in enumerate(LAYOUTS.items()):
+        for number, layout in enumerate(LAYOUTS):
             if not options.layouts or number in options.layouts:
-                seconds = run(layout, peers, folder, 2 if options.quick else 7, results)
+                seconds = run(layout, forks, folder, 2 if options.quick else 5, results)
                 judge(layout, seconds, results)
                 results.save()
     results.write()

@@ -8,14 +8,19 @@ from __future__ import annotations
 import json
 import os
 import select
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self, TextIO
+
+from harness.nursery import Nursery
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
 BUILD = BENCHMARKS.parent / "build" / "benchmarks"
@@ -53,6 +58,38 @@ ACCELERATE = Peer("accelerated", "accelerate", "transformers")
 PEERS = {peer.name: peer for peer in (OURS, HANDWRITTEN, TRANSFORMERS, AUTOMODEL, ACCELERATE)}
 
 
+@contextmanager
+def nurseries(peers: Iterable[Peer]) -> Iterator[dict[Peer, Nursery]]:
+    """A nursery for each of ``peers`` that is installed."""
+    with ExitStack() as stack:
+        logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nurseries-")))
+        installed = [peer for peer in peers if Path(peer.python).exists()]
+        yield {
+            peer: stack.enter_context(Nursery(peer.python, peer.name, logs / f"{peer.name}.log")) for peer in installed
+        }
+
+
+class _Rank:
+    """The connection to a rank, and its process where it is a child of this one."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        self.process: subprocess.Popen[bytes] | None = None
+        self._socket, self.theirs = socket.socketpair()
+        self.answers: TextIO = self._socket.makefile("r")
+
+    def send(self, line: str) -> None:
+        self._socket.sendall(line.encode())
+
+    def close(self) -> None:
+        """End the rank: it ends itself when its connection closes."""
+        self.answers.close()
+        self._socket.close()
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+
 class Contender:
     """The ranks of one contender.
 
@@ -61,13 +98,22 @@ class Contender:
 
     Args:
         backend: ``gloo``; ``fake`` (one process that plays rank 0 of ``world_size``); ``none`` (no process group).
+        nursery: forks the ranks; without it each is a fresh interpreter.
         timeout: seconds that a call may take.
     """
 
-    def __init__(self, peer: Peer, world_size: int = 1, backend: str = "gloo", timeout: float = 240.0) -> None:
+    def __init__(
+        self,
+        peer: Peer,
+        world_size: int = 1,
+        backend: str = "gloo",
+        nursery: Nursery | None = None,
+        timeout: float = 240.0,
+    ) -> None:
         self.peer, self.world_size, self.backend, self.timeout = peer, world_size, backend, timeout
+        self.nursery = nursery
         self._folder = tempfile.TemporaryDirectory(prefix="contender-")
-        self._ranks: list[subprocess.Popen[str]] = []
+        self._ranks: list[_Rank] = []
         self._starts = 0
 
     def start(self) -> None:
@@ -75,41 +121,45 @@ class Contender:
         if not Path(self.peer.python).exists():
             raise ContenderError(f"{self.peer.title} is not installed: make bench-peers")
         self._starts += 1
-        store = Path(self._folder.name) / f"store-{self._starts}"
-        for rank in range(self.world_size if self.backend == "gloo" else 1):
-            # What torchrun would set: some peers read it. One thread a rank, as torchrun does.
-            environment = os.environ | {
-                "OMP_NUM_THREADS": "1",
-                "TOKENIZERS_PARALLELISM": "false",
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(self.world_size),
-                "LOCAL_WORLD_SIZE": str(self.world_size),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": "29500",
-                "HF_HUB_OFFLINE": "1",
-                "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            }
-            numbers = [str(rank), str(self.world_size), str(store), self.backend]
-            with open(self._log(rank), "w") as log:
-                process = subprocess.Popen(
+        self._ranks = [self._start(rank) for rank in range(self.world_size if self.backend == "gloo" else 1)]
+        self._joined = False  # the first answer of each rank says that it has
+
+    def _start(self, number: int) -> _Rank:
+        # What torchrun would set: some peers read it. One thread a rank, as torchrun does.
+        environment = {
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "RANK": str(number),
+            "LOCAL_RANK": str(number),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_WORLD_SIZE": str(self.world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "29500",
+            "HF_HUB_OFFLINE": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        }
+        numbers = [str(number), str(self.world_size), f"{self._folder.name}/store-{self._starts}", self.backend]
+        rank = _Rank(Path(self._folder.name) / f"rank-{number}.log")
+        with rank.theirs, open(rank.log, "w") as log:
+            if self.nursery is not None:
+                self.nursery.fork(numbers, environment, rank.theirs, log.fileno())
+            else:
+                rank.process = subprocess.Popen(
                     [self.peer.python, "-m", "harness.worker", *numbers],
                     cwd=BENCHMARKS,
-                    env=environment,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
+                    env=os.environ | environment,
+                    stdin=rank.theirs,
+                    stdout=log,
                     stderr=log,
-                    text=True,
                 )
-            self._ranks.append(process)
-        self._joined = False  # the first answer of each rank says that it has
+        return rank
 
     def call(self, function: str, **arguments: Any) -> list[Any]:
         """``module:function`` with ``arguments`` (JSON) on every rank at once; what each returned.
 
         Raises:
-            ContenderError: one failed, or took longer than the time limit. The ranks are then stopped, and start anew
-                with the next call.
+            ContenderError: the peer has no such thing; or a rank failed, or took longer than the time limit. After
+                these the ranks are stopped, and start anew with the next call.
         """
         if not self._ranks:
             self.start()
@@ -117,51 +167,48 @@ class Contender:
             self._joined = True
             self._answers()
         line = json.dumps({"function": function, "arguments": arguments}) + "\n"
-        for process in self._ranks:
-            assert process.stdin is not None
-            process.stdin.write(line)
-            process.stdin.flush()
-        return self._answers()
+        for rank in self._ranks:
+            rank.send(line)
+        answers = self._answers()
+        if any("not offered" in answer for answer in answers):
+            raise ContenderError(f"{self.peer.title}: {answers[0]['not offered']}")
+        return [answer["value"] for answer in answers]
 
-    def _answers(self) -> list[Any]:
+    def _answers(self) -> list[dict[str, Any]]:
         deadline = time.monotonic() + self.timeout
-        waiting = {process.stdout: rank for rank, process in enumerate(self._ranks)}
+        waiting = {rank.answers: number for number, rank in enumerate(self._ranks)}
         answers: dict[int, Any] = {}
         while waiting:
             ready, _, _ = select.select(list(waiting), [], [], max(0.0, deadline - time.monotonic()))
             if not ready:
                 self._fail(f"no answer within {self.timeout:g} s")
             for stream in ready:
-                assert stream is not None
-                rank, line = waiting.pop(stream), stream.readline()
+                number, line = waiting.pop(stream), stream.readline()
                 if not line:
-                    self._fail(self._last_words(rank))
-                answers[rank] = json.loads(line)["value"]
-        return [answers[rank] for rank in sorted(answers)]
+                    self._fail(self._last_words(self._ranks[number]))
+                answers[number] = json.loads(line)
+        return [answers[number] for number in sorted(answers)]
 
-    def _fail(self, reason: str) -> None:
+    def _fail(self, reason: str) -> NoReturn:
         self.close()
         raise ContenderError(f"{self.peer.title}: {reason}")
 
-    def _last_words(self, rank: int) -> str:
+    def _last_words(self, rank: _Rank) -> str:
         """The last line of the traceback of a rank that died, or how it died."""
-        code = self._ranks[rank].wait(10)
-        lines = [line.strip() for line in self._log(rank).read_text().splitlines()]
+        log = rank.log.read_text()
+        if not log and self.nursery is not None:
+            log = self.nursery.log.read_text()  # it may not have come to forking it
+        lines = [line.strip() for line in log.splitlines()]
         spoken = [line for line in lines if "Error" in line.split(":")[0] or "Exception" in line.split(":")[0]]
-        return spoken[-1][:600] if spoken else f"rank {rank} ended with exit code {code}: {' '.join(lines[-2:])[:400]}"
-
-    def _log(self, rank: int) -> Path:
-        return Path(self._folder.name) / f"rank-{rank}.log"
+        if spoken:
+            return spoken[-1][:600]
+        code = f" with exit code {rank.process.wait(10)}" if rank.process is not None else ""
+        return f"a rank ended{code}: {' '.join(lines[-2:])[:400]}"
 
     def close(self) -> None:
         """Stop the ranks."""
-        for process in self._ranks:
-            process.kill()
-        for process in self._ranks:
-            process.wait()
-            for stream in (process.stdin, process.stdout):
-                if stream is not None:
-                    stream.close()
+        for rank in self._ranks:
+            rank.close()
         self._ranks = []
 
     def __enter__(self) -> Self:

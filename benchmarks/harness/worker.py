@@ -1,7 +1,7 @@
 """One rank of a contender: ``python -m harness.worker RANK WORLD_SIZE STORE BACKEND``, in the contender's interpreter.
 
-Reads one JSON call per line from standard input and answers with one JSON line. A call that raises ends the rank; the
-other side finds the traceback in its log.
+Standard input is a socket: one JSON call per line comes in, one JSON line goes out. A call that raises ends the rank,
+unless it says that the peer has no such thing; the other side finds the traceback in its log.
 """
 
 from __future__ import annotations
@@ -15,30 +15,36 @@ import threading
 import traceback
 from datetime import timedelta
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn, TextIO
+
+from harness.layouts import NotOfferedError
 
 
-def main() -> None:
+def main() -> NoReturn:
     rank, world_size, store, backend = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
-    # Libraries print; the answers go out on a descriptor of their own.
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
+    asked, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(0), "w", buffering=1)
     sys.excepthook = _die
     if backend != "none":
         join(rank, world_size, store, backend)
     answers.write(json.dumps({"value": "ready"}) + "\n")
     calls: queue.Queue[str] = queue.Queue()
-    threading.Thread(target=_read, args=(calls,), daemon=True).start()
+    threading.Thread(target=_read, args=(asked, calls), daemon=True).start()
     while True:
-        call = json.loads(calls.get())
-        module, _, name = call["function"].partition(":")
-        value = vars(importlib.import_module(module))[name](**call["arguments"])
-        answers.write(json.dumps({"value": value}) + "\n")
+        answers.write(json.dumps(answer_to(json.loads(calls.get()))) + "\n")
 
 
-def _read(calls: queue.Queue[str]) -> None:
+def answer_to(call: dict[str, Any]) -> dict[str, Any]:
+    """What goes back for a call: ``value``, or ``not offered`` and why."""
+    module, _, name = call["function"].partition(":")
+    try:
+        return {"value": vars(importlib.import_module(module))[name](**call["arguments"])}
+    except NotOfferedError as error:  # by all ranks alike, before anything was done
+        return {"not offered": str(error)}
+
+
+def _read(asked: TextIO, calls: queue.Queue[str]) -> None:
     """Hand the calls on; end this rank, even in the middle of a collective, when the other side is gone."""
-    for line in sys.stdin:
+    for line in asked:
         calls.put(line)
     os._exit(0)
 

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from harness.contenders import Contender, ContenderError, Peer
+from harness import worker
+from harness.contenders import HANDWRITTEN, Contender, ContenderError, Peer, nurseries
 from harness.counting import Call, CollectiveCounter
 from harness.dtensor_ops import DTensorOperations
+from harness.layouts import NotOfferedError
 from harness.saved_tensors import SavedTensors
 from harness.statistics import in_turns, ratio
 from report import render
@@ -66,6 +68,35 @@ def test_a_contender_that_fails_says_why_and_starts_anew() -> None:
         with pytest.raises(ContenderError, match=r"Nobody: FileNotFoundError: .*no-such-file"):
             contender.call("os:stat", path="/no-such-file")
         assert contender.call("os.path:basename", p="/a/b") == ["b"]
+
+
+def test_a_nursery_forks_ranks_that_join_fail_and_start_anew() -> None:
+    with nurseries([HANDWRITTEN]) as forks, Contender(HANDWRITTEN, 2, nursery=forks[HANDWRITTEN]) as contender:
+        first = contender.call("os:getpid")
+        assert len(set(first)) == 2
+        assert contender.call("os:getppid") == [forks[HANDWRITTEN].pid] * 2
+        assert contender.call("torch.distributed:get_rank") == [0, 1]
+        assert contender.call("os:getenv", key="RANK") == ["0", "1"]
+        with pytest.raises(ContenderError, match=r"FileNotFoundError: .*no-such-file"):
+            contender.call("os:stat", path="/no-such-file")
+        assert not set(first) & set(contender.call("os:getpid"))
+
+
+def test_a_peer_that_cannot_be_imported_says_why() -> None:
+    peer = Peer("no_such_peer", "Nobody")
+    raised = pytest.raises(ContenderError, match=r"ModuleNotFoundError: .*no_such_peer")
+    with nurseries([peer]) as forks, Contender(peer, nursery=forks[peer]) as contender, raised:
+        contender.call("os:getpid")
+
+
+def test_what_a_peer_does_not_offer_does_not_end_its_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise NotOfferedError("there is no such thing")
+
+    monkeypatch.setattr(sys.modules[__name__], "refuse", refuse, raising=False)
+    assert worker.answer_to({"function": f"{__name__}:refuse", "arguments": {}}) == {
+        "not offered": "there is no such thing"
+    }
 
 
 def test_a_peer_that_is_not_installed_is_named() -> None:

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig
 
 from shardwright import init_pretrained, load_pretrained, save_pretrained
-from shardwright.checkpoint.folder import SLICE_BYTES
+from shardwright.checkpoint.slices import SLICE_BYTES
 from shardwright.verify.ranks import RankPool
 
 MB = 2**20

@@ -6,6 +6,7 @@ import logging
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,13 +15,16 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from shardwright.checkpoint.conversion import LoadPlan, Reading
-from shardwright.checkpoint.folder import Entry, SliceReader, element_size, split_box
+from shardwright.checkpoint.folder import Entry
 from shardwright.checkpoint.initial import Initialiser
 from shardwright.checkpoint.layout import Box, owned_parts
+from shardwright.checkpoint.slices import SliceReader, open_slices, split_box
 from shardwright.checkpoint.together import rank_and_world
 from shardwright.errors import CheckpointError
 
 log = logging.getLogger(__name__)
+
+Read = Callable[[Tensor], object]  # puts values into a tensor of their shape
 
 
 def to_empty(model: nn.Module, device: torch.device | str) -> None:
@@ -76,16 +80,20 @@ def _some(names: tuple[str, ...]) -> str:
 def fill_from_folder(model: nn.Module, folder: Path, entries: Mapping[str, Entry], plan: LoadPlan) -> int:
     """Read this rank's part of every tensor that ``plan`` has a reading for; returns the bytes read."""
     tensors = model.state_dict(keep_vars=True)
-    order = sorted(plan.readings, key=lambda name: (entries[plan.readings[name].entries[0]].file, name))
+    order = sorted(plan.readings, key=lambda name: _place(entries[plan.readings[name].entries[0]]))
     filled: set[int] = set()
-    with SliceReader(folder, entries) as reader:
+    with open_slices(folder, entries) as reader:
         for name in order:
             tensor = tensors[name]
-            place = _refuse_if_different(name) if id(tensor) in filled else _copy
-            _each_part(tensor, plan.readings[name], reader, entries, place)
+            take = _refuse_if_different(name) if id(tensor) in filled else _fill
+            _each_part(tensor, plan.readings[name], reader, entries, take)
             filled.add(id(tensor))
     log.info("read %.3f GB from %s", reader.bytes_read / 1e9, folder)
     return reader.bytes_read
+
+
+def _place(entry: Entry) -> tuple[str, int]:
+    return entry.file, entry.offset
 
 
 def _each_part(
@@ -93,16 +101,16 @@ def _each_part(
     reading: Reading,
     reader: SliceReader,
     entries: Mapping[str, Entry],
-    place: Callable[[Tensor, Tensor], None],
+    take: Callable[[Tensor, Read], None],
 ) -> None:
-    """Call ``place(part of the local tensor, its value)`` for all of this rank's part of ``tensor``."""
+    """Call ``take(part of the local tensor, what reads its values)`` for all of this rank's part of ``tensor``."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     parts = owned_parts(tensor)
     if reading.lazy is None:
         whole = reading.compute(reader.whole) if parts else None
         for part in parts:
             assert whole is not None
-            place(local[part.local], whole[part.whole])
+            take(local[part.local], _copies(whole[part.whole]))
         return
     for part in parts:
         for source in reading.lazy.sources:
@@ -110,10 +118,10 @@ def _each_part(
             if mine is None:
                 continue
             entry = entries[mine.name]
-            for box in split_box(mine.source_box(), entry.shape, element_size(entry)):
+            for box in split_box(mine.source_box(), entry.shape, entry.dtype.itemsize):
                 piece = mine.cut(box)
-                value = piece.show(reader.read(piece.name, box))
-                place(local[_shifted(piece.box(), part.whole, part.local)], value)
+                target = local[_shifted(piece.box(), part.whole, part.local)]
+                take(piece.as_entry(target), partial(reader.read, piece.name, box))
 
 
 def _shifted(box: Box, whole: Box, local: Box) -> Box:
@@ -121,13 +129,19 @@ def _shifted(box: Box, whole: Box, local: Box) -> Box:
     return tuple(slice(cut.start + shift, cut.stop + shift) for cut, shift in zip(box, shifts, strict=True))
 
 
-def _copy(target: Tensor, value: Tensor) -> None:
-    target.copy_(value)
+def _copies(value: Tensor) -> Read:
+    return lambda into: into.copy_(value)
 
 
-def _refuse_if_different(name: str) -> Callable[[Tensor, Tensor], None]:
-    def compare(target: Tensor, value: Tensor) -> None:
-        if not torch.equal(target, value.to(target.device, target.dtype)):
+def _fill(target: Tensor, read: Read) -> None:
+    read(target)
+
+
+def _refuse_if_different(name: str) -> Callable[[Tensor, Read], None]:
+    def compare(target: Tensor, read: Read) -> None:
+        value = torch.empty_like(target)
+        read(value)
+        if not torch.equal(target, value):
             raise CheckpointError(
                 f"The config ties {name} to another weight, but the files hold different values for the two. Set "
                 "tie_word_embeddings to false in config.json to load both."

@@ -1,38 +1,31 @@
-"""A folder of safetensors files: what is in it, and slices of it. Nothing here unpickles anything."""
+"""A folder of safetensors files: what is in it. Nothing here unpickles anything."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
-from shardwright.checkpoint.layout import Box
 from shardwright.errors import CheckpointError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-SLICE_BYTES = 64 * 2**20  # the most host memory that reading takes
-_MAPPED = SLICE_BYTES // 2  # of a file at once; a slice whose rows lie apart is copied out of that, as much again
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a folder."""
+    """One tensor of a folder; its values lie in ``file`` from the byte ``offset`` on, the last dim first."""
 
     file: str
+    offset: int
     shape: tuple[int, ...]
-    dtype: str  # as safetensors writes it: "F32", "BF16", ...
+    dtype: torch.dtype
 
 
 def open_folder(path: Path) -> dict[str, Entry]:
@@ -91,11 +84,22 @@ def is_plain_name(file: str) -> bool:
 
 def _entries(path: Path, file: str) -> dict[str, Entry]:
     try:
-        with safe_open(path / file, framework="pt") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
-            return {name: Entry(file, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
-    except SafetensorError as error:
+        with safe_open(path / file, framework="pt") as opened:  # checks the header, and that the file has all values
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+            offsets = _offsets(path / file)
+            return {
+                name: Entry(file, offsets[name], tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()
+            }
+    except (SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path / file} is damaged: {error}. Fetch or copy it again.") from error
+
+
+def _offsets(file: Path) -> dict[str, int]:
+    """Where the values of each tensor begin, in bytes: safetensors reads the header, but does not tell."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    return {name: 8 + length + told["data_offsets"][0] for name, told in header.items() if name != "__metadata__"}
 
 
 def _nothing_to_read(path: Path) -> str:
@@ -113,102 +117,3 @@ def _nothing_to_read(path: Path) -> str:
             "read, so they are not read. Convert the model to safetensors once, on a machine you can lose."
         )
     return f"{path} has neither {SINGLE} nor {INDEX}, so it holds no weights."
-
-
-class SliceReader:
-    """Reads boxes of the tensors in a folder.
-
-    The files are mapped into memory, and mapped anew before they count for more than 32 MB of this process's memory.
-    Boxes that :func:`split_box` makes keep to that.
-
-    Attributes:
-        bytes_read: size of all boxes read so far.
-    """
-
-    def __init__(self, path: Path, entries: Mapping[str, Entry]) -> None:
-        self.bytes_read = 0
-        self._path = path
-        self._entries = entries
-        self._stack = ExitStack()
-        self._open: tuple[str, Any] | None = None
-        self._since_opened = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._close()
-
-    def read(self, name: str, box: Box) -> Tensor:
-        """A box of the tensor ``name``, on the CPU. It lies in the file: use it before the next call, then drop it.
-
-        Raises:
-            CheckpointError: the file cannot be read (any more).
-        """
-        entry = self._entries[name]
-        span = _span(box, entry.shape) * element_size(entry)
-        try:
-            opened = self._file(entry.file, span)
-            value = opened.get_slice(name)[box] if box else opened.get_tensor(name)
-        except SafetensorError as error:
-            raise CheckpointError(f"Cannot read {name} from {self._path}: {error}.") from error
-        self.bytes_read += value.numel() * value.element_size()
-        self._since_opened += span
-        return value
-
-    def whole(self, name: str) -> Tensor:
-        """All of the tensor ``name``, in memory of its own."""
-        box = tuple(slice(0, size) for size in self._entries[name].shape)
-        whole = torch.empty(self._entries[name].shape, dtype=self.read(name, tuple(slice(0, 0) for _ in box)).dtype)
-        for part in split_box(box, whole.shape, whole.element_size()):
-            whole[part] = self.read(name, part)
-        return whole
-
-    def _file(self, file: str, more: int) -> Any:
-        if self._open is not None and self._open[0] == file and self._since_opened + more <= _MAPPED:
-            return self._open[1]
-        self._close()
-        self._open = (file, self._stack.enter_context(safe_open(self._path / file, framework="pt")))
-        return self._open[1]
-
-    def _close(self) -> None:
-        self._stack.close()
-        self._open = None
-        self._since_opened = 0
-
-
-def split_box(box: Box, shape: Sequence[int], element_size: int) -> list[Box]:
-    """``box`` of an array of ``shape`` in pieces, cut along its first dims; an empty box gives none.
-
-    From the first byte of a piece to its last there are at most 32 MB in the file: a few columns of a wide matrix touch
-    all of its pages.
-    """
-    sizes = [part.stop - part.start for part in box]
-    if 0 in sizes:
-        return []
-    if _span(box, shape) * element_size <= _MAPPED:
-        return [box]
-    dim = next(i for i, size in enumerate(sizes) if size > 1)
-    rows = max(1, _MAPPED // (prod(shape[dim + 1 :]) * element_size))
-    first, stop = box[dim].start, box[dim].stop
-    cuts = [slice(start, min(start + rows, stop)) for start in range(first, stop, rows)]
-    return [piece for cut in cuts for piece in split_box((*box[:dim], cut, *box[dim + 1 :]), shape, element_size)]
-
-
-def _span(box: Box, shape: Sequence[int]) -> int:
-    """Elements from the first of ``box`` to its last, in an array of ``shape`` as it lies in memory."""
-    span, stride = 1, 1
-    for part, size in zip(reversed(box), reversed(shape), strict=True):
-        if part.stop <= part.start:
-            return 0
-        span += (part.stop - part.start - 1) * stride
-        stride *= size
-    return span
-
-
-def element_size(entry: Entry) -> int:
-    """Bytes per element; "BF16" and "F8_E4M3" carry their number of bits."""
-    bits = re.search(r"\d+", entry.dtype)
-    return max(1, int(bits.group()) // 8) if bits else 1

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from shardwright.checkpoint.layout import Box
 
-Read = Callable[[str, Box], Tensor]
-
 
 class NotLazyError(TypeError):
     """An op that does more than move boxes."""
@@ -91,11 +89,13 @@ class Source:
         """Where it lies in the lazy tensor."""
         return tuple(slice(first, first + extent) for first, extent in zip(self.at, self.shape, strict=True))
 
-    def show(self, value: Tensor) -> Tensor:
-        """``value`` (this box, as the entry has it) as the lazy tensor shows it; a view."""
-        shown = [dim for dim in self.dims if dim is not None]
-        hidden = [dim for dim in range(value.ndim) if dim not in shown]
-        return value.permute((*shown, *hidden)).reshape(self.shape)
+    def as_entry(self, shown: Tensor) -> Tensor:
+        """``shown`` (this box, as the lazy tensor shows it) as the entry has it; a view."""
+        dims = [dim for dim in self.dims if dim is not None]
+        hidden = [dim for dim in range(len(self.size)) if dim not in dims]
+        kept = shown[tuple(0 if dim is None else slice(None) for dim in self.dims)]
+        all_dims = [*dims, *hidden]
+        return kept[(..., *[None] * len(hidden))].permute([all_dims.index(dim) for dim in range(len(self.size))])
 
 
 class LazyTensor:

@@ -40,7 +40,7 @@ def load_pretrained(
 ) -> PreTrainedModel:
     """A sharded model with the weights in ``path``; every rank reads the slices it owns and nothing else.
 
-    Collective: every rank calls it. Host memory on top of the shards: one slice of at most 64 MB (where transformers'
+    Collective: every rank calls it. Host memory on top of the shards: a buffer of 4 MB (where transformers'
     conversion rule for a weight computes values, instead of only putting tensors together: that one whole weight).
     Afterwards no tensor is on meta or uninitialised, and tied weights are tied. Entries of the files that the model
     does not use are logged as a warning.

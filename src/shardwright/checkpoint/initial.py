@@ -165,6 +165,8 @@ def _filler(dtype: torch.dtype) -> float | int | bool:
 def _is_blank(value: Tensor) -> bool:
     """Whether some of ``value`` was left as :func:`_blank` made it. Not known for booleans: never, then."""
     filler = _filler(value.dtype)
-    if filler is True:
+    if filler is True or not value.numel():
         return False
-    return bool((value.isnan() if filler != filler else value == filler).any())
+    if filler == filler:
+        return bool(value.amin() == filler)
+    return bool((torch.view_as_real(value) if value.is_complex() else value).amax().isnan())  # NaN wins; no mask is made

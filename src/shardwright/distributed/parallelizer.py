@@ -19,7 +19,7 @@ from shardwright.distributed.apply import megatron_fsdp
 from shardwright.distributed.apply.activation_checkpointing import apply_activation_checkpointing
 from shardwright.distributed.apply.agreement import check_agreement
 from shardwright.distributed.apply.compile import apply_compile
-from shardwright.distributed.apply.fsdp2 import shard_blocks, shard_root
+from shardwright.distributed.apply.fsdp2 import shard_root, shard_units
 from shardwright.distributed.apply.megatron_fsdp import Options as MegatronOptions
 from shardwright.distributed.apply.tensor_parallel import apply_tensor_parallel
 from shardwright.distributed.apply.unshard import unshard_fsdp2_model
@@ -32,6 +32,7 @@ from shardwright.distributed.models.resolve import resolve
 from shardwright.distributed.models.resolved import ResolvedPlan
 from shardwright.distributed.models.sources import CustomPlan, choose_plan, huggingface_styles
 from shardwright.distributed.models.structure import block_names, numbers_to_globs, shared_parts
+from shardwright.distributed.models.units import unit_names
 from shardwright.distributed.styles import make_style
 from shardwright.distributed.styles.torch_styles import asks_for_sequence_parallel
 
@@ -143,13 +144,14 @@ def apply_fsdp2_sharding_recursively(
     """Make every repeated block in ``module`` an FSDP2 unit, in place.
 
     Each list's last block stays gathered after forward, since backward needs it at once. Lists of single layers are
-    left alone; a block that several lists share is one unit.
+    left alone; a block that several lists share is one unit. Of a block that is used while it does not run (its parent
+    calls its children), the parts that are not become units.
 
     Args:
         mesh: one-dimensional for FSDP, ``replicate x shard`` for HSDP.
         mp_policy: its ``output_dtype`` is left to the root unit.
     """
-    shard_blocks(module, mesh, mp_policy, offload_policy)
+    shard_units(module, unit_names(module), mesh, mp_policy, offload_policy)
 
 
 def fsdp2_strategy_parallelize(
@@ -219,11 +221,11 @@ def parallelize_model(
     axes = axes or Axes()
     refuse_context_parallel(device_mesh)
     dp_mesh = data_parallel_mesh(device_mesh, axes.dp_replicate, axes.dp_shard_cp)
-    shared = [name for parts in shared_parts(model) for name in parts]
-    units = [*block_names(model), *shared] if mp_policy is not None else []
-    _before_sharding(model, device_mesh, axis(device_mesh, axes.tp), config, plan or config.plan, units)
+    blocks = unit_names(model) if mp_policy is not None or _one_by_one(config) else []
+    units = [] if mp_policy is None else [*blocks, *(name for parts in shared_parts(model, blocks) for name in parts)]
+    _before_sharding(model, device_mesh, axis(device_mesh, axes.tp), config, plan or config.plan, units, blocks)
     if mp_policy is not None:
-        apply_fsdp2_sharding_recursively(model, dp_mesh, mp_policy, offload_policy)
+        shard_units(model, blocks, dp_mesh, mp_policy, offload_policy)
         shard_root(model, dp_mesh, mp_policy, offload_policy)
     return model
 
@@ -299,19 +301,35 @@ def parallelize_with_megatron_fsdp(
     plan: Plan = None,
 ) -> tuple[nn.Module, torch.optim.Optimizer | None]:
     """All steps in their order, with Megatron-FSDP as the last."""
-    prepared = megatron_fsdp.prepare(model, device_mesh, optimizer, options)
+    blocks = unit_names(model)
+    prepared = megatron_fsdp.prepare(model, device_mesh, optimizer, options, blocks)
     tp_mesh = axis(device_mesh, options.tp_mesh_name)
-    _before_sharding(model, device_mesh, tp_mesh, config, plan or config.plan, prepared.unit_names)
+    _before_sharding(model, device_mesh, tp_mesh, config, plan or config.plan, prepared.unit_names, blocks)
     return prepared.shard()
 
 
+def _one_by_one(config: ParallelConfig) -> bool:
+    """Whether blocks are recomputed or compiled one by one."""
+    return config.activation_checkpointing != "none" or config.compile
+
+
 def _before_sharding(
-    model: nn.Module, mesh: DeviceMesh, tp_mesh: DeviceMesh, config: ParallelConfig, plan: Plan, units: list[str]
+    model: nn.Module,
+    mesh: DeviceMesh,
+    tp_mesh: DeviceMesh,
+    config: ParallelConfig,
+    plan: Plan,
+    units: list[str],
+    blocks: list[str],
 ) -> None:
-    """Everything up to the data-parallel sharding: tensor parallelism, activation checkpointing, compilation."""
+    """Everything up to the data-parallel sharding: tensor parallelism, activation checkpointing, compilation.
+
+    Args:
+        units: what gathers its parameters for itself.
+        blocks: what is recomputed or compiled, if anything is.
+    """
     resolved = _resolved(model, tp_mesh, plan, config.sequence_parallel)
     check_agreement(model, mesh, repr(resolved))
-    blocks = block_names(model)
     checkpointed = blocks if config.activation_checkpointing != "none" else []
     if resolved is not None:
         # What gathers its parameters, or runs twice, sees to its whole parameters by itself.

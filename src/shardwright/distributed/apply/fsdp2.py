@@ -22,25 +22,31 @@ from shardwright.distributed.models.structure import block_names, owns_parameter
 from shardwright.errors import PlanError
 
 
-def shard_blocks(
+def shard_units(
     module: nn.Module,
+    units: list[str],
     mesh: DeviceMesh,
     mp_policy: MixedPrecisionPolicy | None,
     offload_policy: OffloadPolicy | None = None,
 ) -> None:
-    """Make every repeated block of ``module`` an FSDP2 unit, in place.
+    """Make the named modules FSDP2 units, in place.
 
-    All blocks of a list reshard after forward except the last, whose parameters backward needs at once. A block that
-    several lists share is one unit; so are the parts of several blocks that hold the same parameters.
+    All units of a list of blocks reshard after forward except the last, whose parameters backward needs at once. A
+    block that several lists share is one unit; so are the parts of several blocks that hold the same parameters.
+
+    Args:
+        units: the blocks of ``module``, or parts of them (:func:`.units.unit_names`).
     """
     # What a block returns goes on in the compute dtype; only the root casts.
     inner = replace(mp_policy, output_dtype=None) if mp_policy is not None else None
-    names = [name for name in block_names(module) if not isinstance(module.get_submodule(name), FSDPModule)]
+    names = [name for name in units if not isinstance(module.get_submodule(name), FSDPModule)]
+    blocks = block_names(module)
     lists: dict[str, str] = {}
     for name in names:
-        lists[name.rpartition(".")[0]] = name
+        around = next(block for block in blocks if f"{name}.".startswith(f"{block}."))
+        lists[around.rpartition(".")[0]] = name
     last = set(lists.values())
-    for parts in shared_parts(module):
+    for parts in shared_parts(module, names):
         _shard([module.get_submodule(name) for name in parts], mesh, inner, offload_policy, reshard_after_forward=True)
     for name in names:
         block = module.get_submodule(name)

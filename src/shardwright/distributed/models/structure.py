@@ -37,14 +37,14 @@ def block_names(model: nn.Module) -> list[str]:
     return names
 
 
-def shared_parts(model: nn.Module) -> list[list[str]]:
-    """The largest modules inside different blocks that hold the same parameters (Zamba's shared transformer).
+def shared_parts(model: nn.Module, blocks: Iterable[str]) -> list[list[str]]:
+    """The largest modules inside different ``blocks`` that hold the same parameters (Zamba's shared transformer).
 
     Returns:
         The names of the modules of every such set.
     """
     holders: dict[frozenset[int], dict[str, str]] = {}
-    for block in block_names(model):
+    for block in blocks:
         for name, part in model.get_submodule(block).named_modules(prefix=block):
             if key := frozenset(id(param) for param in part.parameters()):
                 holders.setdefault(key, {}).setdefault(block, name)

@@ -16,6 +16,8 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from shardwright.errors import PlanError
+
 Forward = Callable[..., Any]
 
 
@@ -99,11 +101,20 @@ def parameters_as(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[Non
 
 
 def local_parameters(module: nn.Module) -> dict[str, Tensor]:
-    """The module's own parameters as this rank's local tensors, differentiable."""
+    """The module's own parameters as this rank's local tensors, differentiable.
+
+    Raises:
+        PlanError: FSDP2 has not gathered them.
+    """
     summed = module.__dict__.get("_summed_parameters")  # set by styles.gradient_sum
     local: dict[str, Any] = {}
     for name, param in cast(dict[str, Any], module._parameters).items():
         if isinstance(param, DTensor):
+            if param.device_mesh.ndim > 1:
+                raise PlanError(
+                    f"{original_class(module).__name__} runs while its {name} is not gathered: the FSDP2 unit that it "
+                    "is in does not run. Call the parallelized model itself, not a part of it."
+                )
             local[name] = summed.local(param) if summed is not None and name in summed.names else param.to_local()
         elif param is not None:
             local[name] = param  # its unit has made it local

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,11 +62,18 @@ def check_config(config: ParallelConfig, device_type: str) -> None:
 
 
 def prepare(
-    model: nn.Module, mesh: DeviceMesh, optimizer: Optimizer | None = None, options: Options | None = None
+    model: nn.Module,
+    mesh: DeviceMesh,
+    optimizer: Optimizer | None = None,
+    options: Options | None = None,
+    blocks: Sequence[str] | None = None,
 ) -> Prepared:
     """Check that ``model`` can be sharded over ``mesh``. Changes nothing and communicates nothing.
 
     Called before tensor parallelism, which replaces the parameters that ``optimizer`` holds.
+
+    Args:
+        blocks: as for :func:`.units.unit_classes`.
 
     Raises:
         UnsupportedError: the package or a GPU is missing, or the model has something that it cannot shard.
@@ -91,7 +99,7 @@ def prepare(
                 "Convert the model, or use engine: fsdp2."
             )
     names = [] if optimizer is None else names_before_sharding(model, optimizer)
-    return Prepared(model, mesh, options, unit_classes(model, options.nvfsdp_unit_modules), optimizer, names)
+    return Prepared(model, mesh, options, unit_classes(model, options.nvfsdp_unit_modules, blocks), optimizer, names)
 
 
 def attach_optimizer(model: nn.Module, optimizer: Optimizer) -> Optimizer:

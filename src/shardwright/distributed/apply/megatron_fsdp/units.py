@@ -14,19 +14,22 @@ from shardwright.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 
-def unit_classes(model: nn.Module, chosen: Sequence[str | type[nn.Module]] | None) -> list[type[nn.Module]]:
+def unit_classes(
+    model: nn.Module, chosen: Sequence[str | type[nn.Module]] | None, blocks: Sequence[str] | None = None
+) -> list[type[nn.Module]]:
     """The classes whose modules are units.
 
     Args:
-        chosen: classes or dotted paths to them; None takes the model's repeated blocks, or, where it has none, the
-            whole model as one unit.
+        chosen: classes or dotted paths to them; None takes those of ``blocks``, or, where there are none, the whole
+            model as one unit.
+        blocks: names of the modules that can be units; None takes the model's repeated blocks.
 
     Raises:
         ConfigError: none of ``chosen`` can be imported, or none of them is in the model.
     """
     if chosen is None:
-        blocks = list(dict.fromkeys(type(model.get_submodule(name)) for name in block_names(model)))
-        return blocks or [type(model)]
+        names = block_names(model) if blocks is None else blocks
+        return list(dict.fromkeys(type(model.get_submodule(name)) for name in names)) or [type(model)]
     if isinstance(chosen, str):
         raise ConfigError(f"nvfsdp_unit_modules is the string {chosen!r}; it must be a list of class paths.")
     classes = _import(chosen)

@@ -100,8 +100,8 @@ class Study:
         return self.hollow.repeats.kind_of(self.hollow.repeats.original_name(hollow_name))
 
     def usable(self, hollow_name: str) -> bool:
-        """Whether all that touches the stub's weight is its own forward."""
-        return hollow_name not in self.record.exposed
+        """Whether all that touches the weights of the stub's kind is their own forwards."""
+        return self.kind(hollow_name) not in map(self.kind, self.record.exposed)
 
     def attempt(self, extra: Sharding) -> Finding | None:
         """What the ranks show when ``extra`` is added to what has been decided; None where it is not exact."""

@@ -1,4 +1,5 @@
-"""Experts in batched parameters, which a plan that was read off the dataflow leaves whole: cut as transformers says.
+"""Experts in batched parameters that a plan leaves whole (one that was read off the dataflow, or one of transformers'
+that is silent about them): cut as transformers says.
 
 What such experts do with their parameters is no linear layer, so the dataflow does not see through it. transformers'
 configs say for each such module how tensor parallelism cuts it (a slice of every expert), or how expert parallelism

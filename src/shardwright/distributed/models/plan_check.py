@@ -57,16 +57,16 @@ def why_not_exact(model: nn.Module, resolved: ResolvedPlan) -> str | None:
 
     None as well where the model cannot be played: its inputs cannot be guessed, or its code is not deterministic.
     """
-    played = _full_run(model, resolved)
+    played = playable(model, resolved)
     if played is None:
         return None
     hollow, inputs, record = played
     try:
-        sharding = _sharding(hollow, resolved)
+        sharding = sharding_of(hollow, resolved)
     except Unplayable:
         return None
     try:
-        with _local_sizes(hollow, resolved):
+        with local_sizes(hollow, resolved):
             some_ranks_forward(hollow, record, inputs, sharding, resolved.tp)
             finding = rank_runs(hollow, record, inputs, sharding, resolved.tp)
     except Mismatch as error:
@@ -76,7 +76,7 @@ def why_not_exact(model: nn.Module, resolved: ResolvedPlan) -> str | None:
     return _undeclared(hollow, resolved, finding) or _overdeclared(hollow, resolved, record, finding)
 
 
-def _full_run(model: nn.Module, resolved: ResolvedPlan) -> tuple[Hollow, Inputs, Record] | None:
+def playable(model: nn.Module, resolved: ResolvedPlan) -> tuple[Hollow, Inputs, Record] | None:
     """A run that comes out the same when it is played again with nothing cut."""
     for inputs in candidate_inputs(model):
         hollow = hollow_copy(model)
@@ -106,7 +106,8 @@ def _uniform(hollow: Hollow, resolved: ResolvedPlan) -> bool:
 
 
 @contextmanager
-def _local_sizes(hollow: Hollow, resolved: ResolvedPlan) -> Iterator[None]:
+def local_sizes(hollow: Hollow, resolved: ResolvedPlan) -> Iterator[None]:
+    """The attributes of the copy's modules are those of a rank inside."""
     with ExitStack() as stack:
         for name, module in hollow.model.named_modules():
             if values := resolved.attributes.get(hollow.repeats.original_name(name)):
@@ -119,8 +120,12 @@ def _told(hollow: Hollow, name: str) -> str:
     return hollow.repeats.original_name(name) if known else f"the model's {name}"
 
 
-def _sharding(hollow: Hollow, resolved: ResolvedPlan) -> Sharding:
-    """The plan in the terms of the play."""
+def sharding_of(hollow: Hollow, resolved: ResolvedPlan) -> Sharding:
+    """The plan in the terms of the play.
+
+    Raises:
+        Unplayable: it says something for which there are none.
+    """
     sharding = Sharding()
     names = {name: hollow.repeats.original_name(name) for name, _ in hollow.model.named_modules()}
     summing = _inside_summing(resolved)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from shardwright.distributed.models.complete import completed
 from shardwright.distributed.models.plan_check import why_not_exact
 from shardwright.distributed.models.resolve import resolve
 from shardwright.distributed.models.resolved import ResolvedPlan
@@ -22,7 +23,8 @@ def plan_and_resolve(
 ) -> tuple[ParallelPlan, ResolvedPlan]:
     """The plan that applies, and what it means for ``model`` on ``tp`` ranks; exact, as far as it can be played.
 
-    A plan of transformers that turns out not to be exact gives way to one that is read off the model's dataflow.
+    A plan of transformers that turns out not to be exact gives way to one that is read off the model's dataflow; one
+    that is, but leaves whole what could be cut, is completed from it.
 
     Args:
         custom: as for :func:`shardwright.distributed.models.sources.choose_plan`.
@@ -36,7 +38,7 @@ def plan_and_resolve(
         return plan, resolved
     reason = why_not_exact(model, resolved)
     if reason is None:
-        return plan, resolved
+        return _completed(model, plan, resolved) if plan.source == "huggingface" else (plan, resolved)
     if plan.source != "huggingface":
         raise PlanError(
             f"The plan ({plan.source}) does not compute what {type(model).__name__} computes: played on {tp} ranks, "
@@ -49,3 +51,12 @@ def plan_and_resolve(
     derived = derive_plan(model, tp=tp)
     derived = replace(derived, notes=(f"{note}.", *derived.notes))
     return derived, resolve(model, derived, tp, sequence_parallel=sequence_parallel)
+
+
+def _completed(model: nn.Module, plan: ParallelPlan, resolved: ResolvedPlan) -> tuple[ParallelPlan, ResolvedPlan]:
+    """A plan of transformers with what it does not mention, where all of it together is exact."""
+    more = completed(model, plan, resolved)
+    if more is None:
+        return plan, resolved
+    both = resolve(model, more, resolved.tp, sequence_parallel=resolved.sequence_parallel)
+    return (plan, resolved) if why_not_exact(model, both) else (more, both)

@@ -41,6 +41,14 @@ class Answers:
 
 def answers(model: nn.Module, study: Study) -> Answers:
     """Styles of every kind of module that has one."""
+    found = region_answers(study)
+    _ends(model, study, found)
+    _gather(study, found)
+    return found
+
+
+def region_answers(study: Study) -> Answers:
+    """What the regions that run on slices ask for."""
     found = Answers()
     sharding, finding, kind = study.sharding, study.finding, study.kind
     for name, cut in sharding.cuts_out.items():
@@ -62,8 +70,6 @@ def answers(model: nn.Module, study: Study) -> Answers:
     for name, argument in sharding.widths.items():
         known = found.arguments.get(kind(name), ())
         found.arguments[kind(name)] = tuple(dict.fromkeys([*known, f"{argument}:{WIDTH}"]))
-    _ends(model, study, found)
-    _gather(study, found)
     return found
 
 
@@ -123,17 +129,17 @@ def make_plan(model: nn.Module, study: Study, groups: list[Group]) -> ParallelPl
     repeats = study.hollow.repeats
     modules = [name for name, _ in model.named_modules()]
     parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    styles = _globs(modules + parameters, found.styles, repeats)
+    styles = globs(modules + parameters, found.styles, repeats)
     return ParallelPlan(
         styles,
-        local_attributes=_globs(modules, found.attributes, repeats),
-        local_arguments=_globs(modules, found.arguments, repeats),
+        local_attributes=globs(modules, found.attributes, repeats),
+        local_arguments=globs(modules, found.arguments, repeats),
         source=f"dataflow (tp={study.size})",
-        notes=tuple(_notes(model, study, groups, found)),
+        notes=tuple(notes(model, study, groups, found)),
     )
 
 
-def _globs(names: Iterable[str], by_kind: dict[str, T], repeats: Repeats) -> dict[str, T]:
+def globs(names: Iterable[str], by_kind: dict[str, T], repeats: Repeats) -> dict[str, T]:
     """One entry per glob where all that it matches agree, else one per name; in the model's order."""
     answer = {name: by_kind.get(repeats.kind_of(name)) for name in names if name}
     matching: dict[str, set[T | None]] = {}
@@ -149,9 +155,10 @@ def _globs(names: Iterable[str], by_kind: dict[str, T], repeats: Repeats) -> dic
     return result
 
 
-def _notes(model: nn.Module, study: Study, groups: list[Group], found: Answers) -> list[str]:
+def notes(model: nn.Module, study: Study, groups: list[Group], found: Answers) -> list[str]:
+    """A sentence per group of regions, and one per layer that is cut although its region is whole."""
     bytes_each = next((p.element_size() for p in model.parameters()), 4)
-    notes = []
+    said = []
     for group in groups:
         region = group.regions[0]
         written = any(name in study.sharding.cuts_in for name, _ in region.outs)
@@ -160,18 +167,18 @@ def _notes(model: nn.Module, study: Study, groups: list[Group], found: Answers) 
         outs = _short(study, (name for name, _ in region.outs))
         ins = _short(study, (name for name, _ in region.ins))
         if group.sharding is not None:
-            notes.append(f"{outs} -> {ins}: runs on slices{_how(study, group)}.")
+            said.append(f"{outs} -> {ins}: runs on slices{_how(study, group)}.")
             continue
         kinds = {study.kind(name) for name, _ in (*region.outs, *region.ins)} & set(found.gathered)
         cost = sum(found.gathered.get(kind, 0) for kind in kinds) * bytes_each
         if kinds and len(region.ins) <= 4:
-            notes.append(f"{outs} -> {ins}: whole on every rank, {group.reason}; its layers' weights are cut.")
+            said.append(f"{outs} -> {ins}: whole on every rank, {group.reason}; its layers' weights are cut.")
             found.gathered = {kind: moved for kind, moved in found.gathered.items() if kind not in kinds}
-            notes[-1] = notes[-1][:-1] + f", which moves {cost} bytes per token and step."
+            said[-1] = said[-1][:-1] + f", which moves {cost} bytes per token and step."
     for kind, moved in found.gathered.items():
         cost = moved * bytes_each
-        notes.append(f"{_readable(kind)}: weight cut, output whole; moves {cost} bytes per token and step.")
-    return list(dict.fromkeys(notes))
+        said.append(f"{_readable(kind)}: weight cut, output whole; moves {cost} bytes per token and step.")
+    return list(dict.fromkeys(said))
 
 
 def _how(study: Study, group: Group) -> str:

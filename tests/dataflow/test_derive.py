@@ -15,6 +15,8 @@ from shardwright.distributed.models.dataflow import derive_plan
 from shardwright.distributed.models.resolve import resolve
 from shardwright.distributed.models.sources import huggingface_plan
 from shardwright.distributed.plan import ParallelPlan
+from shardwright.verify.source import load_config
+from shardwright.verify.tiny import build, shrunk_config
 
 GATHERED = ("colwise_gather_output", "rowwise_split_input")
 REGION_STYLES = ("colwise", "packed_colwise", "packed_colwise:3", "rowwise")
@@ -332,3 +334,9 @@ class OnlyTrains(Between):
 def test_a_model_that_runs_in_training_mode_only() -> None:
     model = OnlyTrains(nn.Sequential(nn.SiLU(), nn.Dropout(0.5)))
     assert derive_plan(model, torch.randn(2, 5, 16)).styles["first"] == "colwise"
+
+
+def test_a_text_model_that_does_not_run_without_an_image() -> None:
+    plan = derive_plan(build(shrunk_config(load_config("blip"))))
+    assert plan.styles["text_decoder.bert.encoder.layer.*.crossattention.self.key"] == "colwise"
+    assert plan.styles["vision_model.encoder.layers.*.mlp.fc2"] == "rowwise"

@@ -1,4 +1,4 @@
-"""Embeddings cut over the vocabulary whose class does more than look ids up."""
+"""Embeddings that are cut: those whose class does more than look ids up, and those beside the input embedding."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn import functional
 
 from shardwright import ParallelConfig
+from shardwright.distributed.models.planning import plan_and_resolve
+from shardwright.distributed.models.sources import choose_plan
 from shardwright.distributed.parallelizer import fsdp2_strategy_parallelize
 from shardwright.distributed.styles import make_style
 from shardwright.errors import PlanError
-from shardwright.verify.ranks import shared_mesh
+from shardwright.verify.public import case_of
+from shardwright.verify.ranks import RankPool, shared_mesh
+from shardwright.verify.run import run_case
 
 VOCABULARY, WIDTH, SPECIAL = 11, 8, 7
 
@@ -87,3 +91,23 @@ def test_what_a_cut_table_cannot_do_is_refused(style: str, option: str) -> None:
     table = nn.Embedding(8, 4, **{option: True})
     with pytest.raises(PlanError, match=r"words.*'replicate'"):
         make_style(style).check(table, "words", 2)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_a_table_for_every_layer_is_cut_too(ranks4: RankPool, sequence_parallel: bool) -> None:
+    config = ParallelConfig(tp=2, dp_shard=2, sequence_parallel=sequence_parallel)
+    case = case_of("gemma3n_text", config)
+    _, resolved = plan_and_resolve(case.build(), None, 2)
+    assert resolved.modules["model.embed_tokens_per_layer"].style == "embedding_colwise"
+    report = ranks4.run(run_case, case)[0]
+    assert report.exact, report
+
+
+def test_tables_that_are_small_or_tied_stay_whole() -> None:
+    model = case_of("gemma3n_text", ParallelConfig(tp=2)).build()
+    model.model.embed_tokens_per_layer = nn.Embedding(8, 4)
+    assert "model.embed_tokens_per_layer" not in choose_plan(model).styles
+    model.model.embed_tokens_per_layer = nn.Embedding(*model.model.embed_tokens.weight.shape)
+    assert choose_plan(model).styles["model.embed_tokens_per_layer"] == "embedding_colwise"
+    model.model.embed_tokens_per_layer.weight = model.lm_head.weight
+    assert "model.embed_tokens_per_layer" not in choose_plan(model).styles

@@ -11,7 +11,10 @@ import torch
 
 from shardwright.verify.compare import EXACT, Report, compare, relative_error
 from shardwright.verify.precision import computing_in
+from shardwright.verify.sharded import text_parameters
+from shardwright.verify.source import load_config
 from shardwright.verify.step import Trace
+from shardwright.verify.tiny import build, shrunk_config
 
 
 @pytest.fixture
@@ -108,3 +111,13 @@ def test_float64_is_float64_throughout() -> None:
     assert torch.get_default_dtype() == torch.float32
     with computing_in(torch.float32):
         assert x.float().dtype == torch.float32
+
+
+@pytest.mark.parametrize(("model_type", "tower"), [("chameleon", "model.vqmodel."), ("llava", "model.vision_tower.")])
+def test_towers_do_not_count_as_text(model_type: str, tower: str) -> None:
+    model = build(shrunk_config(load_config(model_type)))
+    counted = text_parameters(model)
+    assert "lm_head.weight" in counted
+    assert any("layers.1.mlp" in name for name in counted)
+    assert any(name.startswith(tower) for name, _ in model.named_parameters())
+    assert not any(name.startswith(tower) for name in counted)

@@ -76,7 +76,8 @@ def get_hf_tp_shard_plan(model: nn.Module) -> dict[str, ParallelStyle]:
     """The Hugging Face tensor-parallel plan of ``model`` as ``{glob over module names: ParallelStyle}``.
 
     Merges the class's ``_tp_plan``, the instance's and the inner text model's (with its prefix), later ones winning.
-    The input embedding is added, sharded over the vocabulary, where the plan lacks it; a head that would gather its
+    The input embedding is added, sharded over the vocabulary, where the plan lacks it (a second table of its size,
+    Gemma's embeddings for every layer, over the features); a head that would gather its
     output keeps the logits sharded (a DTensor, ``Shard(-1)``) for loss parallelism.
 
     Raises:

@@ -15,16 +15,28 @@ def tp_sharded_fraction(model: nn.Module) -> float:
     A matrix is a parameter of two or more dimensions. Of a model that is not from transformers, all count. A tower for
     images or audio does not: it is FSDP's to shard.
     """
-    parts = [""]
-    if isinstance(model, PreTrainedModel):
-        text = text_model(model)[0]
-        parts = [text, head_name(model) or text]
+    everything = {name for name, _ in model.named_parameters()}
+    counted = text_parameters(model) if isinstance(model, PreTrainedModel) else everything
     total = split = 0
     for name, parameter in model.named_parameters():
-        if parameter.ndim < 2 or not any(not part or name.startswith(f"{part}.") for part in parts):
+        if parameter.ndim < 2 or name not in counted:
             continue
         total += parameter.numel()
         if isinstance(parameter, DTensor) and "tp" in (names := parameter.device_mesh.mesh_dim_names or ()):
             # Strided shards (packed weights) are no subclass of Shard in every version of torch.
             split += 0 if parameter.placements[names.index("tp")].is_replicate() else parameter.numel()
     return split / total if total else 0.0
+
+
+def text_parameters(model: PreTrainedModel) -> set[str]:
+    """Names of the parameters of the text model and the head; models within the text model are towers."""
+    text, inner = text_model(model)
+    head = head_name(model) or text
+    inside = [name for name, part in inner.named_modules() if part is not inner and isinstance(part, PreTrainedModel)]
+    towers = tuple(f"{text}.{name}." if text else f"{name}." for name in inside)
+    names = [name for name, _ in model.named_parameters()]
+    return {
+        name
+        for name in names
+        if (not text or name.startswith((f"{text}.", f"{head}."))) and not name.startswith(towers)
+    }

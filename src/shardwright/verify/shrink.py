@@ -74,6 +74,7 @@ SIZES = _rules(
     (r".*(head_dim|head_size|dim_head|kv_channels|d_head|d_kv|headdim)", HEAD_DIM),
     (r".*(_rank|lowrank)", 8),
     # The rest of the widths.
+    (r"hidden_size_per_layer_input", HEAD_DIM),
     (r".*(intermediate|ffn|mlp)_?(hidden_|multiple_)?(size|dim)(_mlp)?|d_inner|dim_ff|dff|d_ff|n_inner", 96),
     (r"feed_forward_size", 96),
     (r".*(hidden_size(_global)?|d_model|embed_dim|embedding_(size|dim)|hidden_dim|proj_dim|projection_dim)", WIDTH),

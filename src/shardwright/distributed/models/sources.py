@@ -6,6 +6,7 @@ An error in the source that applies is an error: no other source is tried in its
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def choose_plan(model: nn.Module, custom: CustomPlan | None = None, tp: int = 2)
     elif (optimized := optimized_plan(model)) is not None:
         plan, why = optimized, "Shardwright has a tuned plan for this model type"
     elif (huggingface := huggingface_plan(model)) is not None and cuts_layers(model, huggingface):
-        plan, why = huggingface, "transformers has a plan for this model's blocks"
+        plan, why = with_experts(model, huggingface, tp), "transformers has a plan for this model's blocks"
     else:
         from shardwright.distributed.models.dataflow import derive_plan  # not needed by models that have a plan
 
@@ -141,7 +142,10 @@ def huggingface_styles(model: nn.Module) -> dict[str, str]:
 
 
 def _with_ends(model: nn.Module, styles: dict[str, str]) -> dict[str, str]:
-    """A plan with the embedding sharded over the vocabulary where it is missing, and the logits left sharded."""
+    """A plan with the embedding sharded over the vocabulary where it is missing, and the logits left sharded.
+
+    Other tables of at least its size (Gemma's embeddings for every layer) are cut over the features, which moves less.
+    """
     head, embedding = head_name(model), embedding_name(model)
     modules = dict(model.named_modules())
     styles = dict(styles)
@@ -154,4 +158,27 @@ def _with_ends(model: nn.Module, styles: dict[str, str]) -> dict[str, str]:
         module = modules[embedding]
         if isinstance(module, nn.Embedding) and module.max_norm is None:
             styles[embedding] = "embedding_rowwise"
+    for name in _large_tables(model, embedding):
+        if not any(match_names(glob, [name]) for glob in styles):
+            styles[name] = "embedding_colwise"
     return styles
+
+
+def _large_tables(model: nn.Module, embedding: str | None) -> list[str]:
+    """Untied tables of the text model, outside of its blocks, that are at least as large as its input embedding."""
+    text = text_model(model)[0] if isinstance(model, PreTrainedModel) else ""
+    blocks = tuple(f"{block}." for block in block_names(model))
+    tables = {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    if embedding not in tables:
+        return []
+    owners = Counter(id(param) for module in model.modules() for param in module._parameters.values())
+    return [
+        name
+        for name, table in tables.items()
+        if name != embedding
+        and name.startswith(f"{text}." if text else "")
+        and not name.startswith(blocks)
+        and table.weight.numel() >= tables[embedding].weight.numel()
+        and owners[id(table.weight)] == 1
+        and not (table.max_norm or table.scale_grad_by_freq or table.sparse)
+    ]

@@ -67,11 +67,15 @@ def _from_config(model: PreTrainedModel) -> Iterator[Inputs]:
     name = model.main_input_name
     if name == "input_ids" or "input_ids" in accepted:
         yield Inputs((), {"input_ids": ids, **fixed})
-    if name == "pixel_values":
+    if "pixel_values" in accepted:
         vision = getattr(config, "vision_config", config)
         side, channels = getattr(vision, "image_size", 224), getattr(vision, "num_channels", 3)
         height, width = side if isinstance(side, (tuple, list)) else (side, side)
-        yield Inputs((), {name: torch.randn(2, channels, height, width), **fixed})
+        images = {"pixel_values": torch.randn(BATCH, channels, height, width)}
+        if "input_ids" in accepted:
+            yield Inputs((), {"input_ids": ids, **images, **fixed})
+        if name == "pixel_values":
+            yield Inputs((), {**images, **fixed})
     if name == "input_features":
         bins = getattr(config, "num_mel_bins", 80)
         frames = 2 * getattr(config, "max_source_positions", 50)

@@ -6,6 +6,7 @@ rest. Regions of which it names no layer are decided as where there is no plan a
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 from torch import nn
@@ -17,11 +18,13 @@ from shardwright.distributed.models.dataflow.regions import Region, find_regions
 from shardwright.distributed.models.huggingface import text_model
 from shardwright.distributed.models.plan_check import Unplayable, local_sizes, playable, sharding_of
 from shardwright.distributed.models.resolved import ResolvedPlan
-from shardwright.distributed.models.structure import block_names
+from shardwright.distributed.models.structure import block_names, numbers_to_globs
 from shardwright.distributed.plan import ParallelPlan
 
 # Layers without a style that hold less than this share of the blocks' linear layers are not worth a look (routers).
 WORTH_A_LOOK = 1 / 20
+# Whole matrices that are less than this share of the blocks' need no word in the report.
+WORTH_A_WORD = 1 / 20
 
 
 def completed(model: nn.Module, plan: ParallelPlan, resolved: ResolvedPlan) -> ParallelPlan | None:
@@ -66,11 +69,36 @@ def completed(model: nn.Module, plan: ParallelPlan, resolved: ResolvedPlan) -> P
     )
 
 
+def left_whole(model: nn.Module, resolved: ResolvedPlan) -> list[str]:
+    """A sentence about the matrices in the text model's blocks that every rank keeps whole, where they are many."""
+    blocks, whole, total = _text_blocks(model), Counter[str](), 0
+    for name, module in model.named_modules():
+        if not name.startswith(blocks):
+            continue
+        for own, param in module._parameters.items():
+            if param is None or param.ndim < 2:
+                continue
+            total += param.numel()
+            if own in resolved.whole.get(name, ()):
+                whole[numbers_to_globs(f"{name}.{own}")] += param.numel()
+    share = whole.total() / max(total, 1)
+    if share < WORTH_A_WORD:
+        return []
+    largest = [glob for glob, _ in whole.most_common(3)]
+    more = f" and {len(whole) - len(largest)} more" if len(whole) > len(largest) else ""
+    names = f"{', '.join(largest)}{more}"
+    return [f"{share:.0%} of the blocks' matrices are whole on every rank, since the plan does not cut {names}."]
+
+
+def _text_blocks(model: nn.Module) -> tuple[str, ...]:
+    """The names of the text model's blocks, with a dot behind."""
+    prefix = text_model(model)[0] if isinstance(model, PreTrainedModel) else ""
+    return tuple(f"{name}." for name in block_names(model) if name.startswith(prefix))
+
+
 def _layers_without_style(model: nn.Module, plan: ParallelPlan, resolved: ResolvedPlan) -> list[str]:
     """The linear layers in the text model's blocks that no rule names; none where they hold too little to matter."""
-    prefix = text_model(model)[0] if isinstance(model, PreTrainedModel) else ""
-    blocks = tuple(f"{name}." for name in block_names(model) if name.startswith(prefix))
-    layers, left, total = [], 0, 0
+    blocks, layers, left, total = _text_blocks(model), [], 0, 0
     for name, module in model.named_modules():
         if not name.startswith(blocks):
             continue

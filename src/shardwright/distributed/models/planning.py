@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from shardwright.distributed.models.complete import completed
+from shardwright.distributed.models.complete import completed, left_whole
 from shardwright.distributed.models.plan_check import why_not_exact
 from shardwright.distributed.models.resolve import resolve
 from shardwright.distributed.models.resolved import ResolvedPlan
@@ -32,6 +32,15 @@ def plan_and_resolve(
     Raises:
         PlanError: the plan cannot be read, does not fit the model or ``tp``, or is not exact.
     """
+    plan, resolved = _exact(model, custom, tp, sequence_parallel=sequence_parallel)
+    if tp > 1:
+        resolved.notes += left_whole(model, resolved)
+    return plan, resolved
+
+
+def _exact(
+    model: nn.Module, custom: CustomPlan | None, tp: int, *, sequence_parallel: bool
+) -> tuple[ParallelPlan, ResolvedPlan]:
     plan = choose_plan(model, custom, tp)
     resolved = resolve(model, plan, tp, sequence_parallel=sequence_parallel)
     if tp == 1 or (custom is None and plan.tp == tp):  # one that was derived just now has been played

@@ -1,7 +1,8 @@
 """The differentiable collectives that tensor and sequence parallelism are made of.
 
-Each changes how one tensor is laid out over a group of ranks, and its backward is the transpose of that change. The
-names are Megatron-LM's (Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models").
+Each changes how one tensor is laid out over a group of ranks, and its backward is the transpose of that change: another
+of them, so that gradients can be differentiated too. The names are Megatron-LM's (Korthikanti et al. 2022, "Reducing
+Activation Recomputation in Large Transformer Models").
 
 Words: a *replicated* tensor is whole and equal on every rank, and so is its gradient. A *sequence shard* is this rank's
 chunk, in ``torch.chunk``'s sizes, so lengths that the ranks do not divide work. A gradient is *partial* when the true
@@ -92,7 +93,7 @@ class _CopyToRegion(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return all_reduce(grad, ctx.group), None
+        return reduce_from_region(grad, ctx.group), None
 
 
 class _Join(torch.autograd.Function):
@@ -108,11 +109,12 @@ class _Join(torch.autograd.Function):
 class _ReduceFromRegion(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
         return all_reduce(x, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+        return copy_to_region(grad, ctx.group), None
 
 
 class _Gather(torch.autograd.Function):
@@ -123,19 +125,18 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        back = reduce_scatter if ctx.partial_grad else local_chunk
-        return back(grad, ctx.dim, ctx.group), None, None, None, None
+        return _Scatter.apply(grad, ctx.dim, ctx.group, ctx.partial_grad), None, None, None, None
 
 
 class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, group: Group, partial: bool) -> Tensor:
-        ctx.dim, ctx.group, ctx.length = dim, group, x.size(dim)
+        ctx.dim, ctx.group, ctx.length, ctx.partial = dim, group, x.size(dim), partial
         return (reduce_scatter if partial else local_chunk)(x, dim, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return all_gather(grad, ctx.dim, ctx.length, ctx.group), None, None, None
+        return gather(grad, ctx.dim, ctx.length, ctx.group, partial_grad=ctx.partial), None, None, None
 
 
 def copy_to_region(x: Tensor, group: Group) -> Tensor:
@@ -181,25 +182,28 @@ class _SumGradients(torch.autograd.Function):
     def forward(ctx: Any, group: Group, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.group = group
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
+        # Nothing is saved: a checkpointed block that runs again by itself has not the same calls of this function.
+        ctx.like = [(t.shape, t.dtype, t.device) for t in tensors]
         return tuple(t.view_as(t) for t in tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
         # Summed in float32 at least: the buffers are small, and bf16 sums lose what FSDP's fp32 reduction keeps.
         # A number per tensor says on how many ranks it was used: one that none has used has no gradient.
-        parts = [torch.zeros_like(t) if g is None else g for t, g in zip(tensors, grads, strict=True)]
-        used = torch.tensor([float(grad is not None) for grad in grads], device=tensors[0].device)
+        shapes, dtypes, devices = zip(*ctx.like, strict=True)
+        parts = [
+            torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad
+            for grad, (shape, dtype, device) in zip(grads, ctx.like, strict=True)
+        ]
+        used = torch.tensor([float(grad is not None) for grad in grads], device=devices[0])
         dtype = reduce(torch.promote_types, (part.dtype for part in parts), torch.float32)
-        flat = all_reduce(torch.cat([used.to(dtype), *(part.reshape(-1).to(dtype) for part in parts)]), ctx.group)
+        whole = torch.cat([used.to(dtype), *(part.reshape(-1).to(dtype) for part in parts)])
+        flat = reduce_from_region(whole, ctx.group)
         used, *pieces = flat.split([len(grads), *(part.numel() for part in parts)])
+        sums = [piece.view(shape).to(own) for piece, shape, own in zip(pieces, shapes, dtypes, strict=True)]
         if all(grad is not None for grad in grads):
-            return None, *(piece.view_as(t).to(t.dtype) for piece, t in zip(pieces, tensors, strict=True))
-        return None, *(
-            piece.view_as(t).to(t.dtype) if count else None
-            for piece, t, count in zip(pieces, tensors, used.tolist(), strict=True)
-        )
+            return None, *sums
+        return None, *(total if count else None for total, count in zip(sums, used.tolist(), strict=True))
 
 
 def sum_gradients(tensors: list[Tensor], group: Group) -> list[Tensor]:

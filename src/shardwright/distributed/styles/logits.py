@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from shardwright.distributed.styles import collectives as c
 from shardwright.distributed.styles.implicit import ImplicitDTensor, mark
 from shardwright.distributed.styles.layout import sharded
+from shardwright.errors import UnsupportedError
 
 
 class ShardedLogits(ImplicitDTensor):
@@ -79,12 +80,22 @@ class _TokenLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        _once()
         probabilities, index, mine = ctx.saved_tensors
         result = probabilities - ctx.smoothing / ctx.vocabulary
         if result.shape[-1]:
             hit = torch.where(mine, ctx.smoothing - 1.0, 0.0).to(result.dtype)
             result.scatter_add_(-1, index.unsqueeze(-1), hit.unsqueeze(-1))
         return result.mul_(grad.unsqueeze(-1)), None, None, None, None, None
+
+
+def _once() -> None:
+    """Raise in a backward that is itself to be differentiated."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise UnsupportedError(
+            "The gradient of a loss on sharded logits cannot be differentiated again (create_graph=True). Compute the "
+            "loss on whole ones: out.logits.full_tensor()."
+        )
 
 
 def _local_index(target: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
@@ -146,6 +157,7 @@ class _LogSoftmax(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        _once()
         (result,) = ctx.saved_tensors
         return grad - result.exp() * c.all_reduce(grad.sum(-1), ctx.group).unsqueeze(-1), None
 

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from shardwright.distributed.apply.megatron_fsdp import Options
 from shardwright.distributed.config import ParallelConfig, Precision
-from shardwright.distributed.mesh import make_mesh, refuse_context_parallel
+from shardwright.distributed.mesh import axis, make_mesh, refuse_context_parallel
 from shardwright.distributed.parallelizer import parallelize_model, parallelize_with_megatron_fsdp
 
 
@@ -37,7 +37,7 @@ def parallelize(model: nn.Module, config: ParallelConfig, mesh: DeviceMesh | Non
         parallelize_with_megatron_fsdp(model, mesh, config, Options.from_config(config, meta=meta))
         return model  # the package's wrapper stands behind its forward
     # One data-parallel rank in float32 has nothing to shard and nothing to cast.
-    needless = mesh["dp_cp"].size() == 1 and config.precision == Precision()
+    needless = axis(mesh, "dp_cp").size() == 1 and config.precision == Precision()
     return parallelize_model(model, mesh, config, mp_policy=None if needless else mixed_precision(config.precision))
 
 

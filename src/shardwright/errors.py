@@ -26,6 +26,13 @@ class UnsupportedError(ShardwrightError, NotImplementedError):
     """Something Shardwright knows about and does not do; the message names it."""
 
 
+class MissingPackageError(UnsupportedError, AssertionError, ValueError, ImportError):
+    """A package that what was asked for needs, and that is not installed.
+
+    It is an ``AssertionError`` as well because code written for the original module catches that.
+    """
+
+
 class RunError(ShardwrightError, RuntimeError):
     """A run that started and could not go on: a rank that died, a loss that is no number."""
 

@@ -10,11 +10,20 @@ from steps import assert_same_step
 from tiny_models import batch, build
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, SequenceParallel
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    PrepareModuleOutput,
+    RowwiseParallel,
+    SequenceParallel,
+)
 
 from shardwright import ParallelConfig
+from shardwright.distributed.models.planning import plan_and_resolve
 from shardwright.distributed.parallelizer import fsdp2_strategy_parallelize
 from shardwright.distributed.styles import make_style
+from shardwright.distributed.styles.torch_styles import asks_for_sequence_parallel
 from shardwright.verify.ranks import RankPool, shared_mesh
 
 BLOCK = "model.layers.*"
@@ -70,7 +79,23 @@ def strings_and_objects(sequence_parallel: bool) -> dict[str, Any]:
     }
 
 
-PLANS = (automodel_plan, gathered_head, only_the_mlp, strings_and_objects)
+def torchtitan_plan(sequence_parallel: bool) -> dict[str, Any]:
+    """With layouts at the boundaries of whole modules, DTensors inside the blocks, and norms split over heads."""
+    whole = PrepareModuleInput(
+        input_kwarg_layouts={"hidden_states": Shard(1)}, desired_input_kwarg_layouts={"hidden_states": Replicate()}
+    )
+    plan = automodel_plan(sequence_parallel) | {
+        f"{BLOCK}.mlp": PrepareModuleInput(
+            input_layouts=(Shard(1) if sequence_parallel else Replicate(),), desired_input_layouts=(Replicate(),)
+        ),
+        f"{BLOCK}.mlp.up_proj": ColwiseParallel(use_local_output=False),
+        f"{BLOCK}.mlp.gate_proj": ColwiseParallel(use_local_output=False),
+        "model": PrepareModuleOutput(output_layouts=(Replicate(),), desired_output_layouts=(Replicate(),)),
+    }
+    return plan | ({f"{BLOCK}.self_attn": whole} if sequence_parallel else {})
+
+
+PLANS = (automodel_plan, gathered_head, only_the_mlp, strings_and_objects, torchtitan_plan)
 
 
 def _torch_styles(families: list[str]) -> None:
@@ -83,7 +108,7 @@ def _torch_styles(families: list[str]) -> None:
                 names = [name for name, _ in model.named_parameters()]
                 plan = make(sequence_parallel)
                 # The flag and the layouts of the plan both ask for sequence parallelism; either is enough.
-                flag = sequence_parallel and make is not automodel_plan
+                flag = sequence_parallel and make not in (automodel_plan, torchtitan_plan)
                 returned = fsdp2_strategy_parallelize(
                     model, shared_mesh(config), MixedPrecisionPolicy(), sequence_parallel=flag, tp_shard_plan=plan
                 )
@@ -140,3 +165,18 @@ def _from_a_path(path: str) -> None:
 
 def test_a_plan_at_a_dotted_path(ranks2: RankPool, plan_module: str) -> None:
     ranks2.run(_from_a_path, plan_module)
+
+
+def test_a_norm_that_is_split_over_heads_is_no_sequence_parallelism() -> None:
+    plan = automodel_plan(False) | {f"{BLOCK}.self_attn.{name}_norm": SequenceParallel(sequence_dim=2) for name in "qk"}
+    assert not asks_for_sequence_parallel(plan.values())
+    resolved = plan_and_resolve(build("qwen3"), plan, 2)[1]
+    assert resolved.summed.keys() == {f"model.layers.{i}.self_attn.{name}_norm" for i in (0, 1) for name in "qk"}
+
+
+def test_layouts_at_the_input_of_a_module_ask_for_sequence_parallelism() -> None:
+    whole = PrepareModuleInput(input_layouts=(Shard(1), None), desired_input_layouts=(Replicate(), None))
+    assert asks_for_sequence_parallel([whole])
+    assert not asks_for_sequence_parallel(
+        [PrepareModuleOutput(output_layouts=Shard(1), desired_output_layouts=Shard(1))]
+    )

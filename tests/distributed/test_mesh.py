@@ -119,3 +119,43 @@ def test_local_shapes_on_512_ranks(fake_world: Callable[..., None]) -> None:
         assert parameter.is_meta, name
         share = 256 if parameter.ndim == 2 else 32
         assert parameter.to_local().numel() * share == parameter.numel(), name
+
+
+def test_axes_of_one_rank_may_be_missing(fake_world: Callable[..., None]) -> None:
+    fake_world(8)
+    two = init_device_mesh("cpu", (4, 2), mesh_dim_names=("data", "model"))
+    model = fsdp2_strategy_parallelize(build("llama"), two, dp_shard_cp_mesh_name="data", tp_mesh_name="model")
+    weight = model.model.layers[0].mlp.up_proj.weight
+    assert (weight.device_mesh.ndim, weight.to_local().shape) == (2, (6, 32))
+    one = init_device_mesh("cpu", (8,), mesh_dim_names=("dp_shard_cp",))
+    weight = fsdp2_strategy_parallelize(build("llama"), one).lm_head.weight
+    assert (weight.device_mesh.ndim, weight.placements[0].is_shard()) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "names", "message"),
+    [
+        (
+            (2, 2, 2),
+            ("pp", "dp_shard_cp", "tp"),
+            r"8 ranks.*dp_shard_cp \(2\) x tp \(2\), have 4.*no axis 'dp_replicate'",
+        ),
+        ((4, 2), ("dp", "tp"), r"8 ranks.*tp \(2\), have 2.*no axis 'dp_replicate' and no axis 'dp_shard_cp'"),
+        ((4, 2), ("dp_shard_cp", "tensor"), r"8 ranks.*have 4.*no axis 'tp'"),
+        ((4, 2), None, r"8 ranks.*none of them.*Pass the names"),
+    ],
+)
+def test_an_axis_that_nothing_uses(
+    fake_world: Callable[..., None], sizes: tuple[int, ...], names: tuple[str, ...] | None, message: str
+) -> None:
+    """Ranks along it would each train a model of their own."""
+    fake_world(8)
+    with pytest.raises(ConfigError, match=message):
+        fsdp2_strategy_parallelize(build("llama"), init_device_mesh("cpu", sizes, mesh_dim_names=names))
+
+
+def test_a_foreign_mesh_for_parallelize(fake_world: Callable[..., None]) -> None:
+    fake_world(4)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    with pytest.raises(ConfigError, match=r"no axis 'dp_cp'.*make_mesh"):
+        parallelize(build("llama"), ParallelConfig(tp=2), mesh)

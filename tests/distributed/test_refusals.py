@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from tiny_models import batch, build
 from torch import nn
-from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, PrepareModuleInput, RowwiseParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardwright import ParallelConfig, parallelize
@@ -17,15 +17,24 @@ from shardwright.distributed.parallelizer import fsdp2_strategy_parallelize
 from shardwright.errors import PlanError
 from shardwright.verify.ranks import RankPool, shared_mesh
 
+
+class Unknown(ParallelStyle):
+    """A style that its user wrote."""
+
+    def _apply(self, module: nn.Module, device_mesh: Any) -> nn.Module:
+        return module
+
+
 BLOCK = "model.layers.*"
 PLANS: dict[str, tuple[dict[str, Any], str]] = {
     "a glob that matches nothing": ({f"{BLOCK}.self_attn.q_porj": "colwise"}, "q_porj.*Did you mean.*q_proj"),
     "a glob for another model": ({"transformer.h.*.attn.c_attn": "colwise"}, "c_attn.*LlamaForCausalLM"),
     "a torch style that matches nothing": ({"model.layer.*.mlp.up_proj": ColwiseParallel()}, "matches no module"),
     "an unknown style": ({f"{BLOCK}.mlp.up_proj": "colwize"}, "colwize.*Known styles"),
-    "a torch style without a counterpart": (
-        {f"{BLOCK}.mlp": PrepareModuleInput(input_layouts=None, desired_input_layouts=None)},
-        "PrepareModuleInput",
+    "a torch style without a counterpart": ({f"{BLOCK}.mlp": Unknown()}, "Unknown"),
+    "a layout for a module that is not there": (
+        {f"{BLOCK}.mpl": PrepareModuleInput(input_layouts=None, desired_input_layouts=None)},
+        "mpl.*Did you mean.*mlp",
     ),
     "a linear style on a norm": ({"model.norm": "rowwise"}, "rowwise.*model.norm"),
     "an embedding style on a linear": ({"lm_head": "embedding_rowwise"}, "embedding_rowwise.*lm_head"),
@@ -93,6 +102,30 @@ def _too_many_ranks() -> None:
 
 def test_heads_and_a_second_call(ranks2: RankPool) -> None:
     ranks2.run(_too_many_ranks)
+
+
+def _parameters_that_would_lose_something() -> list[str]:
+    messages = []
+    for config in (ParallelConfig(tp=2), ParallelConfig(dp_shard=2)):
+        hooked, after, scalar = (build("llama") for _ in range(3))
+        hooked.model.norm.weight.register_hook(lambda grad: 2 * grad)
+        after.lm_head.weight.register_post_accumulate_grad_hook(lambda param: None)
+        scalar.register_parameter("scale", nn.Parameter(torch.tensor(2.0)))
+        models = {"model.norm.weight has a gradient hook": hooked, "lm_head.weight has a gradient hook": after}
+        models |= {"scale has no dim": scalar} if config.tp == 1 else {}
+        for pattern, model in models.items():
+            before = _state(model)
+            with Collectives() as seen, pytest.raises(PlanError, match=pattern) as caught:
+                parallelize(model, config, shared_mesh(config))
+            assert not seen.names
+            assert _state(model) == before
+            messages.append(str(caught.value))
+    return messages
+
+
+def test_parameters_that_sharding_would_strip(ranks2: RankPool) -> None:
+    first, second = ranks2.run(_parameters_that_would_lose_something)
+    assert first == second
 
 
 def _different(what: str, config: ParallelConfig) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -58,21 +60,50 @@ def axis(mesh: DeviceMesh, name: str) -> DeviceMesh:
     Raises:
         ConfigError: the mesh has no such axis.
     """
-    try:
-        return mesh[name]
-    except KeyError as error:
+    found = axis_or_none(mesh, name)
+    if found is None:
         raise ConfigError(
             f"The mesh {mesh} has no axis {name!r}. Make it with shardwright.make_mesh, or pass the names that yours "
             "has."
-        ) from error
+        )
+    return found
+
+
+def axis_or_none(mesh: DeviceMesh, name: str) -> DeviceMesh | None:
+    """The same; None where the mesh has no such axis."""
+    try:
+        return mesh[name] if mesh.mesh_dim_names else None
+    except KeyError:
+        return None
 
 
 def data_parallel_mesh(mesh: DeviceMesh, replicate: str, shard: str) -> DeviceMesh:
     """The mesh FSDP2 works on: ``shard`` alone where nothing is replicated, else ``replicate x shard`` (HSDP)."""
-    shards = axis(mesh, shard)
-    if axis(mesh, replicate).size() == 1:
+    shards, replicas = axis(mesh, shard), axis_or_none(mesh, replicate)
+    if replicas is None or replicas.size() == 1:
         return shards
     return mesh[replicate, shard]
+
+
+def check_every_axis_used(mesh: DeviceMesh, names: tuple[str, ...]) -> None:
+    """Raise unless the axes called ``names`` tell all ranks of ``mesh`` apart; an axis that is missing has one rank.
+
+    Along an axis that nothing uses (pipeline stages, a name mistyped) every rank would train a model of its own.
+
+    Raises:
+        ConfigError: with the sizes.
+    """
+    found = {name: submesh.size() for name in names if (submesh := axis_or_none(mesh, name)) is not None}
+    if prod(found.values()) == mesh.size():
+        return
+    missing = [name for name in names if name not in found]
+    raise ConfigError(
+        f"The mesh {mesh} has {mesh.size()} ranks, but the axes that are used, "
+        + (" x ".join(f"{name} ({size})" for name, size in found.items()) or "none of them")
+        + f", have {prod(found.values())}"
+        + (f", and it has no axis {' and no axis '.join(map(repr, missing))}. " if missing else ". ")
+        + "Pass the names that your mesh has. Pipeline stages are not supported yet."
+    )
 
 
 def refuse_context_parallel(mesh: DeviceMesh, name: str = "cp") -> None:

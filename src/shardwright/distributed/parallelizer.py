@@ -7,6 +7,7 @@ shard the data-parallel way.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,10 +22,17 @@ from shardwright.distributed.apply.agreement import check_agreement
 from shardwright.distributed.apply.compile import apply_compile
 from shardwright.distributed.apply.fsdp2 import shard_root, shard_units
 from shardwright.distributed.apply.megatron_fsdp import Options as MegatronOptions
+from shardwright.distributed.apply.parameters import check_gradient_hooks, check_scalars
 from shardwright.distributed.apply.tensor_parallel import apply_tensor_parallel
 from shardwright.distributed.apply.unshard import unshard_fsdp2_model
 from shardwright.distributed.config import ParallelConfig
-from shardwright.distributed.mesh import axis, data_parallel_mesh, refuse_context_parallel
+from shardwright.distributed.mesh import (
+    axis,
+    axis_or_none,
+    check_every_axis_used,
+    data_parallel_mesh,
+    refuse_context_parallel,
+)
 from shardwright.distributed.models.heads import check_heads
 from shardwright.distributed.models.imports import import_class_from_path, import_classes_from_paths
 from shardwright.distributed.models.planning import plan_and_resolve
@@ -83,7 +91,8 @@ def get_hf_tp_shard_plan(model: nn.Module) -> dict[str, ParallelStyle]:
     Raises:
         PlanError: the model has no plan.
     """
-    return {glob: make_style(style) for glob, style in huggingface_styles(model).items()}
+    plan = huggingface_styles(model)
+    return _styles_of(plan, optional=plan)
 
 
 def _get_parallel_plan(
@@ -103,13 +112,20 @@ def _get_parallel_plan(
         PlanError: ``tp_shard_plan`` is none of these.
     """
     plan = choose_plan(model, tp_shard_plan)
-    styles: dict[str, ParallelStyle] = {glob: make_style(style) for glob, style in plan.styles.items()}
+    styles = _styles_of(plan.styles, plan.optional)
     if sequence_parallel:
         resolved = resolve(model, plan, tp=1, sequence_parallel=True)
         for name, use in resolved.modules.items():
             if use.style == "sequence_parallel":
                 styles.setdefault(numbers_to_globs(name), make_style("sequence_parallel"))
     return styles
+
+
+def _styles_of(plan: Mapping[str, str], optional: Iterable[str]) -> dict[str, ParallelStyle]:
+    styles = {glob: make_style(style) for glob, style in plan.items()}
+    for glob in optional:
+        styles[glob].optional = True
+    return dict(styles)
 
 
 # Does it fit
@@ -173,7 +189,8 @@ def fsdp2_strategy_parallelize(
 
     Args:
         model: on a device, with equal weights on every rank, or on ``meta``.
-        device_mesh: the root mesh; the three names below are axes (or flattened axes) of it.
+        device_mesh: the root mesh; the three names below are axes (or flattened axes) of it. Those of the replicas and
+            of tensor parallelism may be missing where they would have one rank.
         mp_policy: None is bf16 parameters, fp32 reduction, fp32 output.
         tp_shard_plan: see :func:`_get_parallel_plan`.
 
@@ -182,7 +199,7 @@ def fsdp2_strategy_parallelize(
 
     Raises:
         PlanError: the plan or the heads do not fit; the ranks hold different models.
-        ConfigError: an axis that the mesh does not have.
+        ConfigError: an axis that the mesh does not have, or one of its axes that nothing would use.
         UnsupportedError: a mesh with context parallelism.
     """
     axes = Axes(dp_replicate_mesh_name, dp_shard_cp_mesh_name, tp_mesh_name)
@@ -221,10 +238,15 @@ def parallelize_model(
     """
     axes = axes or Axes()
     refuse_context_parallel(device_mesh)
+    check_every_axis_used(device_mesh, (axes.dp_replicate, axes.dp_shard_cp, axes.tp))
     dp_mesh = data_parallel_mesh(device_mesh, axes.dp_replicate, axes.dp_shard_cp)
+    tp_mesh = axis_or_none(device_mesh, axes.tp)
+    if mp_policy is not None:
+        check_gradient_hooks(model)
+        check_scalars(model)
     blocks = unit_names(model) if mp_policy is not None or _one_by_one(config) else []
     units = [] if mp_policy is None else [*blocks, *(name for parts in shared_parts(model, blocks) for name in parts)]
-    _before_sharding(model, device_mesh, axis(device_mesh, axes.tp), config, plan or config.plan, units, blocks)
+    _before_sharding(model, device_mesh, tp_mesh, config, plan or config.plan, units, blocks)
     if mp_policy is not None:
         shard_units(model, blocks, dp_mesh, mp_policy, offload_policy)
         shard_root(model, dp_mesh, mp_policy, offload_policy)
@@ -302,6 +324,7 @@ def parallelize_with_megatron_fsdp(
     plan: Plan = None,
 ) -> tuple[nn.Module, torch.optim.Optimizer | None]:
     """All steps in their order, with Megatron-FSDP as the last."""
+    check_gradient_hooks(model)
     blocks = unit_names(model)
     prepared = megatron_fsdp.prepare(model, device_mesh, optimizer, options, blocks)
     tp_mesh = axis(device_mesh, options.tp_mesh_name)
@@ -317,7 +340,7 @@ def _one_by_one(config: ParallelConfig) -> bool:
 def _before_sharding(
     model: nn.Module,
     mesh: DeviceMesh,
-    tp_mesh: DeviceMesh,
+    tp_mesh: DeviceMesh | None,
     config: ParallelConfig,
     plan: Plan,
     units: list[str],
@@ -329,10 +352,12 @@ def _before_sharding(
         units: what gathers its parameters for itself.
         blocks: what is recomputed or compiled, if anything is.
     """
-    resolved = _resolved(model, tp_mesh, plan, config.sequence_parallel)
+    resolved = None if tp_mesh is None else _resolved(model, tp_mesh, plan, config.sequence_parallel)
+    if resolved is not None:
+        check_gradient_hooks(model)
     check_agreement(model, mesh, repr(resolved))
     checkpointed = blocks if config.activation_checkpointing != "none" else []
-    if resolved is not None:
+    if resolved is not None and tp_mesh is not None:
         # What gathers its parameters, or runs twice, sees to its whole parameters by itself.
         apply_tensor_parallel(model, tp_mesh, resolved, units=[*units, *checkpointed])
     if checkpointed:

@@ -78,7 +78,8 @@ def check_heads(model: nn.Module, tp: int, name: str = "") -> str | None:
         if query % tp:
             raise PlanError(
                 f"{name or type(model).__name__} has {query} attention heads ({key_value} key-value heads), which "
-                f"tp={tp} does not divide. {sizes_that_work(counts.largest_tp, tp)}"
+                f"tp={tp} does not divide. {sizes_that_work(counts.largest_tp, tp)} (Of num_attention_heads and "
+                "num_key_value_heads in the config, only the former must be divisible by the TP size.)"
             )
     for _, key_value in counts.layers:
         if key_value % tp:

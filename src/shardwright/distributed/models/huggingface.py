@@ -58,19 +58,34 @@ def _name_of(model: nn.Module, module: nn.Module | None) -> str | None:
 def plan_styles(model: nn.Module) -> dict[str, str]:
     """The plan that the model brings along, as globs over the whole model's module names.
 
-    Class plan, then instance plan, then the inner text model's with its prefix; later ones win.
+    Class plan, then instance plan, then the inner text model's with its prefix; later ones win. Where the model cannot
+    be asked for its text model (it is not transformers', but has a ``_tp_plan``): those of all models inside it.
 
     Raises:
         PlanError: the model has none.
     """
-    styles: dict[str, str] = {}
-    if isinstance(model, PreTrainedModel):
-        prefix, inner = text_model(model)
-        below = {f"{prefix}.{glob}" if prefix else glob: style for glob, style in (inner._tp_plan or {}).items()}
-        styles = {**(type(model)._tp_plan or {}), **(model._tp_plan or {}), **below}
+    styles = {**_own_plan(type(model)), **_own_plan(model)}
+    for prefix, inner in _inner_models(model).items():
+        styles |= {f"{prefix}.{glob}" if prefix else glob: style for glob, style in _own_plan(inner).items()}
     if not styles:
         raise PlanError(
-            f"{type(model).__name__} has no tensor-parallel plan of its own. Pass tp_shard_plan (a dict of globs over "
-            "module names to styles), or use tp=1."
+            f"Hugging Face tp plan is not supported for {type(model).__name__}: it has no tensor-parallel plan of its "
+            "own. Pass tp_shard_plan (a dict of globs over module names to styles), or use tp=1."
         )
     return styles
+
+
+def inner_prefix(model: nn.Module) -> str:
+    """The name of the innermost model that brings a plan along; transformers' ``model`` where none does."""
+    return next(reversed(_inner_models(model)), "") or "model"
+
+
+def _own_plan(model: Any) -> dict[str, str]:
+    return getattr(model, "_tp_plan", None) or {}
+
+
+def _inner_models(model: nn.Module) -> dict[str, nn.Module]:
+    if isinstance(model, PreTrainedModel) and _input_embeddings(model) is not None:
+        return dict([text_model(model)])
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    return {name: module for name, module in modules if name and _own_plan(module)}

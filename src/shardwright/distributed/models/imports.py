@@ -35,12 +35,14 @@ def import_class_from_path(name: str) -> Any:
                 raise PathError(f"Importing {path!r} of {name!r} failed: {error}.") from error
             depth -= 1
             break
+        except (ImportError, SyntaxError, OSError) as error:  # a broken module, or one whose library does not load
+            raise PathError(f"Importing {path!r} of {name!r} failed: {error}.") from error
     if depth == 0:
         raise PathError(f"There is no module {parts[0]!r} (in {name!r}).")
     for at in range(depth, len(parts)):
         try:
             found = getattr(found, parts[at])
-        except AttributeError as error:
+        except (AttributeError, ImportError) as error:  # transformers imports a class when it is asked for
             raise PathError(f"{'.'.join(parts[:at])!r} has no {parts[at]!r} (in {name!r}).") from error
     return found
 

@@ -5,8 +5,7 @@ Pure: needs no process group, no GPU and no weights.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 
 from torch import nn
@@ -15,10 +14,11 @@ from torch.distributed.tensor import DTensor
 from shardwright.distributed.models.heads import check_heads
 from shardwright.distributed.models.huggingface import head_name, text_config
 from shardwright.distributed.models.key_values import share_projections
+from shardwright.distributed.models.matching import require_match
 from shardwright.distributed.models.overlay import find_regions, overlay_sequence_parallel
 from shardwright.distributed.models.partial_check import layers_on_whole, modules_on_slices
 from shardwright.distributed.models.resolved import READERS, SHARDED, SUMMING, WRITERS, ResolvedPlan, StyleUse
-from shardwright.distributed.models.structure import block_names, numbers_to_globs, owns_parameters
+from shardwright.distributed.models.structure import block_names, owns_parameters
 from shardwright.distributed.models.ties import Tie, find_ties
 from shardwright.distributed.plan import ParallelPlan, match_names
 from shardwright.distributed.styles import canonical_style, make_style
@@ -88,22 +88,13 @@ def _match(model: nn.Module, modules: dict[str, nn.Module], plan: ParallelPlan, 
         canonical_style(style)
         found = match_names(glob, modules)
         bare = match_names(glob, parameters)
-        if not found and not bare and glob not in plan.optional:
-            raise PlanError(
-                f"{glob!r} in the plan ({plan.source}) matches no module and no parameter of {type(model).__name__}."
-                + _closest(glob, [*modules, *parameters])
-            )
+        if glob not in plan.optional:
+            require_match(glob, [*found, *bare], model, plan.source)
         name, options = canonical_style(style)
         for module in found:
             resolved.modules[module] = StyleUse(name, options, rule=glob)
         for parameter in bare:
             resolved.parameters[parameters[parameter]] = style
-
-
-def _closest(glob: str, names: Iterable[str]) -> str:
-    globs = {numbers_to_globs(name) for name in names if name}
-    close = difflib.get_close_matches(glob, sorted(globs), n=3)
-    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 def _specialise(model: nn.Module, modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:

@@ -17,16 +17,27 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from transformers import PreTrainedModel
 
 from shardwright.distributed.models.experts import cuts_layers, with_experts
-from shardwright.distributed.models.huggingface import embedding_name, head_name, plan_styles, text_config, text_model
-from shardwright.distributed.models.imports import import_class_from_path
+from shardwright.distributed.models.huggingface import (
+    embedding_name,
+    head_name,
+    inner_prefix,
+    plan_styles,
+    text_config,
+    text_model,
+)
+from shardwright.distributed.models.imports import PathError, import_class_from_path
+from shardwright.distributed.models.matching import require_match
 from shardwright.distributed.models.not_cut import NOT_CUT
 from shardwright.distributed.models.structure import block_names
 from shardwright.distributed.plan import ParallelPlan, match_names
 from shardwright.distributed.plans import optimized_plans
-from shardwright.distributed.styles.torch_styles import style_name
+from shardwright.distributed.styles.base import Style
+from shardwright.distributed.styles.torch_styles import LAYOUT_ONLY, style_name
 from shardwright.errors import PlanError
 
 logger = logging.getLogger(__name__)
+
+GATHERED = ("colwise_gather_output", "colwise_rep")
 
 CustomPlan = Mapping[str, ParallelStyle | str] | ParallelPlan | str
 
@@ -73,7 +84,7 @@ def custom_plan(model: nn.Module, custom: CustomPlan) -> ParallelPlan:
         return _named_plan(model, custom)
     if not isinstance(custom, Mapping):
         raise PlanError(f"A plan must be a dict of globs to styles, or a path to one, not a {type(custom).__name__}.")
-    return _plan_from_mapping(custom, "custom: dict")
+    return _plan_from_mapping(model, custom, "custom: dict")
 
 
 def _named_plan(model: nn.Module, name: str) -> ParallelPlan:
@@ -83,22 +94,40 @@ def _named_plan(model: nn.Module, name: str) -> ParallelPlan:
             raise PlanError(f"There is no plan file {name!r}.")
         text = path.read_text()
         return ParallelPlan.from_json(text) if path.suffix == ".json" else ParallelPlan.from_yaml(text)
-    found = import_class_from_path(name)
+    try:
+        found = import_class_from_path(name)
+    except PathError as error:
+        raise PathError(f"Custom parallel plan {name!r} is not valid: {error}") from error
     if isinstance(found, Callable):  # type: ignore[arg-type]
         found = found()
     if isinstance(found, ParallelPlan):
         return found
     if not isinstance(found, Mapping):
         raise PlanError(
-            f"{name!r} is a {type(found).__name__}; a plan must be a dict of globs to styles, or a function that "
-            "returns one."
+            f"Custom parallel plan {name!r} is not valid: it is a {type(found).__name__}, and must be a dict of globs "
+            "to styles, or a function that returns one."
         )
-    return _plan_from_mapping(found, f"custom: {name}")
+    return _plan_from_mapping(model, found, f"custom: {name}")
 
 
-def _plan_from_mapping(styles: Mapping[str, Any], source: str) -> ParallelPlan:
-    names = {glob: style if isinstance(style, str) else style_name(glob, style) for glob, style in styles.items()}
-    return ParallelPlan(names, source=source)
+def _plan_from_mapping(model: nn.Module, styles: Mapping[str, Any], source: str) -> ParallelPlan:
+    names: dict[str, str] = {}
+    for glob, style in styles.items():
+        if isinstance(style, LAYOUT_ONLY):
+            require_match(glob, match_names(glob, dict(model.named_modules())), model, source)
+        else:
+            names[glob] = style if isinstance(style, str) else style_name(glob, style)
+    optional = {glob for glob, style in styles.items() if isinstance(style, Style) and style.optional}
+    if not any(match_names(glob, _inside_blocks(model)) for glob in optional):
+        optional = set()  # a plan that names nothing in the blocks was made for another model
+    return ParallelPlan(names, frozenset(optional), source=source)
+
+
+def _inside_blocks(model: nn.Module) -> list[str]:
+    """The names of all modules and parameters below the blocks."""
+    blocks = tuple(f"{block}." for block in block_names(model))
+    names = [name for name, _ in (*model.named_modules(), *model.named_parameters(remove_duplicate=False))]
+    return [name for name in names if name.startswith(blocks)]
 
 
 def optimized_plan(model: nn.Module) -> ParallelPlan | None:
@@ -123,9 +152,7 @@ def huggingface_plan(model: nn.Module) -> ParallelPlan | None:
         styles = huggingface_styles(model)
     except PlanError:
         return None
-    blocks = tuple(f"{block}." for block in block_names(model))
-    inside = [name for name, _ in model.named_modules() if name.startswith(blocks)]
-    inside += [name for name, _ in model.named_parameters() if name.startswith(blocks)]
+    inside = _inside_blocks(model)
     if not any(match_names(glob, inside) for glob in styles):
         return None
     # transformers writes one plan for all variants of a model, so some globs match nothing in this one.
@@ -147,11 +174,13 @@ def _with_ends(model: nn.Module, styles: dict[str, str]) -> dict[str, str]:
     Other tables of at least its size (Gemma's embeddings for every layer) are cut over the features, which moves less.
     """
     head, embedding = head_name(model), embedding_name(model)
+    if head is None and embedding is None:
+        return _with_usual_ends(model, styles)
     modules = dict(model.named_modules())
     styles = dict(styles)
     if head is not None and isinstance(modules[head], nn.Linear):
         gathered = {glob: style for glob, style in styles.items() if match_names(glob, [head])}
-        if not gathered or set(gathered.values()) <= {"colwise_gather_output", "colwise_rep", "colwise"}:
+        if not gathered or set(gathered.values()) <= {*GATHERED, "colwise"}:
             styles = {glob: style for glob, style in styles.items() if glob not in gathered}
             styles[head] = "colwise_logits"
     if embedding is not None and not any(match_names(glob, [embedding]) for glob in styles):
@@ -182,3 +211,14 @@ def _large_tables(model: nn.Module, embedding: str | None) -> list[str]:
         and owners[id(table.weight)] == 1
         and not (table.max_norm or table.scale_grad_by_freq or table.sparse)
     ]
+
+
+def _with_usual_ends(model: nn.Module, styles: dict[str, str]) -> dict[str, str]:
+    """The same for a model that cannot be asked for its ends: by the names that transformers gives them, when untied.
+
+    Whether a tie would be kept cannot be seen there.
+    """
+    if getattr(getattr(model, "config", None), "tie_word_embeddings", True):
+        return styles
+    head = {glob: "colwise_logits" for glob, style in styles.items() if glob == "lm_head" and style in GATHERED}
+    return {f"{inner_prefix(model)}.embed_tokens": "embedding_rowwise", **styles, **head}

@@ -34,6 +34,7 @@ class Style(ParallelStyle):
 
     name: ClassVar[str]
     as_written: str  # the style string it was made from
+    optional: bool = False  # the glob that has it in a plan may match nothing: one plan is for several variants
 
     def placement(self, module: nn.Module, parameter: str) -> Placement:
         """Where the module's own parameter goes on the ``tp`` axis. Whole, unless the style says otherwise."""

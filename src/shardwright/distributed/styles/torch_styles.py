@@ -9,22 +9,34 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch.distributed.tensor import Replicate, Shard
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, SequenceParallel
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    PrepareModuleInputOutput,
+    PrepareModuleOutput,
+    RowwiseParallel,
+    SequenceParallel,
+)
 
 from shardwright.distributed.styles.base import Style
 from shardwright.errors import PlanError
+
+LAYOUT_ONLY = (PrepareModuleInput, PrepareModuleOutput, PrepareModuleInputOutput)
+"""Styles that lay out tensors between modules and say nothing about parameters: here that follows from the rest."""
 
 
 def style_name(glob: str, style: ParallelStyle) -> str:
     """The style name that a torch style stands for.
 
     Raises:
-        PlanError: a style that has none, such as ``PrepareModuleInput``.
+        PlanError: a style that has none, such as one that its user wrote.
     """
     if isinstance(style, Style):
         return style.as_written
     if isinstance(style, SequenceParallel):
-        return "sequence_parallel"
+        # Along another dim than the sequence: a norm on this rank's heads (torchtitan's q_norm and k_norm).
+        return "sequence_parallel" if _splits_sequence(style) else "replicated_with_grad_allreduce"
     if isinstance(style, ColwiseParallel):
         if style.output_layouts == (Replicate(),):
             return "colwise_gather_output"
@@ -38,10 +50,15 @@ def style_name(glob: str, style: ParallelStyle) -> str:
     )
 
 
+def _splits_sequence(style: SequenceParallel) -> bool:
+    return style.sequence_sharding == (Shard(1),)
+
+
 def asks_for_sequence_parallel(styles: Iterable[Any]) -> bool:
     """Whether torch styles split the residual stream along the sequence."""
     return any(
-        isinstance(style, SequenceParallel)
+        (isinstance(style, SequenceParallel) and _splits_sequence(style))
+        or (isinstance(style, PrepareModuleInput) and Shard(1) in (style.input_layouts or ()))
         or (isinstance(style, RowwiseParallel) and style.output_layouts == (Shard(1),))
         or (isinstance(style, ColwiseParallel) and style.input_layouts == (Shard(1),))
         for style in styles

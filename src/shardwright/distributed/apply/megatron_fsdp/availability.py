@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-from shardwright.errors import UnsupportedError
+from shardwright.errors import MissingPackageError, UnsupportedError
 
 TESTED = ("0.5", "0.6")  # minor versions of megatron-fsdp that our repairs (engine.py) are tested with
 DEVICE_TYPES = ("cuda",)
@@ -22,13 +22,14 @@ def require(device_type: str) -> None:
     """Raise unless a model on ``device_type`` can be sharded with the installed package.
 
     Raises:
-        UnsupportedError: the package is missing, its version is untested, or the device is not a GPU.
+        MissingPackageError: the package is missing.
+        UnsupportedError: its version is untested, or the device is not a GPU.
     """
     if not _importable("megatron_fsdp"):
         older = " The nvfsdp that is installed is from before that and is not supported." if is_available() else ""
-        raise UnsupportedError(
-            f"Megatron-FSDP is not installed. {INSTALL} installs it (package megatron-fsdp, the name under which "
-            f"nvFSDP is published).{older} Or use fsdp2_strategy_parallelize, or engine: fsdp2."
+        raise MissingPackageError(
+            f"nvFSDP is not installed: {INSTALL} installs it under the name that it is published with, Megatron-FSDP "
+            f"(package megatron-fsdp).{older} Or use fsdp2_strategy_parallelize, or engine: fsdp2."
         )
     installed = _version("megatron-fsdp")
     if ".".join(installed.split(".")[:2]) not in TESTED:

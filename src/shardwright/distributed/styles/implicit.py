@@ -4,7 +4,7 @@ Outside of the blocks a sharded model hands its own Python code a DTensor: the r
 or logits split on the vocabulary. That code does not know, and mixes it with plain tensors, which are equal on every
 rank. DTensor refuses that; these classes take a plain tensor for a replicated one (its gradient is made whole again by
 ``DTensor.from_local``), and hand out a plain tensor again where a result is no longer sharded. What DTensor has no rule
-for is computed on whole tensors, alike on every rank.
+for, or one that is not known to be right (:mod:`.operations`), is computed on whole tensors, alike on every rank.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
+
+from shardwright.distributed.styles.operations import is_known, writes
 
 T = TypeVar("T", bound="ImplicitDTensor")
 
@@ -37,6 +39,8 @@ class ImplicitDTensor(DTensor):
         kwargs = kwargs or {}
         if func is Tensor.__setitem__:
             return _set_items(*args)
+        if not is_known(func):
+            return _on_whole(func, args, kwargs)
         tensors = _tensors((args, kwargs))
         mesh = next(x.device_mesh for x in tensors if isinstance(x, ImplicitDTensor))
         with torch._C.DisableTorchFunctionSubclass():
@@ -45,7 +49,7 @@ class ImplicitDTensor(DTensor):
                     return cls._returned(func(*args, **kwargs))
                 return cls._returned(func(*_distributed(args, mesh), **_distributed(kwargs, mesh)))
             except NotImplementedError:  # DTensor has no rule for this operation
-                return func(*joined(args), **joined(kwargs))
+                return _on_whole(func, args, kwargs)
 
     @classmethod
     def _returned(cls, value: Any) -> Any:
@@ -66,6 +70,16 @@ def mark(x: DTensor, cls: type[T]) -> T:
     """
     x.__class__ = cls
     return x  # type: ignore[return-value]
+
+
+def _on_whole(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``func`` on whole tensors, which every rank computes alike; what it writes goes back into the shards."""
+    if not (writes(func) and isinstance(args[0], DTensor)):
+        return func(*joined(args), **joined(kwargs))
+    x, *others = args
+    new = x.full_tensor().clone()
+    func(new, *joined(others), **joined(kwargs))
+    return x.copy_(new)
 
 
 def _set_items(x: Tensor, index: Any, value: Any) -> None:

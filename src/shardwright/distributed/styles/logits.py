@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from shardwright.distributed.styles import collectives as c
-from shardwright.distributed.styles.implicit import ImplicitDTensor, mark
+from shardwright.distributed.styles.implicit import ImplicitDTensor, joined, mark
 from shardwright.distributed.styles.layout import sharded
 from shardwright.errors import UnsupportedError
 
@@ -184,11 +184,42 @@ def _gather(input: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False
     return c.reduce_from_region(picked, group)
 
 
+def _items(input: Tensor, index: Any) -> Any:
+    """Items along the leading dims, picked by masks: those that every rank has of its own slice."""
+    if not isinstance(input, ShardedLogits):
+        return NotImplemented
+    items = index if isinstance(index, tuple) else (index,)
+    masks = [item for item in items if isinstance(item, Tensor) and item.dtype == torch.bool]
+    used = sum(item.ndim if isinstance(item, Tensor) and item.dtype == torch.bool else 1 for item in items)
+    if not masks or used >= input.ndim or any(item is None or item is Ellipsis for item in items):
+        return NotImplemented
+    logits, _, _ = _local(input)
+    return sharded_logits(logits[joined(index)], input.shape[-1], input.device_mesh)
+
+
+def _parts(split: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
+    """``split`` along a leading dim."""
+
+    def parts(input: Tensor, sizes: Any = None, dim: int = 0, **named: Any) -> Any:
+        if not isinstance(input, ShardedLogits) or named or dim in (-1, input.ndim - 1):
+            return NotImplemented
+        logits, _, _ = _local(input)
+        pieces = split(logits, dim) if sizes is None else split(logits, sizes, dim)
+        return tuple(sharded_logits(piece, input.shape[-1], input.device_mesh) for piece in pieces)
+
+    return parts
+
+
 _ON_SHARDS: dict[Any, Callable[..., Any]] = {
     F.cross_entropy: _cross_entropy,
     F.log_softmax: _log_softmax,
     torch.gather: _gather,
     Tensor.gather: _gather,
+    Tensor.__getitem__: _items,
+    torch.split: _parts(torch.split),
+    Tensor.split: _parts(torch.split),
+    torch.chunk: _parts(torch.chunk),
+    Tensor.chunk: _parts(torch.chunk),
 }
 
 

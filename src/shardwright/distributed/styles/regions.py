@@ -243,7 +243,8 @@ def _joined(x: Any) -> Any:
 class SequenceSharded(ImplicitDTensor):
     """The residual stream between the blocks, split along the sequence.
 
-    It becomes whole where code picks positions by a mask, or clones it in order to write into the clone.
+    It becomes whole where code picks positions by a mask, clones it in order to write into the clone, or lays the batch
+    and the sequence out as one dim, in which the chunks are no longer in one piece.
     """
 
     __slots__ = ()
@@ -254,7 +255,22 @@ class SequenceSharded(ImplicitDTensor):
     ) -> Any:
         if func in (torch.clone, Tensor.clone) or (func is Tensor.__getitem__ and _has_tensor(args[1])):
             return func(*(_joined(x) for x in args), **(kwargs or {}))
+        if func.__name__ in RESHAPES and _merges(func, args, kwargs or {}):
+            return func(*(_joined(x) for x in args), **(kwargs or {}))
         return super().__torch_function__(func, types, args, kwargs)
+
+
+RESHAPES = frozenset({"view", "reshape", "flatten", "view_as"})
+
+
+def _merges(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the dims up to the sequence are no longer what they were."""
+    x, *others = args
+    if not isinstance(x, SequenceSharded) or any(isinstance(item, torch.dtype) for item in others):
+        return False
+    like = [torch.empty(item.shape, device="meta") if isinstance(item, Tensor) else item for item in others]
+    shape = func(torch.empty(x.shape, device="meta"), *like, **kwargs).shape
+    return shape[: SEQUENCE_DIM + 1] != x.shape[: SEQUENCE_DIM + 1]
 
 
 def _has_tensor(index: Any) -> bool:

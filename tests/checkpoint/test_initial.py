@@ -11,7 +11,12 @@ from shardwright.checkpoint.initial import Initialiser
 from shardwright.errors import UnsupportedError
 
 CONFIG = LlamaConfig(
-    hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, vocab_size=8
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    vocab_size=8,
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -85,3 +86,10 @@ def test_a_part_cut_in_the_file_is_the_same_part(case: tuple[LazyTensor, Tensor,
     piece = source.cut(box)
     assert piece.source_box() == box
     assert piece.as_entry(real[piece.box()]).equal(ENTRIES[piece.name][box])
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))))
+def test_what_is_shown_turned_is_turned_back(order: tuple[int, ...]) -> None:
+    entry = torch.arange(24).reshape(2, 3, 4)
+    (source,) = torch.permute(LazyTensor.of("a", (2, 3, 4)), order).sources
+    assert source.as_entry(entry.permute(order)).equal(entry)

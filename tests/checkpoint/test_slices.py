@@ -85,6 +85,7 @@ def test_boxes_are_cut_into_pieces_that_fit(data: st.DataObject, shape: list[int
         ((64, 4096), (slice(0, 64), slice(2047, 4096)), torch.bfloat16, 64 * 2 * PAGE),  # nearer: all of it
         ((64, 4096), (slice(3, 9), slice(0, 4096)), torch.bfloat16, 6 * 2 * PAGE),
         ((64, 4096), (slice(3, 4), slice(7, 9)), torch.bfloat16, 4),  # one row has no gaps
+        ((64, 400), (slice(3, 4), slice(7, 9)), torch.bfloat16, 4),
         ((4, 64, 64), (slice(0, 4), slice(0, 32), slice(0, 64)), torch.bfloat16, 4 * 32 * 128),
         ((4, 64, 64), (slice(1, 4), slice(0, 33), slice(0, 32)), torch.bfloat16, 3 * 64 * 128),
     ],

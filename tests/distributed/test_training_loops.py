@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -241,6 +242,24 @@ def _generation() -> None:
 @pytest.mark.parametrize("pool", ["ranks2", "ranks4"])
 def test_generate(request: pytest.FixtureRequest, pool: str) -> None:
     request.getfixturevalue(pool).run(_generation)
+
+
+def _generation_of_padded_ids() -> None:
+    """transformers makes the mask itself where it sees padding and a model that takes one."""
+    for config in _layouts():
+        reference = build("llama").eval()
+        model = _parallel(copy.deepcopy(reference), config)
+        ids = batch(3, length=6)["input_ids"].clamp(min=3)
+        ids[0, :2] = 0
+        options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+        expected = reference.generate(ids, **options)
+        assert not torch.equal(expected, reference.generate(ids, attention_mask=torch.ones_like(ids), **options))
+        assert torch.equal(model.generate(ids, **options), expected), str(config)
+        assert inspect.signature(model.forward) == inspect.signature(reference.forward)
+
+
+def test_generate_finds_the_padding(ranks2: RankPool) -> None:
+    ranks2.run(_generation_of_padded_ids)
 
 
 def _switching_modes() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -50,6 +50,7 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 @cache
 def _wrapped(cls: Any) -> Any:
+    @wraps(cls.forward)  # transformers reads a model's arguments off its signature
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         state = self.__dict__
         innermost = state["_own_forward"] or cls.forward.__get__(self)

@@ -26,7 +26,7 @@ CONFIGS = st.builds(
     engine=st.sampled_from(ENGINES),
     precision=st.builds(Precision, *[st.sampled_from(DTYPES)] * 3),
     activation_checkpointing=st.sampled_from(CHECKPOINTING_MODES),
-    compile=st.booleans(),
+    compile=st.booleans() | st.sampled_from(["inductor", "aot_eager"]),
     plan=st.none() | st.text(st.characters(blacklist_categories=("Cs", "Cc"))),
 )
 FIELDS = [field.name for field in dataclasses.fields(ParallelConfig)]
@@ -92,6 +92,7 @@ def test_the_empty_config_takes_every_rank_for_sharding() -> None:
         ({"cp": None}, "cp is None"),
         ({"sequence_parallel": "yes"}, "sequence_parallel is 'yes'"),
         ({"compile": 1}, "compile is 1"),
+        ({"compile": ""}, "compile is ''"),
         ({"engine": "ddp"}, "fsdp2, megatron_fsdp"),
         ({"activation_checkpointing": True}, "none, full, selective"),
         ({"precision": "fp8"}, "float32, bf16"),

@@ -169,4 +169,5 @@ def _is_blank(value: Tensor) -> bool:
         return False
     if filler == filler:
         return bool(value.amin() == filler)
-    return bool((torch.view_as_real(value) if value.is_complex() else value).amax().isnan())  # NaN wins; no mask is made
+    real = torch.view_as_real(value) if value.is_complex() else value
+    return bool(real.amax().isnan())  # NaN wins; no mask is made

@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from shardwright.distributed.apply import megatron_fsdp
 from shardwright.distributed.apply.activation_checkpointing import apply_activation_checkpointing
 from shardwright.distributed.apply.agreement import check_agreement
-from shardwright.distributed.apply.compile import apply_compile
+from shardwright.distributed.apply.compile import apply_compile, check_backend
 from shardwright.distributed.apply.fsdp2 import shard_root, shard_units
 from shardwright.distributed.apply.megatron_fsdp import Options as MegatronOptions
 from shardwright.distributed.apply.parameters import check_gradient_hooks, check_scalars
@@ -334,7 +334,7 @@ def parallelize_with_megatron_fsdp(
 
 def _one_by_one(config: ParallelConfig) -> bool:
     """Whether blocks are recomputed or compiled one by one."""
-    return config.activation_checkpointing != "none" or config.compile
+    return config.activation_checkpointing != "none" or config.compile_backend is not None
 
 
 def _before_sharding(
@@ -352,18 +352,26 @@ def _before_sharding(
         units: what gathers its parameters for itself.
         blocks: what is recomputed or compiled, if anything is.
     """
+    if config.compile_backend is not None:
+        check_backend(config.compile_backend)
+    checkpointed = _checkpointed(blocks, config)
     resolved = None if tp_mesh is None else _resolved(model, tp_mesh, plan, config.sequence_parallel)
     if resolved is not None:
         check_gradient_hooks(model)
     check_agreement(model, mesh, repr(resolved))
-    checkpointed = blocks if config.activation_checkpointing != "none" else []
     if resolved is not None and tp_mesh is not None:
         # What gathers its parameters, or runs twice, sees to its whole parameters by itself.
         apply_tensor_parallel(model, tp_mesh, resolved, units=[*units, *checkpointed])
     if checkpointed:
-        apply_activation_checkpointing(model, blocks, config.activation_checkpointing)
-    if config.compile:
-        apply_compile(model, blocks)
+        apply_activation_checkpointing(model, checkpointed, config.activation_checkpointing)
+    if config.compile_backend is not None:
+        apply_compile(model, blocks, config.compile_backend)
+
+
+def _checkpointed(blocks: list[str], config: ParallelConfig) -> list[str]:
+    """The blocks that are recomputed. A compiled block chooses by itself what to keep, as selective mode does."""
+    chosen = config.activation_checkpointing
+    return [] if chosen == "none" or (chosen == "selective" and config.compile) else blocks
 
 
 def _resolved(

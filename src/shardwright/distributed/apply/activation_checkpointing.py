@@ -6,7 +6,6 @@ its forward, so module names stay and FSDP2's hooks run outside of them.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -15,8 +14,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from shardwright.distributed.styles.forward import Around, Forward, original_class, wrap_forward
-from shardwright.errors import UnsupportedError
+from shardwright.distributed.styles.forward import Around, Forward, wrap_forward
+from shardwright.distributed.styles.without_cache import train_without_cache
 
 _aten = torch.ops.aten
 _collectives = torch.ops._c10d_functional
@@ -37,6 +36,8 @@ SAVED = (
 
 
 class _Checkpointed(Around):
+    eager = True
+
     def __init__(self, *, selective: bool) -> None:
         self.selective = selective
 
@@ -53,20 +54,6 @@ def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolic
     return CheckpointPolicy.MUST_SAVE if op in SAVED else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-class _WithoutCache(Around):
-    """Keeps a training step from filling a key-value cache, which recomputation would fill a second time."""
-
-    def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if module.training and torch.is_grad_enabled():
-            if kwargs.get("past_key_values") is not None:
-                raise UnsupportedError(
-                    "Activation checkpointing runs every block twice, which would append to past_key_values twice. "
-                    "Train without a cache, or without activation checkpointing."
-                )
-            kwargs = {**kwargs, "use_cache": False}
-        return forward(*args, **kwargs)
-
-
 def apply_activation_checkpointing(model: nn.Module, blocks: Iterable[str], mode: str = "full") -> None:
     """Recompute the named blocks in backward, in place.
 
@@ -74,7 +61,6 @@ def apply_activation_checkpointing(model: nn.Module, blocks: Iterable[str], mode
         mode: ``"full"`` keeps a block's input only; ``"selective"`` also keeps the results of matrix products,
             attention and collectives, so that none of these runs twice.
     """
-    if "use_cache" in inspect.signature(original_class(model).forward).parameters:
-        wrap_forward(model, _WithoutCache())
+    train_without_cache(model, refuse=True)
     for name in blocks:
         wrap_forward(model.get_submodule(name), _Checkpointed(selective=mode == "selective"))

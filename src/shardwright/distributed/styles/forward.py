@@ -24,18 +24,26 @@ Forward = Callable[..., Any]
 class Around:
     """Something that happens around one module's forward."""
 
+    eager = False  # whether torch.compile must stay inside of it
+
     def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise NotImplementedError
 
 
-def wrap_forward(module: nn.Module, around: Around) -> None:
-    """Put ``around`` outside of everything that already wraps ``module``'s forward."""
+def wrap_forward(module: nn.Module, around: Around, *, inside_eager: bool = False) -> None:
+    """Put ``around`` outside of everything that already wraps ``module``'s forward.
+
+    Args:
+        inside_eager: put it inside of all that is ``eager``, and of what is outside of that.
+    """
     state = module.__dict__
     if "_around" not in state:
         state["_around"] = ()
         state["_own_forward"] = state.pop("forward", None)  # a forward someone set on the instance stays in the middle
         module.__class__ = _wrapped(cast(Any, type(module)))
-    state["_around"] = (around, *state["_around"])
+    chain = state["_around"]
+    place = max((n for n, each in enumerate(chain, 1) if each.eager), default=0) if inside_eager else 0
+    state["_around"] = (*chain[:place], around, *chain[place:])
 
 
 def arounds(module: nn.Module) -> tuple[Around, ...]:

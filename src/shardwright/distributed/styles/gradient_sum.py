@@ -39,6 +39,8 @@ class SummedParameters:
 class UnitParameters(Around):
     """Makes the whole parameters of a unit local while it runs."""
 
+    eager = True  # its backward reads on how many ranks a parameter was used
+
     def __init__(self, mesh: DeviceMesh) -> None:
         self.group = c.Group.of(mesh)
         self.summed: list[Place] = []

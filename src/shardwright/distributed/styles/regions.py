@@ -199,6 +199,8 @@ class SequenceRegion(Around):
 class SequenceBlock(Around):
     """One transformer layer between whose ends the residual stream is split along the sequence."""
 
+    eager = True  # the stream outside is a DTensor of a class that torch.compile does not know
+
     def __init__(self, module: nn.Module, length: SequenceLength, mesh: DeviceMesh) -> None:
         self.length = length
         self.mesh = mesh
@@ -231,6 +233,8 @@ def _for_local_work(value: Any, group: c.Group) -> Any:
 
 class WholeBlock(Around):
     """A block that needs the whole sequence, behind one that leaves the stream split."""
+
+    eager = True
 
     def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return forward(*(_joined(x) for x in args), **{name: _joined(x) for name, x in kwargs.items()})

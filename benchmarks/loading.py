@@ -115,6 +115,7 @@ def run(loads: Loads, rounds: int, results: Results) -> None:
             results.versions[peer.title] = loads.warm_up(peer)
             able.append(peer)
     loads.floor()  # memory that this machine has not used for a while is slow to get: not for the first contender only
+    loads.floors.clear()
     seconds = take_turns(loads, able, rounds, results)
     able = [peer for peer in able if seconds[peer]]
     results.tables.append(table_of(loads, able, seconds))
@@ -186,10 +187,13 @@ def obstacle(loads: Loads, best: Peer, seconds: dict[Any, list[float]]) -> str:
     least = median(ratio(seconds[FLOOR], seconds[best]))
     written = median(ratio(loads.times(OURS, "written"), loads.times(best, "written")))
     ours, theirs = loads.most(OURS), loads.most(best)
+    mine, peers = (median(loads.times(peer, "processor")) for peer in (OURS, best))
+    floor = median(each["processor"] for each in loads.floors)
     return (
         f"{loads.title}, what stands in the way: a rank's half of the file in memory of its own, without any model, "
         f"takes {new:.2f} s, of which {again:.2f} s are left where the memory was in use before, so the rest is the "
-        f"kernel's for new pages. With one look at the values that is {least:.2f} of the time of {best.title}, whose "
+        f"kernel's for new pages. With one look at the values that is {least:.2f} of the time of {best.title}; in "
+        f"seconds of the processor {floor:.2f}, theirs {peers:.2f} (ratio {floor / peers:.2f}), ours {mine:.2f}. Their "
         f"ranks have {gigabytes(theirs['anonymous'])} GB of their own and {gigabytes(theirs['mapped'])} GB of the "
         f"files mapped; ours have {gigabytes(ours['anonymous'])} GB of their own. Until every weight was written once "
         f"(what is mapped becomes memory of its own then) the ratio is {written:.2f}. The profile shows our time."

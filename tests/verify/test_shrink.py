@@ -20,7 +20,7 @@ from shardwright.verify.layers import LayerChoice
 from shardwright.verify.shrink import FIRST_FREE_ID, VOCABULARY, shrink
 from shardwright.verify.source import load_config
 from shardwright.verify.stages import ShrinkError
-from shardwright.verify.tiny import build, model_class, shrunk_config, text_batch
+from shardwright.verify.tiny import build, model_class, shrunk_config, text_batch, text_batches
 
 
 class Stubborn(LlamaConfig):
@@ -134,6 +134,35 @@ def test_images_reach_the_vision_tower() -> None:
     model(**batches(0)).loss.backward()
     assert model.model.visual.patch_embed.proj.weight.grad.abs().max() > 0
     assert image_batches(build(tiny(LlamaConfig()))) is None
+
+
+# What their forwards ask for beside ids and pixels; Kosmos' images take places that no token id marks.
+IMAGES = {
+    "blip-2": {"input_ids", "pixel_values"},
+    "instructblipvideo": {"input_ids", "pixel_values", "qformer_input_ids"},
+    "kosmos-2": {"input_ids", "pixel_values", "image_embeds_position_mask"},
+    "idefics": {"input_ids", "pixel_values", "image_attention_mask"},
+    "pix2struct": {"decoder_input_ids", "flattened_patches"},
+    "vision-encoder-decoder": {"decoder_input_ids", "pixel_values"},
+}
+
+
+@pytest.mark.parametrize("model_type", IMAGES)
+def test_images_come_with_what_a_forward_asks_for(model_type: str) -> None:
+    model = build(tiny(load_config(model_type)))
+    batches = image_batches(model)
+    assert batches is not None
+    assert batches(0).keys() == IMAGES[model_type] | {"labels"}
+    other = {**batches(0), batches.images[0]: batches(1)[batches.images[0]]}
+    assert model(**batches(0))["loss"] != model(**other)["loss"]  # the images count
+
+
+@pytest.mark.parametrize(("model_type", "argument"), [("molmo2", "mm_token_type_ids"), ("udop", "bbox")])
+def test_text_comes_with_what_a_forward_asks_for(model_type: str, argument: str) -> None:
+    config = tiny(load_config(model_type))
+    batch = text_batches(config)(0)
+    assert argument in batch
+    assert build(config)(**batch)["loss"].isfinite()
 
 
 def test_bad_input_is_one_clear_error(tmp_path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,23 +20,45 @@ TEXT_LENGTH = 12
 CHANNELS = 3
 
 
+# Fields of a config: the id that stands for an image feature among the tokens, and how many an image is turned into
+# where the model has no ``get_image_features`` to ask.
+TOKENS = ("image_token_id", "image_token_index", "video_token_index")
+COUNTS = ("num_query_tokens", "latent_query_num")
+
+
+def _marked(ids: torch.Tensor, is_image: torch.Tensor) -> torch.Tensor:
+    return is_image.long()
+
+
+# What else a forward may ask for, by name, made from the ids and from which of them stand for an image.
+ARGUMENTS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "token_type_ids": _marked,
+    "mm_token_type_ids": _marked,
+    "image_embeds_position_mask": _marked,
+    "image_attention_mask": lambda ids, is_image: torch.ones(*ids.shape, 1).long(),
+    "qformer_input_ids": lambda ids, is_image: ids[:, -TEXT_LENGTH + 2 :],
+}
+
+
 @dataclass(frozen=True)
 class ImageText:
     """Makes batches of ``ROWS`` rows, each one image followed by ``TEXT_LENGTH`` tokens.
 
     Attributes:
-        pixels: shape of ``pixel_values`` for the whole batch.
+        images: the argument that takes the images, and its shape for the whole batch.
         fixed: other arguments that describe the images, the same in every batch.
         image_token: id that stands for one image feature among the input ids.
         image_tokens: number of features per image.
-        token_types: arguments that mark the image tokens among the ids with a one.
+        arguments: names of ``ARGUMENTS`` that the model takes.
+        ids: where the text goes beside the labels: ``input_ids``, or ``decoder_input_ids`` (moved on by one).
     """
 
-    pixels: tuple[int, ...]
+    images: tuple[str, tuple[int, ...]]
     fixed: dict[str, torch.Tensor]
     image_token: int
     image_tokens: int
-    token_types: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ()
+    ids: tuple[str, ...] = ("input_ids",)
     start: int = 0
 
     def __call__(self, index: int) -> dict[str, torch.Tensor]:
@@ -44,9 +68,18 @@ class ImageText:
         ids = torch.cat([text[:, :2], image, text[:, 2:]], dim=1)
         is_image = torch.zeros_like(ids, dtype=torch.bool)
         is_image[:, 2 : 2 + self.image_tokens] = True
-        batch = {"input_ids": ids, "labels": ids.masked_fill(is_image, -100)}
-        batch |= {"pixel_values": torch.randn(self.pixels, generator=generator), **self.fixed}
-        return batch | {name: is_image.long() for name in self.token_types}
+        given = {"input_ids": ids, "decoder_input_ids": ids.roll(1, dims=1)}
+        batch = {name: given[name] for name in self.ids}
+        batch |= {"labels": ids.masked_fill(is_image, -100), self.images[0]: self._pixels(generator), **self.fixed}
+        return batch | {name: ARGUMENTS[name](ids, is_image) for name in self.arguments}
+
+    def _pixels(self, generator: torch.Generator) -> torch.Tensor:
+        name, shape = self.images
+        pixels = torch.randn(shape, generator=generator)
+        if name == "flattened_patches":  # each with its row and its column, from one
+            side = int(shape[1] ** 0.5)
+            pixels[..., :2] = torch.cartesian_prod(*[torch.arange(1.0, 1 + side)] * 2)
+        return pixels
 
 
 def image_batches(model: PreTrainedModel, start: int = 0) -> ImageText | None:
@@ -55,35 +88,63 @@ def image_batches(model: PreTrainedModel, start: int = 0) -> ImageText | None:
     The layouts are tried one by one: the one that counts makes a gradient reach the tower.
     """
     config = model.config.to_dict()
-    token = next((config[name] for name in ("image_token_id", "image_token_index") if config.get(name)), None)
-    if "pixel_values" not in inspect.signature(model.forward).parameters:
-        return None
-    encoders: list[Any] = [part for part in (model, model.base_model) if hasattr(part, "get_image_features")]
-    if not isinstance(config.get("vision_config"), dict):
-        return None
-    if token is None:  # features that take no place among the tokens
-        encoders = []
+    fields = vision_fields(config)
     accepted = set(inspect.signature(model.forward).parameters)
-    types = tuple(name for name in ("token_type_ids", "mm_token_type_ids") if name in accepted)
+    if fields is None or not accepted & {"pixel_values", "flattened_patches"}:
+        return None
+    token = next((config[name] for name in TOKENS if config.get(name)), None)
+    encoders: list[Any] = [part for part in (model, model.base_model) if hasattr(part, "get_image_features")]
     described = {name for part in encoders for name in inspect.signature(part.get_image_features).parameters}
-    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for pixels, fixed in _layouts(config["vision_config"], described & accepted):
-        try:
-            with Stage(ShrinkError, "This layout of images does not fit"):
-                count = _feature_count(encoders[0], pixels, fixed) if encoders else 0
-                batches = ImageText(pixels, fixed, token or 0, count // ROWS, types, start)
-                loss = model(**batches(0))["loss"]
-                gradients = torch.autograd.grad(loss, list(trainable.values()), allow_unused=True)
-        except ShrinkError:
-            continue
-        reached = [name for name, g in zip(trainable, gradients, strict=True) if g is not None]
-        if any("vision" in name or "visual" in name for name in reached):
-            return batches
+    arguments = tuple(name for name in ARGUMENTS if name in accepted)
+    ids = tuple(name for name in ("input_ids",) if name in accepted)
+    if model.config.is_encoder_decoder and not ids:
+        ids = ("decoder_input_ids",)
+    places = token is not None or "image_embeds_position_mask" in accepted  # else features take none among the tokens
+    for images, fixed in _layouts(fields, accepted, described):
+        with contextlib.suppress(ShrinkError), Stage(ShrinkError, "This layout of images does not fit"):
+            asked = {name: ARGUMENTS[name](*_PLAIN) for name in arguments if name in described}
+            count = _feature_count(encoders, config, images[1], fixed | asked) if places else 0
+            batches = ImageText(images, fixed, token or 0, count // ROWS, arguments, ids, start)
+            if _reaches_the_tower(model, batches):
+                return batches
     return None
 
 
-def _layouts(fields: dict[str, Any], accepted: set[str]) -> Iterator[tuple[tuple[int, ...], dict[str, Any]]]:
-    """Shapes of ``pixel_values`` with the arguments that go with them."""
+def vision_fields(config: dict[str, Any]) -> dict[str, Any] | None:
+    """The part of a config that describes a tower for images: ``vision_config``, or an encoder that has patches."""
+    parts = [config.get("vision_config"), config.get("encoder")]
+    return next((part for part in parts if isinstance(part, dict) and _PATCHES & part.keys()), parts[0] or None)
+
+
+_PATCHES = {"patch_size", "patch_embed_hidden_size", "image_size"}
+_PLAIN = (torch.full((ROWS, TEXT_LENGTH), FIRST_FREE_ID), torch.zeros(ROWS, TEXT_LENGTH).bool())
+
+
+def _reaches_the_tower(model: PreTrainedModel, batches: ImageText) -> bool:
+    """Whether a gradient reaches the tower, or the images themselves, where its name does not tell which it is."""
+    batch = batches(0)
+    pixels = batch[batches.images[0]].requires_grad_()
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    loss = model(**batch)["loss"]
+    gradients = torch.autograd.grad(loss, [*trainable.values(), pixels], allow_unused=True)
+    if gradients[-1] is not None and bool(gradients[-1].any()):
+        return True
+    reached = [name for name, gradient in zip(trainable, gradients, strict=False) if gradient is not None]
+    return any("vision" in name or "visual" in name for name in reached)
+
+
+def _layouts(
+    fields: dict[str, Any], accepted: set[str], described: set[str]
+) -> Iterator[tuple[tuple[str, tuple[int, ...]], dict[str, Any]]]:
+    """The argument that takes the images, and its shape, with the arguments that go with them."""
+    if "flattened_patches" in accepted:
+        yield ("flattened_patches", (ROWS, 16, 2 + int(fields["patch_embed_hidden_size"]))), {}
+        return
+    for shape, others in _pixel_layouts(fields, accepted & described):
+        yield ("pixel_values", shape), others
+
+
+def _pixel_layouts(fields: dict[str, Any], accepted: set[str]) -> Iterator[tuple[tuple[int, ...], dict[str, Any]]]:
     patch = _side(fields.get("patch_size", 16))
     if "image_grid_thw" in accepted:
         side = 2 * int(fields.get("spatial_merge_size") or 2)
@@ -102,7 +163,7 @@ def _layouts(fields: dict[str, Any], accepted: set[str]) -> Iterator[tuple[tuple
     size = _side(fields.get("image_size", 2 * patch))
     sizes = {"image_sizes": torch.tensor([[size, size]] * ROWS)} if "image_sizes" in accepted else {}
     for described in (sizes, {}) if sizes else ({},):
-        for tiles in ((), (1,), (2,), (3,)):
+        for tiles in ((), (1,), (2,), (3,), (4,)):
             yield (ROWS, *tiles, CHANNELS, size, size), described
 
 
@@ -111,9 +172,12 @@ def _side(value: int | list[int] | tuple[int, ...]) -> int:
 
 
 @torch.no_grad()
-def _feature_count(encoder: Any, pixels: tuple[int, ...], fixed: dict[str, Any]) -> int:
-    """How many image features ``get_image_features`` makes of all images together."""
-    output = encoder.get_image_features(pixel_values=torch.randn(pixels), **fixed)
+def _feature_count(encoders: list[Any], config: dict[str, Any], shape: tuple[int, ...], fixed: dict[str, Any]) -> int:
+    """How many image features all images together are turned into."""
+    if not encoders:
+        each = next((config[name] for name in COUNTS if name in config), 0)
+        return int(each) * math.prod(shape[:-3])
+    output = encoders[0].get_image_features(pixel_values=torch.randn(shape), **fixed)
     features = output["pooler_output"] if hasattr(output, "keys") else output
     if isinstance(features, torch.Tensor):
         return features[..., 0].numel()

@@ -15,12 +15,12 @@ from shardwright.distributed.apply import megatron_fsdp
 from shardwright.distributed.config import ParallelConfig
 from shardwright.distributed.mesh import default_device_type
 from shardwright.verify.compare import Report
-from shardwright.verify.images import ImageText, image_batches
+from shardwright.verify.images import ImageText, image_batches, vision_fields
 from shardwright.verify.ranks import RankPool
 from shardwright.verify.run import Case, Parallelize, run_case
 from shardwright.verify.source import load_config
 from shardwright.verify.stages import ShrinkError, Stage
-from shardwright.verify.tiny import build, model_class, shrunk_config, text_batch, text_pair_batch
+from shardwright.verify.tiny import build, model_class, shrunk_config, text_batch, text_batches
 
 Model = str | os.PathLike[str] | PreTrainedConfig | Callable[[], nn.Module]
 
@@ -92,14 +92,13 @@ def case_of(
         return Case(model, batch or text_batch, config, accumulate, parallelize)
     tiny = shrunk_config(load_config(model), config.tp)
     model_class(tiny)  # says now that there is none
-    text = text_pair_batch if tiny.is_encoder_decoder else text_batch
-    make_batch = batch or images_of(tiny, seed) or partial(text, start=1000 * seed)
+    make_batch = batch or images_of(tiny, seed) or text_batches(tiny, start=1000 * seed)
     return Case(partial(build, tiny, seed), make_batch, config, accumulate, parallelize)
 
 
 def images_of(tiny: PreTrainedConfig, seed: int) -> ImageText | None:
     """Batches with images, if the model has a vision tower and a known way to feed it."""
-    if "vision_config" not in tiny.to_dict():
+    if vision_fields(tiny.to_dict()) is None:
         return None
     with Stage(ShrinkError, "The tiny model cannot be built"):
         return image_batches(build(tiny, seed), start=1000 * seed)

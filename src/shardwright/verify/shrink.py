@@ -36,6 +36,7 @@ def _rules(*pairs: tuple[str, Rule]) -> tuple[tuple[re.Pattern[str], Rule], ...]
 
 
 SIZES = _rules(
+    (r"base_channels", _at_most(32)),  # of a convolutional tower, whose norms have 32 groups
     # What a broader pattern below would take for something else.
     (
         r".*(chunk_size_feed_forward|multiple_of|_by$|_channels|kernel|conv_L|feature_layer|_cycles|sampling_rate).*",
@@ -75,6 +76,7 @@ SIZES = _rules(
     (r".*(_rank|lowrank)", 8),
     # The rest of the widths.
     (r"hidden_size_per_layer_input", HEAD_DIM),
+    (r"adapter_(in|out)(put)?_(dim|size)|patch_embed_hidden_size", WIDTH),
     (r".*(intermediate|ffn|mlp)_?(hidden_|multiple_)?(size|dim)(_mlp)?|d_inner|dim_ff|dff|d_ff|n_inner", 96),
     (r"feed_forward_size", 96),
     (r".*(hidden_size(_global)?|d_model|embed_dim|embedding_(size|dim)|hidden_dim|proj_dim|projection_dim)", WIDTH),

@@ -20,6 +20,7 @@ _QWEN4_INDEXER = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
 }
 COMPLETED: dict[str, dict[str, Any]] = {
+    "blip-2": {"image_token_index": 50265},
     "chameleon": {"vocabulary_map": {"<image>": 4, "IMGIMGBS": 5, "IMGIMGCS": 6}},
     "cohere_compass": {"text_config": {"rope_parameters": _FULL_ROPE}},
     "cohere_compass_text": {"rope_parameters": _FULL_ROPE},
@@ -28,8 +29,12 @@ COMPLETED: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "diffusion_gemma": {"text_config": {"num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704}},
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "emu3": {"vocabulary_map": {"<image>": 4, "<|extra_200|>": 5, "<|visual token 000000|>": 6}},
     "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
                                                              "mrope_section": [22, 22, 20]}}},
+    "granite4_vision": {"deepstack_layer_map": [[-2, 0]], "downsample_rate": "1/2"},
+    "instructblip": {"image_token_index": 50265},
+    "instructblipvideo": {"video_token_index": 50265},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
     "nemotron": {"num_key_value_heads": 8},
     "qwen4_exp": {"text_config": _QWEN4_INDEXER},

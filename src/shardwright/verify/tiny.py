@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -75,14 +79,42 @@ def randomize(model: nn.Module, seed: int = 0) -> None:
             parameter.add_(noise.to(parameter.dtype), alpha=scale)
 
 
-def text_batch(index: int, start: int = 0, rows: int = 2, length: int = 16) -> dict[str, torch.Tensor]:
-    """Random ids and labels, int64 ``[rows, length]``, different for every ``start + index``."""
+def text_batch(
+    index: int, start: int = 0, rows: int = 2, length: int = 16, arguments: tuple[str, ...] = ()
+) -> dict[str, torch.Tensor]:
+    """Random ids and labels, int64 ``[rows, length]``, different for every ``start + index``.
+
+    Args:
+        arguments: names of ``TEXT_ARGUMENTS`` that the model takes, too.
+    """
     generator = torch.Generator().manual_seed(start + index)
     ids = torch.randint(FIRST_FREE_ID, LAST_PLAIN_ID, (rows, length), generator=generator)
-    return {"input_ids": ids, "labels": ids.clone()}
+    batch = {"input_ids": ids, "labels": ids.clone()}
+    return batch | {name: TEXT_ARGUMENTS[name](ids, generator) for name in arguments}
 
 
-def text_pair_batch(index: int, start: int = 0) -> dict[str, torch.Tensor]:
+def text_pair_batch(index: int, start: int = 0, arguments: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
     """A :func:`text_batch` for encoder and decoder, whose ids are the labels moved on by one."""
-    batch = text_batch(index, start)
+    batch = text_batch(index, start, arguments=arguments)
     return {**batch, "decoder_input_ids": batch["labels"].roll(1, dims=1)}
+
+
+def _boxes(ids: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Where on its page each token stands: left, top, right, bottom, from 0 to 1."""
+    corners = torch.rand(*ids.shape, 2, 2, generator=generator)
+    return corners.sort(dim=-2).values.flatten(-2)
+
+
+# What else a forward may ask for where there is text alone, by name, made from the ids.
+TEXT_ARGUMENTS: dict[str, Callable[[torch.Tensor, torch.Generator], torch.Tensor]] = {
+    "mm_token_type_ids": lambda ids, generator: torch.zeros_like(ids),
+    "bbox": _boxes,
+}
+
+
+def text_batches(config: PreTrainedConfig, start: int = 0) -> Callable[[int], dict[str, torch.Tensor]]:
+    """Batches of text for the language model of ``config``."""
+    accepted = inspect.signature(model_class(config).forward).parameters
+    arguments = tuple(name for name in TEXT_ARGUMENTS if name in accepted)
+    make = text_pair_batch if config.is_encoder_decoder else text_batch
+    return partial(make, start=start, arguments=arguments)

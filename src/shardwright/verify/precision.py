@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig
 
 
 class _Float64(TorchFunctionMode):
@@ -30,8 +30,11 @@ def _widen(value: Any) -> Any:
 
 def prepared_for(dtype: torch.dtype, model: nn.Module) -> nn.Module:
     """``model`` cast to ``dtype``; in float64 without grouped matrix products, which torch has in float32 at most."""
-    if dtype == torch.float64 and isinstance(model, PreTrainedModel):
-        model.set_experts_implementation("eager")
+    if dtype == torch.float64:
+        # Not the model's own set_experts_implementation, which passes over towers (Dots 3 Note's).
+        for part in model.modules():
+            if isinstance(config := part.__dict__.get("config"), PreTrainedConfig):
+                config._experts_implementation = "eager"
     return model.to(dtype)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
@@ -44,7 +45,8 @@ def unit_names(model: nn.Module) -> list[str]:
     if watch is None:
         return blocks
     units = [unit for block in blocks for unit in _usable(model, block, watch)]
-    if replaced := dict.fromkeys(numbers_to_globs(block) for block in blocks if block not in units):
+    replaced = dict.fromkeys(numbers_to_globs(block) for block in blocks if block not in units)
+    if replaced and (not dist.is_initialized() or dist.get_rank() == 0):
         taken = dict.fromkeys(numbers_to_globs(unit) for unit in units if unit not in blocks)
         logger.warning(
             "%s uses %s while they do not run, so they cannot be units of FSDP2 or of activation checkpointing: %s.",

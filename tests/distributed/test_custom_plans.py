@@ -21,7 +21,7 @@ from torch.distributed.tensor.parallel import (
 
 from shardwright import ParallelConfig
 from shardwright.distributed.models.planning import plan_and_resolve
-from shardwright.distributed.parallelizer import fsdp2_strategy_parallelize
+from shardwright.distributed.parallelizer import _get_parallel_plan, fsdp2_strategy_parallelize
 from shardwright.distributed.styles import make_style
 from shardwright.distributed.styles.torch_styles import asks_for_sequence_parallel
 from shardwright.verify.ranks import RankPool, shared_mesh
@@ -180,3 +180,9 @@ def test_layouts_at_the_input_of_a_module_ask_for_sequence_parallelism() -> None
     assert not asks_for_sequence_parallel(
         [PrepareModuleOutput(output_layouts=Shard(1), desired_output_layouts=Shard(1))]
     )
+
+
+def test_a_plan_that_was_returned_for_sequence_parallelism_asks_for_it() -> None:
+    for family in ("llama", "phi3"):
+        assert asks_for_sequence_parallel(_get_parallel_plan(build(family), sequence_parallel=True).values())
+        assert not asks_for_sequence_parallel(_get_parallel_plan(build(family)).values())

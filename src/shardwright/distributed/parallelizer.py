@@ -7,7 +7,6 @@ shard the data-parallel way.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +40,7 @@ from shardwright.distributed.models.resolved import ResolvedPlan
 from shardwright.distributed.models.sources import CustomPlan, choose_plan, huggingface_styles
 from shardwright.distributed.models.structure import block_names, numbers_to_globs, shared_parts
 from shardwright.distributed.models.units import unit_names
+from shardwright.distributed.plan import ParallelPlan
 from shardwright.distributed.styles import make_style
 from shardwright.distributed.styles.torch_styles import asks_for_sequence_parallel
 
@@ -92,7 +92,7 @@ def get_hf_tp_shard_plan(model: nn.Module) -> dict[str, ParallelStyle]:
         PlanError: the model has no plan.
     """
     plan = huggingface_styles(model)
-    return _styles_of(plan, optional=plan)
+    return _styles_of(ParallelPlan(plan, frozenset(plan), source="huggingface"))
 
 
 def _get_parallel_plan(
@@ -112,7 +112,7 @@ def _get_parallel_plan(
         PlanError: ``tp_shard_plan`` is none of these.
     """
     plan = choose_plan(model, tp_shard_plan)
-    styles = _styles_of(plan.styles, plan.optional)
+    styles = _styles_of(plan)
     if sequence_parallel:
         resolved = resolve(model, plan, tp=1, sequence_parallel=True)
         for name, use in resolved.modules.items():
@@ -121,10 +121,11 @@ def _get_parallel_plan(
     return styles
 
 
-def _styles_of(plan: Mapping[str, str], optional: Iterable[str]) -> dict[str, ParallelStyle]:
-    styles = {glob: make_style(style) for glob, style in plan.items()}
-    for glob in optional:
-        styles[glob].optional = True
+def _styles_of(plan: ParallelPlan) -> dict[str, ParallelStyle]:
+    """The styles of ``plan`` as objects, each of which knows it: passed in again, they mean the same."""
+    styles = {glob: make_style(style) for glob, style in plan.styles.items()}
+    for style in styles.values():
+        style.plan = plan
     return dict(styles)
 
 

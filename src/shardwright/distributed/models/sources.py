@@ -117,10 +117,16 @@ def _plan_from_mapping(model: nn.Module, styles: Mapping[str, Any], source: str)
             require_match(glob, match_names(glob, dict(model.named_modules())), model, source)
         else:
             names[glob] = style if isinstance(style, str) else style_name(glob, style)
-    optional = {glob for glob, style in styles.items() if isinstance(style, Style) and style.optional}
+    # Styles that were taken from a plan bring along what it says beside them.
+    origins = {
+        glob: style.plan for glob, style in styles.items() if isinstance(style, Style) and style.plan is not None
+    }
+    optional = {glob for glob, plan in origins.items() if glob in plan.optional}
     if not any(match_names(glob, _inside_blocks(model)) for glob in optional):
         optional = set()  # a plan that names nothing in the blocks was made for another model
-    return ParallelPlan(names, frozenset(optional), source=source)
+    attributes = {glob: own for plan in origins.values() for glob, own in plan.local_attributes.items()}
+    arguments = {glob: own for plan in origins.values() for glob, own in plan.local_arguments.items()}
+    return ParallelPlan(names, frozenset(optional), attributes, arguments, source=source)
 
 
 def _inside_blocks(model: nn.Module) -> list[str]:

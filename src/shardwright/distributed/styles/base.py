@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
+from shardwright.distributed.plan import ParallelPlan
 from shardwright.distributed.styles.forward import Around, Forward, local_parameters, parameters_as, wrap_forward
 
 
@@ -34,7 +35,7 @@ class Style(ParallelStyle):
 
     name: ClassVar[str]
     as_written: str  # the style string it was made from
-    optional: bool = False  # the glob that has it in a plan may match nothing: one plan is for several variants
+    plan: ParallelPlan | None = None  # which it was taken from, where that says more than a dict of styles can
 
     def placement(self, module: nn.Module, parameter: str) -> Placement:
         """Where the module's own parameter goes on the ``tp`` axis. Whole, unless the style says otherwise."""

@@ -55,12 +55,11 @@ def _splits_sequence(style: SequenceParallel) -> bool:
 
 
 def asks_for_sequence_parallel(styles: Iterable[Any]) -> bool:
-    """Whether torch styles split the residual stream along the sequence."""
+    """Whether styles split the residual stream along the sequence."""
     return any(
         (isinstance(style, SequenceParallel) and _splits_sequence(style))
         or (isinstance(style, PrepareModuleInput) and Shard(1) in (style.input_layouts or ()))
         or (isinstance(style, RowwiseParallel) and style.output_layouts == (Shard(1),))
         or (isinstance(style, ColwiseParallel) and style.input_layouts == (Shard(1),))
         for style in styles
-        if not isinstance(style, Style)
     )

@@ -16,8 +16,20 @@ from shardwright.distributed.config import BF16_MIXED, CHECKPOINTING_MODES, DTYP
 from shardwright.errors import ConfigError
 
 DEGREE = st.integers(1, 8)
+FSDP2_ONLY = (
+    {},
+    {"reshard_after_forward": "always", "prefetch": 2},
+    {"reshard_after_forward": "never"},
+    {"keep_gathered_gib": 1.5},
+)
+
+
+def _config(engine: str, settings: dict[str, Any], **rest: Any) -> ParallelConfig:
+    return ParallelConfig(engine=engine, **(settings if engine == "fsdp2" else {}), **rest)
+
+
 CONFIGS = st.builds(
-    ParallelConfig,
+    _config,
     dp_replicate=DEGREE,
     dp_shard=DEGREE | st.just(-1),
     cp=DEGREE,
@@ -25,7 +37,8 @@ CONFIGS = st.builds(
     sequence_parallel=st.booleans(),
     engine=st.sampled_from(ENGINES),
     precision=st.builds(Precision, *[st.sampled_from(DTYPES)] * 3),
-    activation_checkpointing=st.sampled_from(CHECKPOINTING_MODES),
+    settings=st.sampled_from(FSDP2_ONLY),
+    activation_checkpointing=st.sampled_from((*CHECKPOINTING_MODES, "every_1", "every_12")),
     compile=st.booleans() | st.sampled_from(["inductor", "aot_eager"]),
     plan=st.none() | st.text(st.characters(blacklist_categories=("Cs", "Cc"))),
 )
@@ -95,6 +108,16 @@ def test_the_empty_config_takes_every_rank_for_sharding() -> None:
         ({"compile": ""}, "compile is ''"),
         ({"engine": "ddp"}, "fsdp2, megatron_fsdp"),
         ({"activation_checkpointing": True}, "none, full, selective"),
+        ({"activation_checkpointing": "every_0"}, "every_2, every_3"),
+        ({"activation_checkpointing": "every_2 "}, "every_2, every_3"),
+        ({"prefetch": 0}, "prefetch is 0"),
+        ({"reshard_after_forward": True}, "default, always, never"),
+        ({"keep_gathered_gib": -1}, "keep_gathered_gib is -1"),
+        ({"keep_gathered_gib": True}, "keep_gathered_gib is True"),
+        ({"keep_gathered_gib": float("nan")}, "keep_gathered_gib is nan"),
+        ({"keep_gathered_gib": 1, "reshard_after_forward": "always"}, "leaves no choice"),
+        ({"engine": "megatron_fsdp", "prefetch": 2}, "prefetch (2) is for the engine fsdp2"),
+        ({"engine": "megatron_fsdp", "reshard_after_forward": "never"}, "is for the engine fsdp2"),
         ({"precision": "fp8"}, "float32, bf16"),
         ({"precision": {"param": "int8"}}, "precision.param is 'int8'"),
         ({"precision": {"parm": "float32"}}, "parm"),
@@ -103,7 +126,7 @@ def test_the_empty_config_takes_every_rank_for_sharding() -> None:
     ],
 )
 def test_bad_data_is_refused_by_name(data: Any, named: str) -> None:
-    with pytest.raises(ConfigError, match=named.replace(".", r"\.")):
+    with pytest.raises(ConfigError, match=re.escape(named)):
         ParallelConfig.from_dict(data)
 
 

@@ -177,7 +177,7 @@ def shard(case: Case, model: nn.Module, optimizer: Optimizer | None) -> nn.Modul
         resolved = resolve(model, choose_plan(model, None), case.tp, sequence_parallel=case.plan == "sequence")
         apply_tensor_parallel(model, mesh["tp"], resolved, units=step.unit_names)
     if case.checkpointing != "none":
-        apply_activation_checkpointing(model, step.unit_names, case.checkpointing)
+        apply_activation_checkpointing(model, step.unit_names, selective=case.checkpointing == "selective")
     if case.compile:
         apply_compile(model, step.unit_names, backend="aot_eager")
     sharded, same = step.shard()

@@ -7,15 +7,18 @@ compared on a machine without torch.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from math import prod
+from math import inf, prod
 from typing import Any
 
 from shardwright.errors import ConfigError
 
 ENGINES = ("fsdp2", "megatron_fsdp")
 CHECKPOINTING_MODES = ("none", "full", "selective")
+EVERY = re.compile(r"every_([1-9]\d*)")
+RESHARDING = ("default", "always", "never")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -70,10 +73,15 @@ class ParallelConfig:
         sequence_parallel: keep the residual stream split along the sequence over the ``tp`` ranks.
         engine: ``"fsdp2"`` or ``"megatron_fsdp"``.
         precision: dtypes of a step; ``"float32"`` and ``"bf16"`` are accepted as short forms.
-        activation_checkpointing: ``"none"``, ``"full"`` (recompute every block) or ``"selective"`` (save the
-            matrix products, recompute the rest).
+        activation_checkpointing: ``"none"``, ``"full"`` (recompute every block), ``"every_2"`` (every second block; any
+            number) or ``"selective"`` (save the matrix products, recompute the rest).
         compile: compile every block on its own with ``torch.compile``: true for its default backend, or the name of
             another. The compiler then does what ``"selective"`` checkpointing does, and better.
+        reshard_after_forward: which blocks FSDP2 frees after forward and gathers again in backward. ``"default"``: all
+            but the last of each list, and those that ``keep_gathered_gib`` keeps; ``"always"``: all; ``"never"``: none.
+        keep_gathered_gib: GiB per rank that blocks may take which stay gathered between forward and backward: as many
+            of the last as fit. The last block of a list counts, and stays in any case.
+        prefetch: how many blocks ahead FSDP2 gathers, in forward and in backward. 1 is what torch does by itself.
         plan: a tensor-parallel plan to use instead of the one Shardwright would choose: a YAML file written by
             ``shardwright plan --save``, or a dotted path to a dict or a function. None: choose.
 
@@ -90,15 +98,14 @@ class ParallelConfig:
     precision: Precision = field(default_factory=Precision)
     activation_checkpointing: str = "none"
     compile: bool | str = False
+    reshard_after_forward: str = "default"
+    keep_gathered_gib: float = 0.0
+    prefetch: int = 1
     plan: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("dp_replicate", "dp_shard", "cp", "tp"):
-            value = getattr(self, name)
-            least = -1 if name == "dp_shard" else 1
-            if isinstance(value, bool) or not isinstance(value, int) or value < least or value == 0:
-                allowed = "a whole number >= 1, or -1 for what is left" if least == -1 else "a whole number >= 1"
-                raise ConfigError(f"{name} is {value!r}; it must be {allowed}.")
+        for name in ("dp_replicate", "dp_shard", "cp", "tp", "prefetch"):
+            _degree(name, getattr(self, name), least=-1 if name == "dp_shard" else 1)
         if not isinstance(self.sequence_parallel, bool):
             raise ConfigError(f"sequence_parallel is {self.sequence_parallel!r}; it must be true or false.")
         if not isinstance(self.compile, bool) and not (isinstance(self.compile, str) and self.compile):
@@ -106,10 +113,41 @@ class ParallelConfig:
                 f"compile is {self.compile!r}; it must be true, false, or the name of a torch.compile backend."
             )
         _one_of("engine", self.engine, ENGINES)
-        _one_of("activation_checkpointing", self.activation_checkpointing, CHECKPOINTING_MODES)
+        mode = self.activation_checkpointing
+        if not (isinstance(mode, str) and (mode in CHECKPOINTING_MODES or EVERY.fullmatch(mode))):
+            allowed = ", ".join(CHECKPOINTING_MODES)
+            raise ConfigError(
+                f"activation_checkpointing is {mode!r}; it must be one of {allowed}, or every_2, every_3 ..."
+            )
+        self._check_resharding()
         if self.plan is not None and not isinstance(self.plan, str):
             raise ConfigError(f"plan is {self.plan!r}; it must be a path, a dotted name, or left out.")
         object.__setattr__(self, "precision", _precision(self.precision))
+
+    def _check_resharding(self) -> None:
+        _one_of("reshard_after_forward", self.reshard_after_forward, RESHARDING)
+        budget = self.keep_gathered_gib
+        if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 <= budget < inf:
+            raise ConfigError(f"keep_gathered_gib is {budget!r}; it must be a number of GiB, 0 or more.")
+        if budget and self.reshard_after_forward != "default":
+            raise ConfigError(
+                f"keep_gathered_gib is {budget}, which reshard_after_forward {self.reshard_after_forward!r} leaves no "
+                'choice to. Set reshard_after_forward to "default", or leave keep_gathered_gib out.'
+            )
+        changed = [
+            f"{name} ({getattr(self, name)!r})"
+            for name, default in (("reshard_after_forward", "default"), ("keep_gathered_gib", 0), ("prefetch", 1))
+            if getattr(self, name) != default
+        ]
+        if changed and self.engine != "fsdp2":
+            raise ConfigError(f"{', '.join(changed)} is for the engine fsdp2; {self.engine} has no such setting.")
+
+    @property
+    def checkpointed_every(self) -> int:
+        """1 where every block is recomputed, 2 where every second one is ...; 0 where none is."""
+        if found := EVERY.fullmatch(self.activation_checkpointing):
+            return int(found[1])
+        return 0 if self.activation_checkpointing == "none" else 1
 
     def degrees(self, world_size: int) -> Degrees:
         """The size of every axis for ``world_size`` ranks.
@@ -188,6 +226,12 @@ class ParallelConfig:
     def with_(self, **changes: Any) -> ParallelConfig:
         """A copy with some fields changed."""
         return replace(self, **changes)
+
+
+def _degree(name: str, value: Any, *, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least or value == 0:
+        allowed = "a whole number >= 1, or -1 for what is left" if least == -1 else "a whole number >= 1"
+        raise ConfigError(f"{name} is {value!r}; it must be {allowed}.")
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:

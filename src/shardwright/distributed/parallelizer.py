@@ -19,7 +19,7 @@ from shardwright.distributed.apply import megatron_fsdp
 from shardwright.distributed.apply.activation_checkpointing import apply_activation_checkpointing
 from shardwright.distributed.apply.agreement import check_agreement
 from shardwright.distributed.apply.compile import apply_compile, check_backend
-from shardwright.distributed.apply.fsdp2 import shard_root, shard_units
+from shardwright.distributed.apply.fsdp2 import set_prefetch, shard_root, shard_units
 from shardwright.distributed.apply.megatron_fsdp import Options as MegatronOptions
 from shardwright.distributed.apply.parameters import check_gradient_hooks, check_scalars
 from shardwright.distributed.apply.tensor_parallel import apply_tensor_parallel
@@ -38,11 +38,12 @@ from shardwright.distributed.models.planning import plan_and_resolve
 from shardwright.distributed.models.resolve import resolve
 from shardwright.distributed.models.resolved import ResolvedPlan
 from shardwright.distributed.models.sources import CustomPlan, choose_plan, huggingface_styles
-from shardwright.distributed.models.structure import block_names, numbers_to_globs, shared_parts
+from shardwright.distributed.models.structure import block_names, by_list, every_nth, numbers_to_globs, shared_parts
 from shardwright.distributed.models.units import unit_names
 from shardwright.distributed.plan import ParallelPlan
 from shardwright.distributed.styles import make_style
 from shardwright.distributed.styles.torch_styles import asks_for_sequence_parallel
+from shardwright.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -249,8 +250,10 @@ def parallelize_model(
     units = [] if mp_policy is None else [*blocks, *(name for parts in shared_parts(model, blocks) for name in parts)]
     _before_sharding(model, device_mesh, tp_mesh, config, plan or config.plan, units, blocks)
     if mp_policy is not None:
-        shard_units(model, blocks, dp_mesh, mp_policy, offload_policy)
+        reshard, budget = config.reshard_after_forward, config.keep_gathered_gib * 2**30
+        shard_units(model, blocks, dp_mesh, mp_policy, offload_policy, reshard=reshard, budget=budget)
         shard_root(model, dp_mesh, mp_policy, offload_policy)
+        set_prefetch(model, config.prefetch)
     return model
 
 
@@ -355,7 +358,7 @@ def _before_sharding(
     """
     if config.compile_backend is not None:
         check_backend(config.compile_backend)
-    checkpointed = _checkpointed(blocks, config)
+    checkpointed = _checkpointed(by_list(blocks, block_names(model)), config)
     resolved = None if tp_mesh is None else _resolved(model, tp_mesh, plan, config.sequence_parallel)
     if resolved is not None:
         check_gradient_hooks(model)
@@ -364,15 +367,24 @@ def _before_sharding(
         # What gathers its parameters, or runs twice, sees to its whole parameters by itself.
         apply_tensor_parallel(model, tp_mesh, resolved, units=[*units, *checkpointed])
     if checkpointed:
-        apply_activation_checkpointing(model, checkpointed, config.activation_checkpointing)
+        apply_activation_checkpointing(model, checkpointed, selective=config.activation_checkpointing == "selective")
     if config.compile_backend is not None:
         apply_compile(model, blocks, config.compile_backend)
 
 
-def _checkpointed(blocks: list[str], config: ParallelConfig) -> list[str]:
+def _checkpointed(lists: dict[str, list[str]], config: ParallelConfig) -> list[str]:
     """The blocks that are recomputed. A compiled block chooses by itself what to keep, as selective mode does."""
-    chosen = config.activation_checkpointing
-    return [] if chosen == "none" or (chosen == "selective" and config.compile) else blocks
+    mode, n = config.activation_checkpointing, config.checkpointed_every
+    if mode == "none" or (mode == "selective" and config.compile):
+        return []
+    chosen = every_nth(lists, n)
+    if n > 1 and not chosen:
+        longest = max(map(len, lists.values()), default=0)
+        raise ConfigError(
+            f"activation_checkpointing is {mode!r}, but the model's longest list of blocks has {longest}: nothing "
+            "would be recomputed. Choose a smaller number, or none."
+        )
+    return chosen
 
 
 def _resolved(

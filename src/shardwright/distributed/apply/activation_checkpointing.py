@@ -54,13 +54,13 @@ def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolic
     return CheckpointPolicy.MUST_SAVE if op in SAVED else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def apply_activation_checkpointing(model: nn.Module, blocks: Iterable[str], mode: str = "full") -> None:
+def apply_activation_checkpointing(model: nn.Module, blocks: Iterable[str], *, selective: bool = False) -> None:
     """Recompute the named blocks in backward, in place.
 
     Args:
-        mode: ``"full"`` keeps a block's input only; ``"selective"`` also keeps the results of matrix products,
-            attention and collectives, so that none of these runs twice.
+        selective: keep the results of matrix products, attention and collectives, so that none of these runs twice;
+            otherwise a block's input only.
     """
     train_without_cache(model, refuse=True)
     for name in blocks:
-        wrap_forward(model.get_submodule(name), _Checkpointed(selective=mode == "selective"))
+        wrap_forward(model.get_submodule(name), _Checkpointed(selective=selective))

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from shardwright.distributed.apply.meta_chunks import MetaChunks
-from shardwright.distributed.models.structure import block_names, owns_parameters, shared_parts
+from shardwright.distributed.models.structure import block_names, by_list, kept_gathered, owns_parameters, shared_parts
 from shardwright.errors import PlanError
 
 
@@ -28,30 +28,53 @@ def shard_units(
     mesh: DeviceMesh,
     mp_policy: MixedPrecisionPolicy | None,
     offload_policy: OffloadPolicy | None = None,
+    *,
+    reshard: str = "default",
+    budget: float = 0,
 ) -> None:
     """Make the named modules FSDP2 units, in place.
 
-    All units of a list of blocks reshard after forward except the last, whose parameters backward needs at once. A
-    block that several lists share is one unit; so are the parts of several blocks that hold the same parameters.
+    A block that several lists share is one unit; so are the parts of several blocks that hold the same parameters.
 
     Args:
         units: the blocks of ``module``, or parts of them (:func:`.units.unit_names`).
+        reshard: which of them reshard after forward (``ParallelConfig.reshard_after_forward``).
+        budget: bytes of gathered parameters that may stay until backward (:func:`.kept_gathered`).
     """
     # What a block returns goes on in the compute dtype; only the root casts.
     inner = replace(mp_policy, output_dtype=None) if mp_policy is not None else None
     names = [name for name in units if not isinstance(module.get_submodule(name), FSDPModule)]
-    blocks = block_names(module)
-    lists: dict[str, str] = {}
-    for name in names:
-        around = next(block for block in blocks if f"{name}.".startswith(f"{block}."))
-        lists[around.rpartition(".")[0]] = name
-    last = set(lists.values())
+    sizes = {name: _gathered_bytes(module.get_submodule(name), inner) for name in names}
+    kept = kept_gathered(by_list(names, block_names(module)), sizes, reshard, budget)
     for parts in shared_parts(module, names):
-        _shard([module.get_submodule(name) for name in parts], mesh, inner, offload_policy, reshard_after_forward=True)
+        shared = [module.get_submodule(name) for name in parts]
+        _shard(shared, mesh, inner, offload_policy, reshard_after_forward=reshard != "never")
     for name in names:
         block = module.get_submodule(name)
         if not isinstance(block, FSDPModule):
-            _shard([block], mesh, inner, offload_policy, reshard_after_forward=name not in last)
+            _shard([block], mesh, inner, offload_policy, reshard_after_forward=name not in kept)
+
+
+def _gathered_bytes(block: nn.Module, policy: MixedPrecisionPolicy | None) -> int:
+    """Bytes that the block's parameters take on this rank when FSDP2 has gathered them."""
+    dtype = policy.param_dtype if policy is not None else None
+    local = [param.to_local() if isinstance(param, DTensor) else param for param in block.parameters()]
+    return sum(param.numel() * (dtype or param.dtype).itemsize for param in local)
+
+
+def set_prefetch(model: nn.Module, depth: int) -> None:
+    """Let every block gather the ``depth`` blocks behind it in forward, before it in backward, in place.
+
+    Nothing is set for 1: torch then prefetches the next block by itself, along the order of the real forward.
+    """
+    lists: dict[str, list[FSDPModule]] = {}
+    for name in block_names(model):
+        if isinstance(block := model.get_submodule(name), FSDPModule):
+            lists.setdefault(name.rpartition(".")[0], []).append(block)
+    for units in lists.values() if depth > 1 else ():
+        for place, unit in enumerate(units):
+            unit.set_modules_to_forward_prefetch(units[place + 1 : place + 1 + depth])
+            unit.set_modules_to_backward_prefetch(units[max(place - depth, 0) : place][::-1])
 
 
 def shard_root(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -55,6 +55,44 @@ def shared_parts(model: nn.Module, blocks: Iterable[str]) -> list[list[str]]:
             covered |= key
             groups.append(list(by_block.values()))
     return groups
+
+
+def by_list(names: Iterable[str], blocks: Sequence[str]) -> dict[str, list[str]]:
+    """``names`` of blocks, or of parts of them, by the list that their block is in."""
+    lists: dict[str, list[str]] = {}
+    for name in names:
+        around = next(block for block in blocks if f"{name}.".startswith(f"{block}."))
+        lists.setdefault(around.rpartition(".")[0], []).append(name)
+    return lists
+
+
+def every_nth(lists: Mapping[str, list[str]], n: int) -> list[str]:
+    """Every ``n``-th name of each list, counted from its first; all of them for 1."""
+    return [name for names in lists.values() for name in names[n - 1 :: n]]
+
+
+def kept_gathered(lists: Mapping[str, list[str]], sizes: Mapping[str, int], policy: str, budget: float) -> set[str]:
+    """The units whose parameters stay gathered between forward and backward.
+
+    The last ones come first: backward needs them soonest, so they take memory for the shortest time.
+
+    Args:
+        lists: the units of every list of blocks.
+        sizes: unit -> bytes of its gathered parameters, in the model's order.
+        policy: ``ParallelConfig.reshard_after_forward``.
+        budget: bytes that the kept units may take together; the last of a list stays in any case.
+    """
+    if policy != "default":
+        return set(sizes) if policy == "never" else set()
+    kept = {names[-1] for names in lists.values()}
+    left = budget - sum(sizes[name] for name in kept)
+    for name in reversed(list(sizes)):
+        if name not in kept:
+            left -= sizes[name]
+            if left < 0:
+                break
+            kept.add(name)
+    return kept
 
 
 def _collect(module: nn.Module, path: str, names: list[str], seen: set[int]) -> None:

@@ -118,3 +118,37 @@ def real_memory(family: str, config: ParallelConfig) -> tuple[int, int, int]:
 def _bytes(tensors: list[torch.Tensor]) -> int:
     local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
     return sum(tensor.numel() * tensor.element_size() for tensor in local)
+
+
+class GatherCount(TorchDispatchMode):
+    """FSDP2's collectives, which are not functional ones: calls, and bytes of the whole buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backward = False
+        self.calls: Counter[str] = Counter()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            gather = "gather" in func.__name__
+            phase = "backward" if self.backward else "forward"
+            self.calls[f"{phase}_gathers" if gather else "reduces"] += 1
+            whole = args[0] if gather else args[1]  # (output, input, ...)
+            self.bytes += whole.numel() * whole.element_size()
+        return func(*args, **(kwargs or {}))
+
+
+def real_gathers(cases: list[tuple[str, ParallelConfig]]) -> list[tuple[dict[str, int], int]]:
+    """(calls, bytes) of one forward and backward, after a first step."""
+    found = []
+    for family, config in cases:
+        model = sharded(family, 4, config)
+        ids = torch.arange(TOKENS[0] * TOKENS[1]).view(TOKENS)
+        model(input_ids=ids, labels=ids).loss.backward()
+        with GatherCount() as counted:
+            loss = model(input_ids=ids, labels=ids).loss
+            counted.backward = True
+            loss.backward()
+        found.append((dict(counted.calls), counted.bytes))
+    return found

@@ -39,6 +39,14 @@ def test_equals_real_runs_under_fsdp(ranks4: RankPool) -> None:
         assert predicted(*case) == real
 
 
+@pytest.mark.parametrize("mode", ["full", "every_2"])
+def test_a_recomputed_block_sums_gradients_for_itself(mode: str, ranks2: RankPool) -> None:
+    """Under sequence parallelism nothing else is an all-reduce in backward, recomputed or not."""
+    case = ("llama", 4, TP.with_(sequence_parallel=True, activation_checkpointing=mode))
+    sums = ("all_reduce", True)
+    assert predicted(*case)[sums] == ranks2.run(real_traffic, [case])[0][0][sums]
+
+
 def test_whole_experts_of_a_custom_plan(ranks2: RankPool) -> None:
     case = ("mixtral", 2, TP.with_(plan="estimate_models.WHOLE_EXPERTS"))
     assert predicted(*case) == ranks2.run(real_traffic, [case])[0][0]

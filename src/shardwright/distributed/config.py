@@ -144,10 +144,14 @@ class ParallelConfig:
 
     @property
     def checkpointed_every(self) -> int:
-        """1 where every block is recomputed, 2 where every second one is ...; 0 where none is."""
+        """1 where every block is recomputed, 2 where every second one is ...; 0 where none is.
+
+        A compiled block chooses by itself what to keep, as ``"selective"`` does.
+        """
         if found := EVERY.fullmatch(self.activation_checkpointing):
             return int(found[1])
-        return 0 if self.activation_checkpointing == "none" else 1
+        chooses = self.activation_checkpointing == "selective" and bool(self.compile)
+        return 0 if chooses or self.activation_checkpointing == "none" else 1
 
     def degrees(self, world_size: int) -> Degrees:
         """The size of every axis for ``world_size`` ranks.

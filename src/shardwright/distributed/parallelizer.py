@@ -373,16 +373,14 @@ def _before_sharding(
 
 
 def _checkpointed(lists: dict[str, list[str]], config: ParallelConfig) -> list[str]:
-    """The blocks that are recomputed. A compiled block chooses by itself what to keep, as selective mode does."""
-    mode, n = config.activation_checkpointing, config.checkpointed_every
-    if mode == "none" or (mode == "selective" and config.compile):
-        return []
+    """The blocks that are recomputed."""
+    n = config.checkpointed_every
     chosen = every_nth(lists, n)
     if n > 1 and not chosen:
         longest = max(map(len, lists.values()), default=0)
         raise ConfigError(
-            f"activation_checkpointing is {mode!r}, but the model's longest list of blocks has {longest}: nothing "
-            "would be recomputed. Choose a smaller number, or none."
+            f"activation_checkpointing is {config.activation_checkpointing!r}, but the model's longest list of blocks "
+            f"has {longest}: nothing would be recomputed. Choose a smaller number, or none."
         )
     return chosen
 

@@ -12,13 +12,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from shardwright.distributed.config import DTYPES, ParallelConfig, Precision
+from shardwright.distributed.config import DTYPES, ParallelConfig
 from shardwright.distributed.models.build import build_on_meta, load_config
 from shardwright.distributed.models.planning import plan_and_resolve
 from shardwright.distributed.models.resolved import ResolvedPlan
-from shardwright.distributed.models.structure import block_names, numbers_to_globs
+from shardwright.distributed.models.structure import block_names, by_list, every_nth, numbers_to_globs
 from shardwright.distributed.plan import ParallelPlan
 from shardwright.errors import ConfigError, UnsupportedError
+from shardwright.estimate.gathering import Gathering, predict_gathering, uses_fsdp2
 from shardwright.estimate.layout import ParameterLayout, parameter_layouts
 from shardwright.estimate.memory import Memory, memory_per_rank
 from shardwright.estimate.rows import Row, module_rows
@@ -66,6 +67,7 @@ class Prediction:
         memory: bytes per rank.
         unsharded: bytes with one rank.
         traffic: TP collectives, by kind of block.
+        gathering: what FSDP2 gathers and reduces; None where it has no part in it.
         notes: sentences of the plan and of its resolution.
     """
 
@@ -81,6 +83,7 @@ class Prediction:
     memory: Memory
     unsharded: Memory
     traffic: tuple[Traffic, ...]
+    gathering: Gathering | None
     notes: tuple[str, ...]
 
     @property
@@ -139,6 +142,7 @@ def predict(model: Model, config: ParallelConfig, *, weights: str = "float32") -
         memory=memory_per_rank(layouts, config.tp, config.dp_shard),
         unsharded=memory_per_rank([replace(layout, placement=_WHOLE) for layout in layouts], 1, 1),
         traffic=tuple(_traffic(built, resolved, config)),
+        gathering=predict_gathering(built, layouts, config),
         notes=tuple(dict.fromkeys(filter(None, [*resolved.notes, uncounted(built, resolved)]))),
     )
 
@@ -164,17 +168,18 @@ def _attributes(resolved: ResolvedPlan) -> dict[str, dict[str, int]]:
 def _traffic(model: nn.Module, resolved: ResolvedPlan, config: ParallelConfig) -> Iterable[Traffic]:
     """Blocks that send the same are one line, in the model's order; what lies outside comes last."""
     itemsize = getattr(torch, config.precision.param).itemsize
-    # shardwright.parallelize leaves FSDP2 out where there is nothing to shard and nothing to cast.
-    units = config.dp_shard * config.dp_replicate > 1 or config.precision != Precision()
+    blocks = block_names(model)
+    # What gathers its parameters, or runs twice, sums gradients for itself.
+    units = set(blocks if uses_fsdp2(config) else every_nth(by_list(blocks, blocks), config.checkpointed_every))
     traffic = predict_traffic(model, resolved, itemsize, units=units)
     outside = traffic.pop("")
     kinds: dict[Any, list[tuple[Collective, ...]]] = {}
-    for name in block_names(model):
+    for name in blocks:
         if calls := tuple(replace(call, cause=numbers_to_globs(call.cause)) for call in traffic.get(name, ())):
             signature = frozenset(Counter(replace(call, cause="") for call in calls).items())
             kinds.setdefault((numbers_to_globs(name), signature), []).append(calls)
-    for (where, _), blocks in kinds.items():
-        yield Traffic(where, len(blocks), blocks[0])
+    for (where, _), alike in kinds.items():
+        yield Traffic(where, len(alike), alike[0])
     if outside:
         yield Traffic("", 1, tuple(outside))
 
@@ -199,6 +204,7 @@ def to_dict(prediction: Prediction) -> dict[str, Any]:
             "sent_per_micro_batch": prediction.sent_fixed(),
             "parts": [_traffic_dict(part, tp) for part in prediction.traffic],
         },
+        "fsdp2": None if prediction.gathering is None else prediction.gathering.to_dict(),
         "notes": list(prediction.notes),
     }
 

@@ -80,6 +80,7 @@ def _parts(prediction: Prediction, look: _Look) -> Iterable[RenderableType]:
     yield _memory(prediction, look)
     yield ""
     yield from _traffic(prediction, look)
+    yield from _gathering(prediction)
     for note in prediction.notes:
         yield Text.assemble(("note: ", "bold yellow"), note)
 
@@ -178,6 +179,24 @@ def _traffic(prediction: Prediction, look: _Look) -> Iterable[RenderableType]:
         "For one micro-batch, nothing recomputed. Sent: by each rank, in a ring. Gradient sums: all-reduces in "
         "backward for whole parameters that see a share of the work; their size does not depend on the tokens.",
         style=look.shade("dim"),
+    )
+
+
+def _gathering(prediction: Prediction) -> Iterable[RenderableType]:
+    found = prediction.gathering
+    if found is None or prediction.config.dp_shard == 1:
+        return
+    gathers = f"{found.forward_gathers} + {found.backward_gathers} all-gathers"
+    blocks = f"{found.kept} block{'s' * (found.kept != 1)}"
+    sizes = bytes_text(found.kept_bytes), bytes_text(found.largest_bytes)
+    yield ""
+    yield (
+        f"FSDP2 for one micro-batch: {found.units} units, {gathers}, {found.reduces} reduce-scatters, "
+        f"{bytes_text(found.sent)} sent by each rank."
+    )
+    yield (
+        f"{blocks} and what lies outside of the blocks stay gathered between forward and backward: {sizes[0]}; "
+        f"the largest unit takes {sizes[1]}."
     )
 
 

@@ -50,13 +50,13 @@ class Collective:
 
 
 def predict_traffic(
-    model: nn.Module, resolved: ResolvedPlan, itemsize: int, *, units: bool
+    model: nn.Module, resolved: ResolvedPlan, itemsize: int, *, units: set[str]
 ) -> dict[str, list[Collective]]:
     """The collectives of every block, by name; those outside of the blocks under ``""``.
 
     Args:
         itemsize: bytes of the dtype that the model computes in.
-        units: whether blocks are units of FSDP2, which sum gradients of whole parameters each for itself.
+        units: the blocks that sum gradients of whole parameters each for itself.
     """
     traffic: dict[str, list[Collective]] = {"": []}
     if resolved.tp == 1:
@@ -83,7 +83,7 @@ def uncounted(model: nn.Module, resolved: ResolvedPlan) -> str | None:
 class _Step:
     """Goes through a resolved plan; every method yields the collectives of one kind of place."""
 
-    def __init__(self, model: nn.Module, resolved: ResolvedPlan, itemsize: int, *, units: bool) -> None:
+    def __init__(self, model: nn.Module, resolved: ResolvedPlan, itemsize: int, *, units: set[str]) -> None:
         self.model = model
         self.units = units
         self.modules = dict(model.named_modules())
@@ -181,7 +181,7 @@ class _Step:
         """Gradients of whole parameters that see a share of the work: summed together in float32, unit by unit."""
         sizes: dict[str, int] = {}
         for name, parameters in self.resolved.summed.items():
-            unit = self.scope(name) if self.units else ""
+            unit = scope if (scope := self.scope(name)) in self.units else ""
             sizes[unit] = sizes.get(unit, 0) + self.gradient_size(name, parameters)
         for unit, size in sizes.items():
             if size:

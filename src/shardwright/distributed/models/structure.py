@@ -67,8 +67,8 @@ def by_list(names: Iterable[str], blocks: Sequence[str]) -> dict[str, list[str]]
 
 
 def every_nth(lists: Mapping[str, list[str]], n: int) -> list[str]:
-    """Every ``n``-th name of each list, counted from its first; all of them for 1."""
-    return [name for names in lists.values() for name in names[n - 1 :: n]]
+    """Every ``n``-th name of each list, counted from its first; all of them for 1, none for 0."""
+    return [name for names in lists.values() for name in names[n - 1 :: n]] if n else []
 
 
 def kept_gathered(lists: Mapping[str, list[str]], sizes: Mapping[str, int], policy: str, budget: float) -> set[str]:

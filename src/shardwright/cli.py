@@ -73,6 +73,7 @@ def train(config: Path, overrides: tuple[str, ...]) -> None:
 @click.option("--reshard-after-forward", type=click.Choice(["default", "always", "never"]), default="default",
               show_default=True, help="Which blocks FSDP2 frees after forward.")  # fmt: skip
 @click.option("--keep-gathered-gib", default=0.0, help="GiB that blocks may take which it does not free.")
+@click.option("--shard-ends", is_flag=True, help="Make embedding and head units of their own.")
 @click.option("--plan", help="A plan to use: a YAML or JSON file, or a dotted path to a dict or function.")
 @click.option("--precision", type=click.Choice(["float32", "bf16"]), default="bf16", show_default=True,
               help="What a step computes in.")  # fmt: skip

@@ -20,7 +20,7 @@ FSDP2_ONLY = (
     {},
     {"reshard_after_forward": "always", "prefetch": 2},
     {"reshard_after_forward": "never"},
-    {"keep_gathered_gib": 1.5},
+    {"keep_gathered_gib": 1.5, "shard_ends": True},
 )
 
 
@@ -110,6 +110,7 @@ def test_the_empty_config_takes_every_rank_for_sharding() -> None:
         ({"activation_checkpointing": True}, "none, full, selective"),
         ({"activation_checkpointing": "every_0"}, "every_2, every_3"),
         ({"activation_checkpointing": "every_2 "}, "every_2, every_3"),
+        ({"shard_ends": 1}, "shard_ends is 1"),
         ({"prefetch": 0}, "prefetch is 0"),
         ({"reshard_after_forward": True}, "default, always, never"),
         ({"keep_gathered_gib": -1}, "keep_gathered_gib is -1"),

@@ -29,14 +29,16 @@ def check(pool: RankPool, cases: list[tuple[str, ParallelConfig]]) -> None:
 def test_equals_real_runs(ranks2: RankPool) -> None:
     settings: list[dict[str, Any]] = [
         {}, {"reshard_after_forward": "always"}, {"reshard_after_forward": "never"},
-        {"keep_gathered_gib": 2.5 * BLOCK}, {"precision": "bf16"},
+        {"keep_gathered_gib": 2.5 * BLOCK}, {"precision": "bf16"}, {"shard_ends": True},
+        {"shard_ends": True, "reshard_after_forward": "always"}, {"shard_ends": True, "reshard_after_forward": "never"},
     ]  # fmt: skip
     check(ranks2, [("llama", FSDP.with_(**options)) for options in settings] + [("qwen3 tied", FSDP)])
 
 
 def test_equals_real_runs_beside_tensor_parallelism(ranks4: RankPool) -> None:
     config = ParallelConfig(tp=2, dp_shard=2, sequence_parallel=True)
-    check(ranks4, [(family, config) for family in ("llama", "phi3", "mixtral")])
+    cases = [(family, config) for family in ("llama", "phi3", "mixtral")]
+    check(ranks4, [*cases, ("llama", config.with_(shard_ends=True))])
 
 
 @pytest.mark.parametrize(("budget", "kept"), [(0.0, 1), (1.9, 1), (2.0, 2), (3.9, 3), (4.0, 4)])

@@ -81,6 +81,8 @@ class ParallelConfig:
             but the last of each list, and those that ``keep_gathered_gib`` keeps; ``"always"``: all; ``"never"``: none.
         keep_gathered_gib: GiB per rank that blocks may take which stay gathered between forward and backward: as many
             of the last as fit. The last block of a list counts, and stays in any case.
+        shard_ends: make the input embedding and the head FSDP2 units of their own, gathered when they run and not for
+            the whole step. Not for tied ones, nor for models that read these weights without calling them.
         prefetch: how many blocks ahead FSDP2 gathers, in forward and in backward. 1 is what torch does by itself.
         plan: a tensor-parallel plan to use instead of the one Shardwright would choose: a YAML file written by
             ``shardwright plan --save``, or a dotted path to a dict or a function. None: choose.
@@ -100,14 +102,16 @@ class ParallelConfig:
     compile: bool | str = False
     reshard_after_forward: str = "default"
     keep_gathered_gib: float = 0.0
+    shard_ends: bool = False
     prefetch: int = 1
     plan: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("dp_replicate", "dp_shard", "cp", "tp", "prefetch"):
             _degree(name, getattr(self, name), least=-1 if name == "dp_shard" else 1)
-        if not isinstance(self.sequence_parallel, bool):
-            raise ConfigError(f"sequence_parallel is {self.sequence_parallel!r}; it must be true or false.")
+        for name in ("sequence_parallel", "shard_ends"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be true or false.")
         if not isinstance(self.compile, bool) and not (isinstance(self.compile, str) and self.compile):
             raise ConfigError(
                 f"compile is {self.compile!r}; it must be true, false, or the name of a torch.compile backend."
@@ -134,10 +138,9 @@ class ParallelConfig:
                 f"keep_gathered_gib is {budget}, which reshard_after_forward {self.reshard_after_forward!r} leaves no "
                 'choice to. Set reshard_after_forward to "default", or leave keep_gathered_gib out.'
             )
+        fsdp2 = {"reshard_after_forward": "default", "keep_gathered_gib": 0, "shard_ends": False, "prefetch": 1}
         changed = [
-            f"{name} ({getattr(self, name)!r})"
-            for name, default in (("reshard_after_forward", "default"), ("keep_gathered_gib", 0), ("prefetch", 1))
-            if getattr(self, name) != default
+            f"{name} ({getattr(self, name)!r})" for name, default in fsdp2.items() if getattr(self, name) != default
         ]
         if changed and self.engine != "fsdp2":
             raise ConfigError(f"{', '.join(changed)} is for the engine fsdp2; {self.engine} has no such setting.")

@@ -19,7 +19,7 @@ from shardwright.distributed.apply import megatron_fsdp
 from shardwright.distributed.apply.activation_checkpointing import apply_activation_checkpointing
 from shardwright.distributed.apply.agreement import check_agreement
 from shardwright.distributed.apply.compile import apply_compile, check_backend
-from shardwright.distributed.apply.fsdp2 import set_prefetch, shard_root, shard_units
+from shardwright.distributed.apply.fsdp2 import set_prefetch, shard_ends, shard_root, shard_units
 from shardwright.distributed.apply.megatron_fsdp import Options as MegatronOptions
 from shardwright.distributed.apply.parameters import check_gradient_hooks, check_scalars
 from shardwright.distributed.apply.tensor_parallel import apply_tensor_parallel
@@ -32,6 +32,7 @@ from shardwright.distributed.mesh import (
     data_parallel_mesh,
     refuse_context_parallel,
 )
+from shardwright.distributed.models.ends import end_names
 from shardwright.distributed.models.heads import check_heads
 from shardwright.distributed.models.imports import import_class_from_path, import_classes_from_paths
 from shardwright.distributed.models.planning import plan_and_resolve
@@ -243,15 +244,19 @@ def parallelize_model(
     check_every_axis_used(device_mesh, (axes.dp_replicate, axes.dp_shard_cp, axes.tp))
     dp_mesh = data_parallel_mesh(device_mesh, axes.dp_replicate, axes.dp_shard_cp)
     tp_mesh = axis_or_none(device_mesh, axes.tp)
-    if mp_policy is not None:
+    sharded = mp_policy is not None
+    if sharded:
         check_gradient_hooks(model)
         check_scalars(model)
-    blocks = unit_names(model) if mp_policy is not None or _one_by_one(config) else []
-    units = [] if mp_policy is None else [*blocks, *(name for parts in shared_parts(model, blocks) for name in parts)]
+    ends = end_names(model) if sharded and config.shard_ends else []
+    blocks = unit_names(model) if sharded or _one_by_one(config) else []
+    shared = [name for parts in shared_parts(model, blocks) for name in parts]
+    units = [*blocks, *shared, *ends] if sharded else []
     _before_sharding(model, device_mesh, tp_mesh, config, plan or config.plan, units, blocks)
-    if mp_policy is not None:
+    if sharded:
         reshard, budget = config.reshard_after_forward, config.keep_gathered_gib * 2**30
         shard_units(model, blocks, dp_mesh, mp_policy, offload_policy, reshard=reshard, budget=budget)
+        shard_ends(model, ends, dp_mesh, mp_policy, offload_policy, reshard=reshard)
         shard_root(model, dp_mesh, mp_policy, offload_policy)
         set_prefetch(model, config.prefetch)
     return model

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from shardwright.distributed.config import ParallelConfig, Precision
+from shardwright.distributed.models.ends import end_names
 from shardwright.distributed.models.structure import block_names, by_list, kept_gathered, shared_parts
 from shardwright.estimate.layout import ParameterLayout
 
@@ -22,7 +23,7 @@ class Gathering:
     Attributes:
         units: how many there are, the root's among them.
         kept: blocks that stay gathered between forward and backward.
-        kept_bytes: of their parameters, and of the root's, which always stays.
+        kept_bytes: of the parameters of all units that do: the root's always does.
         largest_bytes: of the largest unit's parameters; those of the others come and go.
         forward_gathers: all-gathers in forward.
         backward_gathers: all-gathers in backward.
@@ -65,26 +66,29 @@ def predict_gathering(model: nn.Module, layouts: Iterable[ParameterLayout], conf
         return None
     blocks = block_names(model)
     shared = [name for parts in shared_parts(model, blocks) for name in parts]
+    ends = end_names(model) if config.shard_ends else []
     units: dict[str, _Unit] = {}
     sizes = dict.fromkeys(blocks, 0)
     for layout in layouts:
-        size = _add(layout, units.setdefault(_innermost(layout.module, [*shared, *blocks]), _Unit()), config)
+        size = _add(layout, units.setdefault(_innermost(layout.module, [*shared, *ends, *blocks]), _Unit()), config)
         if block := _innermost(layout.module, blocks):
             sizes[block] += size
     budget = config.keep_gathered_gib * 2**30
     chosen = kept_gathered(by_list(blocks, blocks), sizes, config.reshard_after_forward, budget)
     if config.reshard_after_forward == "never":
-        chosen |= set(shared)
+        chosen |= {*shared, *ends}
+    elif config.reshard_after_forward == "default":
+        chosen |= set(ends[-1:])  # the head, with which backward begins
     kept = [name for name in units if name in chosen]
-    gathers = 2 * len(units) - len(kept) - ("" in units)
-    sent = sum(unit.reduce + unit.gather * (1 if name in (*kept, "") else 2) for name, unit in units.items())
+    stay = {*kept, ""} & set(units)  # the root always does
+    sent = sum(unit.reduce + unit.gather * (1 if name in stay else 2) for name, unit in units.items())
     return Gathering(
         units=len(units),
-        kept=len(kept),
-        kept_bytes=sum(units[name].gathered for name in {*kept, ""} & set(units)),
+        kept=len(set(kept) & set(blocks)),
+        kept_bytes=sum(units[name].gathered for name in stay),
         largest_bytes=max((unit.gathered for unit in units.values()), default=0),
         forward_gathers=len(units),
-        backward_gathers=gathers - len(units),
+        backward_gathers=len(units) - len(stay),
         reduces=sum(unit.reduce > 0 for unit in units.values()),
         sent=sent * (config.dp_shard - 1) / config.dp_shard,
     )

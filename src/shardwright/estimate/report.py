@@ -194,8 +194,9 @@ def _gathering(prediction: Prediction) -> Iterable[RenderableType]:
         f"FSDP2 for one micro-batch: {found.units} units, {gathers}, {found.reduces} reduce-scatters, "
         f"{bytes_text(found.sent)} sent by each rank."
     )
+    rest = "some of what lies" if prediction.config.shard_ends else "what lies"
     yield (
-        f"{blocks} and what lies outside of the blocks stay gathered between forward and backward: {sizes[0]}; "
+        f"{blocks} and {rest} outside of the blocks stay gathered between forward and backward: {sizes[0]}; "
         f"the largest unit takes {sizes[1]}."
     )
 

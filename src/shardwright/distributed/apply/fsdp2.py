@@ -55,6 +55,26 @@ def shard_units(
             _shard([block], mesh, inner, offload_policy, reshard_after_forward=name not in kept)
 
 
+def shard_ends(
+    model: nn.Module,
+    names: list[str],
+    mesh: DeviceMesh,
+    mp_policy: MixedPrecisionPolicy | None,
+    offload_policy: OffloadPolicy | None = None,
+    *,
+    reshard: str = "default",
+) -> None:
+    """Make the embedding and the head units, in place.
+
+    Args:
+        names: of the two, as they run: backward begins with the last, which stays gathered unless all are to be freed.
+    """
+    inner = replace(mp_policy, output_dtype=None) if mp_policy is not None else None
+    for name in names:
+        keep = reshard == "never" or (reshard == "default" and name == names[-1])
+        _shard([model.get_submodule(name)], mesh, inner, offload_policy, reshard_after_forward=not keep)
+
+
 def _gathered_bytes(block: nn.Module, policy: MixedPrecisionPolicy | None) -> int:
     """Bytes that the block's parameters take on this rank when FSDP2 has gathered them."""
     dtype = policy.param_dtype if policy is not None else None

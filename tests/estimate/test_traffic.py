@@ -47,6 +47,13 @@ def test_a_recomputed_block_sums_gradients_for_itself(mode: str, ranks2: RankPoo
     assert predicted(*case)[sums] == ranks2.run(real_traffic, [case])[0][0][sums]
 
 
+def test_blocks_are_units_of_either_engine() -> None:
+    config = ParallelConfig(tp=2, dp_shard=2, sequence_parallel=True)
+    first, second = (predict(config_of("llama"), config.with_(engine=name)) for name in ("fsdp2", "megatron_fsdp"))
+    assert first.traffic == second.traffic
+    assert (first.gathering is None, second.gathering is None) == (False, True)
+
+
 def test_whole_experts_of_a_custom_plan(ranks2: RankPool) -> None:
     case = ("mixtral", 2, TP.with_(plan="estimate_models.WHOLE_EXPERTS"))
     assert predicted(*case) == ranks2.run(real_traffic, [case])[0][0]

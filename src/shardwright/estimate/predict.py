@@ -170,7 +170,8 @@ def _traffic(model: nn.Module, resolved: ResolvedPlan, config: ParallelConfig) -
     itemsize = getattr(torch, config.precision.param).itemsize
     blocks = block_names(model)
     # What gathers its parameters, or runs twice, sums gradients for itself.
-    units = set(blocks if uses_fsdp2(config) else every_nth(by_list(blocks, blocks), config.checkpointed_every))
+    gathering = config.engine != "fsdp2" or uses_fsdp2(config)
+    units = set(blocks if gathering else every_nth(by_list(blocks, blocks), config.checkpointed_every))
     traffic = predict_traffic(model, resolved, itemsize, units=units)
     outside = traffic.pop("")
     kinds: dict[Any, list[tuple[Collective, ...]]] = {}

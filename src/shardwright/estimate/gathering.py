@@ -13,6 +13,7 @@ from torch import nn
 from shardwright.distributed.config import ParallelConfig, Precision
 from shardwright.distributed.models.ends import end_names
 from shardwright.distributed.models.structure import block_names, by_list, kept_gathered, shared_parts
+from shardwright.distributed.models.units import unit_names
 from shardwright.estimate.layout import ParameterLayout
 
 
@@ -64,7 +65,7 @@ def predict_gathering(model: nn.Module, layouts: Iterable[ParameterLayout], conf
     """
     if not uses_fsdp2(config):
         return None
-    blocks = block_names(model)
+    blocks = unit_names(model)
     shared = [name for parts in shared_parts(model, blocks) for name in parts]
     ends = end_names(model) if config.shard_ends else []
     units: dict[str, _Unit] = {}
@@ -74,7 +75,7 @@ def predict_gathering(model: nn.Module, layouts: Iterable[ParameterLayout], conf
         if block := _innermost(layout.module, blocks):
             sizes[block] += size
     budget = config.keep_gathered_gib * 2**30
-    chosen = kept_gathered(by_list(blocks, blocks), sizes, config.reshard_after_forward, budget)
+    chosen = kept_gathered(by_list(blocks, block_names(model)), sizes, config.reshard_after_forward, budget)
     if config.reshard_after_forward == "never":
         chosen |= {*shared, *ends}
     elif config.reshard_after_forward == "default":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from transformers import (
+    CONFIG_MAPPING,
     DeepseekV3Config,
     Gemma3nTextConfig,
     LlamaConfig,
@@ -149,6 +151,8 @@ IMAGES = {
 
 @pytest.mark.parametrize("model_type", IMAGES)
 def test_images_come_with_what_a_forward_asks_for(model_type: str) -> None:
+    if transformers.__version__.startswith("5.17.") and model_type == "vision-encoder-decoder":
+        pytest.skip("in this version of transformers its default config is not valid")
     model = build(tiny(load_config(model_type)))
     batches = image_batches(model)
     assert batches is not None
@@ -159,6 +163,8 @@ def test_images_come_with_what_a_forward_asks_for(model_type: str) -> None:
 
 @pytest.mark.parametrize(("model_type", "argument"), [("molmo2", "mm_token_type_ids"), ("udop", "bbox")])
 def test_text_comes_with_what_a_forward_asks_for(model_type: str, argument: str) -> None:
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip("this version of transformers does not have it")
     config = tiny(load_config(model_type))
     batch = text_batches(config)(0)
     assert argument in batch

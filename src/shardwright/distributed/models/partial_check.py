@@ -123,10 +123,11 @@ def _reaches(hollow: Hollow, start: Any, is_sliced: Callable[[str], bool]) -> bo
         if node is None or node in seen:
             continue
         seen.add(node)
-        call = node.call if node.name() == "_FullStubBackward" else None
+        kind = type(node).__name__  # not its name(), which torch 2.11 does not have for functions written in Python
+        call = node.call if kind == "_FullStubBackward" else None
         if call is not None:
             if is_sliced(hollow.repeats.original_name(call.name)):
                 return True
-        elif node.name() != "_BoundaryBackward":
+        elif kind != "_BoundaryBackward":
             open_ends += [before for before, _ in node.next_functions]
     return False

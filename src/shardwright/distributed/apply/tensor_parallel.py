@@ -57,7 +57,7 @@ def apply_tensor_parallel(
         wrap_forward(module, LocalWidth(module, argument, shared[name], mesh.size()))
     _wrap_regions(model, mesh, resolved, shared, lengths)
     _make_local(model, mesh, resolved, list(units))
-    wrap_forward(model, PlainOutputs())
+    wrap_forward(model, PlainOutputs(resolved.heads, mesh))
 
 
 def _make(

@@ -11,7 +11,7 @@ from dataclasses import replace
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from shardwright.distributed.models.heads import check_heads
+from shardwright.distributed.models.heads import check_heads, head_counts
 from shardwright.distributed.models.huggingface import head_name, text_config
 from shardwright.distributed.models.key_values import share_projections
 from shardwright.distributed.models.matching import require_match
@@ -40,6 +40,8 @@ def resolve(model: nn.Module, plan: ParallelPlan, tp: int, *, sequence_parallel:
             that ``tp`` does not divide, tied parameters with styles that contradict each other.
     """
     resolved = ResolvedPlan(plan.source, tp, sequence_parallel, ties=find_ties(model), notes=list(plan.notes))
+    counts = head_counts(model)
+    resolved.heads = sorted({query for query, _ in counts.layers}) if counts is not None else []
     modules = dict(model.named_modules())
     _check_plain(model)
     _match(model, modules, plan, resolved)

@@ -60,6 +60,7 @@ class ResolvedPlan:
         attributes: module name -> attribute values that are rank-local from now on.
         arguments: module name -> tensor arguments that are cut to this rank's heads.
         widths: module name -> the argument whose width its code sees divided by the size.
+        heads: the numbers of attention heads that layers have.
         ties: parameters that several modules share.
         notes: sentences for the report.
     """
@@ -77,5 +78,6 @@ class ResolvedPlan:
     attributes: dict[str, dict[str, int]] = field(default_factory=dict)
     arguments: dict[str, tuple[ArgumentCut, ...]] = field(default_factory=dict)
     widths: dict[str, str] = field(default_factory=dict)
+    heads: list[int] = field(default_factory=list)
     ties: list[Tie] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

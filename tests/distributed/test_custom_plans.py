@@ -186,3 +186,20 @@ def test_a_plan_that_was_returned_for_sequence_parallelism_asks_for_it() -> None
     for family in ("llama", "phi3"):
         assert asks_for_sequence_parallel(_get_parallel_plan(build(family), sequence_parallel=True).values())
         assert not asks_for_sequence_parallel(_get_parallel_plan(build(family)).values())
+
+
+SPLIT = automodel_plan(sequence_parallel=True)
+
+
+def _split_by_a_plan_at_a_path() -> None:
+    model, mesh = build("llama"), shared_mesh(ParallelConfig(tp=2))
+    fsdp2_strategy_parallelize(model, mesh, MixedPrecisionPolicy(), tp_shard_plan="test_custom_plans.SPLIT")
+    seen: list[int] = []
+    norm = model.model.layers[0].post_attention_layernorm
+    norm.register_forward_hook(lambda module, args, out: seen.append(out.shape[1]))
+    assert_same_step(model, build("llama"), lambda m: m(**batch(0)).loss, "a path")
+    assert seen == [8 if dist.get_rank() == 0 else 7]
+
+
+def test_layouts_at_a_dotted_path_ask_for_sequence_parallelism(ranks2: RankPool) -> None:
+    ranks2.run(_split_by_a_plan_at_a_path)

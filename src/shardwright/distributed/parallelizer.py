@@ -38,7 +38,7 @@ from shardwright.distributed.models.imports import import_class_from_path, impor
 from shardwright.distributed.models.planning import plan_and_resolve
 from shardwright.distributed.models.resolve import resolve
 from shardwright.distributed.models.resolved import ResolvedPlan
-from shardwright.distributed.models.sources import CustomPlan, choose_plan, huggingface_styles
+from shardwright.distributed.models.sources import CustomPlan, choose_plan, huggingface_styles, styles_of
 from shardwright.distributed.models.structure import block_names, by_list, every_nth, numbers_to_globs, shared_parts
 from shardwright.distributed.models.units import unit_names
 from shardwright.distributed.plan import ParallelPlan
@@ -396,6 +396,5 @@ def _resolved(
     """The plan for this model and mesh, checked (heads too); None where there is one tensor-parallel rank."""
     if tp_mesh.size() == 1:
         return None
-    if isinstance(tp_shard_plan, dict):
-        sequence_parallel |= asks_for_sequence_parallel(tp_shard_plan.values())
+    sequence_parallel |= asks_for_sequence_parallel(styles_of(tp_shard_plan).values())
     return plan_and_resolve(model, tp_shard_plan, tp_mesh.size(), sequence_parallel=sequence_parallel)[1]

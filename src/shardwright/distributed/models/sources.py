@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from shardwright.errors import PlanError
 
 logger = logging.getLogger(__name__)
 
+PLAN_FILES = (".yaml", ".yml", ".json")
 GATHERED = ("colwise_gather_output", "colwise_rep")
 
 CustomPlan = Mapping[str, ParallelStyle | str] | ParallelPlan | str
@@ -89,17 +90,12 @@ def custom_plan(model: nn.Module, custom: CustomPlan) -> ParallelPlan:
 
 def _named_plan(model: nn.Module, name: str) -> ParallelPlan:
     path = Path(name)
-    if path.suffix in (".yaml", ".yml", ".json"):
+    if path.suffix in PLAN_FILES:
         if not path.is_file():
             raise PlanError(f"There is no plan file {name!r}.")
         text = path.read_text()
         return ParallelPlan.from_json(text) if path.suffix == ".json" else ParallelPlan.from_yaml(text)
-    try:
-        found = import_class_from_path(name)
-    except PathError as error:
-        raise PathError(f"Custom parallel plan {name!r} is not valid: {error}") from error
-    if isinstance(found, Callable):  # type: ignore[arg-type]
-        found = found()
+    found = _at_path(name)
     if isinstance(found, ParallelPlan):
         return found
     if not isinstance(found, Mapping):
@@ -108,6 +104,22 @@ def _named_plan(model: nn.Module, name: str) -> ParallelPlan:
             "to styles, or a function that returns one."
         )
     return _plan_from_mapping(model, found, f"custom: {name}")
+
+
+def _at_path(name: str) -> Any:
+    """What is at a dotted path, or what the function there returns."""
+    try:
+        found = import_class_from_path(name)
+    except PathError as error:
+        raise PathError(f"Custom parallel plan {name!r} is not valid: {error}") from error
+    return found() if callable(found) else found
+
+
+def styles_of(custom: CustomPlan | None) -> Mapping[str, Any]:
+    """The styles of a plan that the user passed as they are written there, objects too; of a file and of None: none."""
+    if isinstance(custom, str):
+        custom = None if Path(custom).suffix in PLAN_FILES else _at_path(custom)
+    return custom if isinstance(custom, Mapping) else {}
 
 
 def _plan_from_mapping(model: nn.Module, styles: Mapping[str, Any], source: str) -> ParallelPlan:

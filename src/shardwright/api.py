@@ -10,7 +10,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from shardwright.distributed.apply.megatron_fsdp import Options
 from shardwright.distributed.config import ParallelConfig, Precision
 from shardwright.distributed.mesh import axis, make_mesh, refuse_context_parallel
-from shardwright.distributed.parallelizer import parallelize_model, parallelize_with_megatron_fsdp
+from shardwright.distributed.steps import parallelize_with_fsdp2, parallelize_with_megatron_fsdp
 
 
 def parallelize(model: nn.Module, config: ParallelConfig, mesh: DeviceMesh | None = None) -> nn.Module:
@@ -38,7 +38,9 @@ def parallelize(model: nn.Module, config: ParallelConfig, mesh: DeviceMesh | Non
         return model  # the package's wrapper stands behind its forward
     # One data-parallel rank in float32 has nothing to shard and nothing to cast.
     needless = axis(mesh, "dp_cp").size() == 1 and config.precision == Precision()
-    return parallelize_model(model, mesh, config, mp_policy=None if needless else mixed_precision(config.precision))
+    return parallelize_with_fsdp2(
+        model, mesh, config, mp_policy=None if needless else mixed_precision(config.precision)
+    )
 
 
 def mixed_precision(precision: Precision) -> MixedPrecisionPolicy:

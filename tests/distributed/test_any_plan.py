@@ -12,7 +12,7 @@ from tiny_models import build
 from torch import nn
 
 from shardwright import ParallelConfig, make_mesh
-from shardwright.distributed.parallelizer import parallelize_model
+from shardwright.distributed.steps import parallelize_with_fsdp2
 from shardwright.errors import ShardwrightError
 
 BLOCK = "model.layers.*"
@@ -42,6 +42,6 @@ def test_any_plan_is_applied_or_refused(
     model = build("llama")
     before = _state(model)
     try:
-        parallelize_model(model, mesh, config, mp_policy=None, plan=plan)
+        parallelize_with_fsdp2(model, mesh, config, mp_policy=None, plan=plan)
     except ShardwrightError:
         assert _state(model) == before

@@ -1,13 +1,12 @@
 """The public module: what the original ``distributed.parallelizer`` offers, made exact.
 
-Read from top to bottom it is the table of contents: which plan, does it fit, cut the tensors, checkpoint activations,
-shard the data-parallel way.
+Read from top to bottom it is the table of contents: which plan, does it fit, shard. The order of the steps is in
+:mod:`shardwright.distributed.steps`.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -16,45 +15,27 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, SequenceParallel
 
 from shardwright.distributed.apply import megatron_fsdp
-from shardwright.distributed.apply.activation_checkpointing import apply_activation_checkpointing
-from shardwright.distributed.apply.agreement import check_agreement
-from shardwright.distributed.apply.compile import apply_compile, check_backend
-from shardwright.distributed.apply.fsdp2 import set_prefetch, shard_ends, shard_root, shard_units
+from shardwright.distributed.apply.fsdp2 import shard_units
 from shardwright.distributed.apply.megatron_fsdp import Options as MegatronOptions
-from shardwright.distributed.apply.parameters import check_gradient_hooks, check_scalars
-from shardwright.distributed.apply.tensor_parallel import apply_tensor_parallel
 from shardwright.distributed.apply.unshard import unshard_fsdp2_model
 from shardwright.distributed.config import ParallelConfig
-from shardwright.distributed.mesh import (
-    axis,
-    axis_or_none,
-    check_every_axis_used,
-    data_parallel_mesh,
-    refuse_context_parallel,
-)
-from shardwright.distributed.models.ends import end_names
 from shardwright.distributed.models.heads import check_heads
 from shardwright.distributed.models.imports import import_class_from_path, import_classes_from_paths
-from shardwright.distributed.models.planning import plan_and_resolve
 from shardwright.distributed.models.resolve import resolve
-from shardwright.distributed.models.resolved import ResolvedPlan
-from shardwright.distributed.models.sources import CustomPlan, choose_plan, huggingface_styles, styles_of
-from shardwright.distributed.models.structure import block_names, by_list, every_nth, numbers_to_globs, shared_parts
+from shardwright.distributed.models.sources import choose_plan, huggingface_styles
+from shardwright.distributed.models.structure import block_names, numbers_to_globs
 from shardwright.distributed.models.units import unit_names
 from shardwright.distributed.plan import ParallelPlan
+from shardwright.distributed.steps import Axes, parallelize_with_fsdp2, parallelize_with_megatron_fsdp
 from shardwright.distributed.styles import make_style
-from shardwright.distributed.styles.torch_styles import asks_for_sequence_parallel
-from shardwright.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-Plan = CustomPlan | None
 HAVE_NVFSDP: bool = megatron_fsdp.is_available()
 """Whether nvFSDP can be used: megatron-fsdp, its published name, or a real nvfsdp is installed."""
 
 __all__ = [
     "HAVE_NVFSDP",
-    "Axes",
     "apply_fsdp2_sharding_recursively",
     "fsdp2_strategy_parallelize",
     "get_hf_tp_shard_plan",
@@ -62,8 +43,6 @@ __all__ = [
     "import_class_from_path",
     "import_classes_from_paths",
     "nvfsdp_strategy_parallelize",
-    "parallelize_model",
-    "parallelize_with_megatron_fsdp",
     "translate_to_torch_parallel_style",
     "unshard_fsdp2_model",
     "validate_tp_mesh",
@@ -87,8 +66,8 @@ def get_hf_tp_shard_plan(model: nn.Module) -> dict[str, ParallelStyle]:
 
     Merges the class's ``_tp_plan``, the instance's and the inner text model's (with its prefix), later ones winning.
     The input embedding is added, sharded over the vocabulary, where the plan lacks it (a second table of its size,
-    Gemma's embeddings for every layer, over the features); a head that would gather its
-    output keeps the logits sharded (a DTensor, ``Shard(-1)``) for loss parallelism.
+    Gemma's embeddings for every layer, over the features); a head that would gather its output keeps the logits sharded
+    (a DTensor, ``Shard(-1)``) for loss parallelism.
 
     Raises:
         PlanError: the model has no plan.
@@ -210,56 +189,9 @@ def fsdp2_strategy_parallelize(
         sequence_parallel=sequence_parallel, activation_checkpointing="full" if activation_checkpointing else "none"
     )
     mp_policy = mp_policy or MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.float32)
-    return parallelize_model(
+    return parallelize_with_fsdp2(
         model, device_mesh, config, mp_policy=mp_policy, offload_policy=offload_policy, plan=tp_shard_plan, axes=axes
     )
-
-
-@dataclass(frozen=True)
-class Axes:
-    """What a mesh calls its axes."""
-
-    dp_replicate: str = "dp_replicate"
-    dp_shard_cp: str = "dp_shard_cp"
-    tp: str = "tp"
-
-
-def parallelize_model(
-    model: nn.Module,
-    device_mesh: DeviceMesh,
-    config: ParallelConfig,
-    *,
-    mp_policy: MixedPrecisionPolicy | None,
-    offload_policy: OffloadPolicy | None = None,
-    plan: Plan = None,
-    axes: Axes | None = None,
-) -> nn.Module:
-    """All steps in their order, for a mesh that exists. The degrees of ``config`` are not read: the mesh has them.
-
-    Args:
-        mp_policy: None where FSDP2 is not wanted: one data-parallel rank, and no dtype to change.
-    """
-    axes = axes or Axes()
-    refuse_context_parallel(device_mesh)
-    check_every_axis_used(device_mesh, (axes.dp_replicate, axes.dp_shard_cp, axes.tp))
-    dp_mesh = data_parallel_mesh(device_mesh, axes.dp_replicate, axes.dp_shard_cp)
-    tp_mesh = axis_or_none(device_mesh, axes.tp)
-    sharded = mp_policy is not None
-    if sharded:
-        check_gradient_hooks(model)
-        check_scalars(model)
-    ends = end_names(model) if sharded and config.shard_ends else []
-    blocks = unit_names(model) if sharded or _one_by_one(config) else []
-    shared = [name for parts in shared_parts(model, blocks) for name in parts]
-    units = [*blocks, *shared, *ends] if sharded else []
-    _before_sharding(model, device_mesh, tp_mesh, config, plan or config.plan, units, blocks)
-    if sharded:
-        reshard, budget = config.reshard_after_forward, config.keep_gathered_gib * 2**30
-        shard_units(model, blocks, dp_mesh, mp_policy, offload_policy, reshard=reshard, budget=budget)
-        shard_ends(model, ends, dp_mesh, mp_policy, offload_policy, reshard=reshard)
-        shard_root(model, dp_mesh, mp_policy, offload_policy)
-        set_prefetch(model, config.prefetch)
-    return model
 
 
 def nvfsdp_strategy_parallelize(
@@ -322,79 +254,3 @@ def nvfsdp_strategy_parallelize(
         tp_mesh_name=tp_mesh_name,
     )
     return parallelize_with_megatron_fsdp(model, device_mesh, ParallelConfig(), options, optimizer, tp_shard_plan)
-
-
-def parallelize_with_megatron_fsdp(
-    model: nn.Module,
-    device_mesh: DeviceMesh,
-    config: ParallelConfig,
-    options: MegatronOptions,
-    optimizer: torch.optim.Optimizer | None = None,
-    plan: Plan = None,
-) -> tuple[nn.Module, torch.optim.Optimizer | None]:
-    """All steps in their order, with Megatron-FSDP as the last."""
-    check_gradient_hooks(model)
-    blocks = unit_names(model)
-    prepared = megatron_fsdp.prepare(model, device_mesh, optimizer, options, blocks)
-    tp_mesh = axis(device_mesh, options.tp_mesh_name)
-    _before_sharding(model, device_mesh, tp_mesh, config, plan or config.plan, prepared.unit_names, blocks)
-    return prepared.shard()
-
-
-def _one_by_one(config: ParallelConfig) -> bool:
-    """Whether blocks are recomputed or compiled one by one."""
-    return config.activation_checkpointing != "none" or config.compile_backend is not None
-
-
-def _before_sharding(
-    model: nn.Module,
-    mesh: DeviceMesh,
-    tp_mesh: DeviceMesh | None,
-    config: ParallelConfig,
-    plan: Plan,
-    units: list[str],
-    blocks: list[str],
-) -> None:
-    """Everything up to the data-parallel sharding: tensor parallelism, activation checkpointing, compilation.
-
-    Args:
-        units: what gathers its parameters for itself.
-        blocks: what is recomputed or compiled, if anything is.
-    """
-    if config.compile_backend is not None:
-        check_backend(config.compile_backend)
-    checkpointed = _checkpointed(by_list(blocks, block_names(model)), config)
-    resolved = None if tp_mesh is None else _resolved(model, tp_mesh, plan, config.sequence_parallel)
-    if resolved is not None:
-        check_gradient_hooks(model)
-    check_agreement(model, mesh, repr(resolved))
-    if resolved is not None and tp_mesh is not None:
-        # What gathers its parameters, or runs twice, sees to its whole parameters by itself.
-        apply_tensor_parallel(model, tp_mesh, resolved, units=[*units, *checkpointed])
-    if checkpointed:
-        apply_activation_checkpointing(model, checkpointed, selective=config.activation_checkpointing == "selective")
-    if config.compile_backend is not None:
-        apply_compile(model, blocks, config.compile_backend)
-
-
-def _checkpointed(lists: dict[str, list[str]], config: ParallelConfig) -> list[str]:
-    """The blocks that are recomputed."""
-    n = config.checkpointed_every
-    chosen = every_nth(lists, n)
-    if n > 1 and not chosen:
-        longest = max(map(len, lists.values()), default=0)
-        raise ConfigError(
-            f"activation_checkpointing is {config.activation_checkpointing!r}, but the model's longest list of blocks "
-            f"has {longest}: nothing would be recomputed. Choose a smaller number, or none."
-        )
-    return chosen
-
-
-def _resolved(
-    model: nn.Module, tp_mesh: DeviceMesh, tp_shard_plan: Plan, sequence_parallel: bool
-) -> ResolvedPlan | None:
-    """The plan for this model and mesh, checked (heads too); None where there is one tensor-parallel rank."""
-    if tp_mesh.size() == 1:
-        return None
-    sequence_parallel |= asks_for_sequence_parallel(styles_of(tp_shard_plan).values())
-    return plan_and_resolve(model, tp_shard_plan, tp_mesh.size(), sequence_parallel=sequence_parallel)[1]

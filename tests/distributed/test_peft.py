@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -24,9 +26,9 @@ LAYOUTS = {
 }
 
 
-def adapted(family: str, targets: str | list[str]) -> nn.Module:
+def adapted(family: str, targets: str | list[str], **options: Any) -> nn.Module:
     """A tiny model with adapters that do something: LoRA's own start leaves half of their gradients at zero."""
-    model = get_peft_model(build(family), LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
+    model = get_peft_model(build(family), LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", **options))
     randomize(model)
     return model.train()
 
@@ -35,8 +37,8 @@ def loss(model: nn.Module) -> torch.Tensor:
     return model(**batch(0)).loss
 
 
-def step(family: str, targets: str | list[str], config: ParallelConfig) -> None:
-    reference = adapted(family, targets)
+def step(config: ParallelConfig, family: str, targets: str | list[str], **options: Any) -> None:
+    reference = adapted(family, targets, **options)
     model = parallelize(copy.deepcopy(reference), config, shared_mesh(config))
     assert all(isinstance(p, DTensor) and p.to_local().numel() < p.numel() for p in model.parameters())
     assert_same_step(model, reference, loss, "lora")
@@ -55,4 +57,9 @@ def step(family: str, targets: str | list[str], config: ParallelConfig) -> None:
     [("llama", ["q_proj", "v_proj"]), ("qwen3", "all-linear"), ("phi3", ["qkv_proj", "down_proj"])],
 )
 def test_lora(family: str, targets: str | list[str], layout: str, ranks4: RankPool) -> None:
-    ranks4.run(step, family, targets, LAYOUTS[layout])
+    ranks4.run(step, LAYOUTS[layout], family, targets)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_dora_reads_the_weights_that_it_adapts(layout: str, ranks4: RankPool) -> None:
+    ranks4.run(partial(step, use_dora=True), LAYOUTS[layout], "llama", ["q_proj", "v_proj", "down_proj"])

@@ -16,7 +16,7 @@ from shardwright.distributed.models.dataflow.cuts import Cut
 from shardwright.distributed.models.dataflow.hollow import Hollow
 from shardwright.distributed.models.dataflow.local import local_values
 from shardwright.distributed.models.dataflow.tape import TOLERANCE, FullRun, Idle, Mismatch, RankRun, Tape, same
-from shardwright.distributed.models.dataflow.watch import bind, listening, reading
+from shardwright.distributed.models.dataflow.watch import Touched, bind, listening, reading
 from shardwright.distributed.styles.local_arguments import ArgumentCut
 from shardwright.distributed.styles.local_width import stand_in
 
@@ -113,14 +113,15 @@ def full_run(hollow: Hollow, inputs: Inputs, seed: int = 0) -> Record:
     reads: dict[tuple[str, str], int] = {}
     arguments: dict[str, dict[str, torch.Size]] = {}
     first: dict[str, tuple[str, int]] = {}
-    with reading(hollow.model, reads), listening(hollow.model, arguments, first):
+    touched = Touched({name: hollow.model.get_submodule(name) for name in hollow.stubs})
+    with reading(hollow.model, reads), listening(hollow.model, arguments, first), touched:
         outputs, leaf = _forward(hollow, run, inputs)
     generator = torch.Generator().manual_seed(seed + 2)
     grads = [torch.randn(o.shape, generator=generator).to(o.dtype) if o.requires_grad else None for o in outputs]
     _clear_grads(hollow.model)
     _backward(outputs, grads, retain=True)
-    exposed = {n for n in hollow.stubs if any(p.grad is not None for p in hollow.model.get_submodule(n).parameters())}
-    return Record(run, outputs, grads, _param_grads(hollow), reads, arguments, first, frozenset(exposed), _grad(leaf))
+    exposed = frozenset(touched.names)
+    return Record(run, outputs, grads, _param_grads(hollow), reads, arguments, first, exposed, _grad(leaf))
 
 
 def forward_run(hollow: Hollow, inputs: Inputs, seed: int = 0) -> None:

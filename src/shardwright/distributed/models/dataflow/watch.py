@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from shardwright.distributed.models.dataflow.local import is_config, watched_view
 
@@ -47,6 +49,34 @@ def listening(
     finally:
         for handle in hooks:
             handle.remove()
+
+
+class Touched(TorchFunctionMode):
+    """Notes which of some modules have parameters that other code than their own forward computes with.
+
+    With or without a gradient: DoRA's norm of a frozen weight has none. Shapes and dtypes may be asked for.
+
+    Attributes:
+        names: of these modules.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self._owners: dict[int, list[str]] = {}
+        for name, module in modules.items():
+            for param in module._parameters.values():
+                self._owners.setdefault(id(param), []).append(name)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if any(isinstance(value, Tensor) for value in tree_leaves(result)):
+            for value in tree_leaves((args, kwargs)):
+                if isinstance(value, nn.Parameter):
+                    self.names.update(self._owners.get(id(value), ()))
+        return result
 
 
 @contextmanager

@@ -25,7 +25,7 @@ ON_TWO = (ParallelConfig(tp=2), ParallelConfig(tp=2, sequence_parallel=True), Pa
 ON_FOUR = (ParallelConfig(tp=2, dp_shard=2), ParallelConfig(tp=2, dp_shard=2, sequence_parallel=True))
 LAYERS = 3
 # torch 2.11 breaks the graphs of our styles: as exact, but slower. 2.12 was not tried.
-ONE_GRAPH = torch.torch_version.TorchVersion(torch.__version__) >= (2, 13)
+ONE_GRAPH = torch.torch_version.TorchVersion(torch.__version__) >= "2.13"
 
 
 def _name(config: ParallelConfig) -> str:

@@ -149,6 +149,7 @@ def test_blocks_that_the_trial_does_not_reach_stay_whole() -> None:
     assert resolved.whole_blocks == ["tower.0", "tower.1"]
 
 
+@pytest.mark.skipif("dots3_note_text" not in CONFIG_MAPPING, reason="this version of transformers has no such model")
 def test_heads_that_differ_by_layer() -> None:
     config = shrunk_config(CONFIG_MAPPING["dots3_note_text"]())
     with torch.device("meta"):

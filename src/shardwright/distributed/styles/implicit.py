@@ -102,9 +102,9 @@ def _set_items(x: Tensor, index: Any, value: Any) -> None:
 
 
 def joined(value: Any) -> Any:
-    """``value`` with every DTensor in it made whole."""
+    """``value`` with every DTensor in it made whole, in one piece of memory as on one process (``view`` needs that)."""
     if isinstance(value, DTensor):
-        return value.full_tensor()
+        return value.full_tensor().contiguous()
     if isinstance(value, dict):
         return {key: joined(item) for key, item in value.items()}
     return type(value)(joined(item) for item in value) if type(value) in (tuple, list) else value

@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch.torch_version import TorchVersion
+
 _ELEMENTWISE = """
     add sub mul div true_divide neg pow square sqrt rsqrt reciprocal abs exp expm1 log log1p log2 tanh sigmoid relu gelu
     silu softplus logsigmoid sin cos clamp clamp_min clamp_max where masked_fill eq ne lt le gt ge logical_not
@@ -20,17 +23,17 @@ _REFLECTED = "__radd__ __rsub__ __rmul__ __rtruediv__ __rpow__ __rdiv__"
 _IN_PLACE = "add_ sub_ mul_ div_ clamp_ masked_fill_ zero_ copy_ __iadd__ __isub__ __imul__ __itruediv__"
 _LAYOUT = """
     clone detach contiguous to type type_as float half double bfloat16 cpu cuda view view_as reshape flatten unflatten
-    squeeze unsqueeze transpose permute movedim expand expand_as narrow select __getitem__ cat stack repeat
-    index_select t
+    squeeze unsqueeze transpose permute movedim expand expand_as narrow select __getitem__ cat stack repeat t
 """
-_REDUCTIONS = """
-    sum mean var std max min amax amin argmax argmin logsumexp softmax log_softmax norm vector_norm all any topk
-"""
-_PRODUCTS = "matmul mm bmm linear"
+_REDUCTIONS = "sum mean var std amax amin argmax argmin logsumexp softmax log_softmax norm vector_norm all any"
+_PRODUCTS = "matmul mm bmm"
 _LIKE = "zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_full"
 
+# torch 2.11 has no rule for these, or for their backward.
+_NEWER = "max min topk index_select linear" if TorchVersion(torch.__version__) >= "2.13" else ""
+
 KNOWN = frozenset(
-    " ".join((_ELEMENTWISE, _ARITHMETIC, _REFLECTED, _IN_PLACE, _LAYOUT, _REDUCTIONS, _PRODUCTS, _LIKE)).split()
+    " ".join((_ELEMENTWISE, _ARITHMETIC, _REFLECTED, _IN_PLACE, _LAYOUT, _REDUCTIONS, _PRODUCTS, _LIKE, _NEWER)).split()
 )
 
 # They tell something about the tensor, or act on its place in the autograd graph; nothing is computed.

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from shardwright.distributed.styles import collectives as c
 from shardwright.distributed.styles.forward import Around, Forward, original_class
-from shardwright.distributed.styles.implicit import ImplicitDTensor, mark
+from shardwright.distributed.styles.implicit import ImplicitDTensor, joined, mark
 from shardwright.distributed.styles.layout import sharded
 from shardwright.errors import PlanError
 
@@ -241,7 +241,7 @@ class WholeBlock(Around):
 
 
 def _joined(x: Any) -> Any:
-    return x.full_tensor() if isinstance(x, SequenceSharded) else x
+    return joined(x) if isinstance(x, SequenceSharded) else x
 
 
 class SequenceSharded(ImplicitDTensor):

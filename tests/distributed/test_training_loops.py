@@ -364,3 +364,21 @@ def _split_sequence() -> None:
 
 def test_sequence_parallelism_splits_the_residual_stream(ranks2: RankPool) -> None:
     ranks2.run(_split_sequence)
+
+
+# Random numbers
+
+
+def _random_state_after(config: ParallelConfig, family: str) -> None:
+    model = build(family)
+    torch.manual_seed(dist.get_rank())
+    before = torch.get_rng_state()
+    _parallel(model, config)
+    assert torch.equal(torch.get_rng_state(), before), f"{family} {config}"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_every_rank_keeps_its_random_state(family: str, ranks4: RankPool) -> None:
+    """Else the data-parallel ranks, seeded apart, would all drop the same; gpt2's plan is read off its code."""
+    for config in LAYOUTS_OF_FOUR:
+        ranks4.run(_random_state_after, config.with_(activation_checkpointing="full"), family)

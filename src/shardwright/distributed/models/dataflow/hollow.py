@@ -77,6 +77,8 @@ def hollow_copy(model: nn.Module, *, whole: bool = False) -> Hollow:
         for name, tensor in _other_tensors(module).items():
             if tensor.is_meta or tensor.dtype in (torch.bfloat16, torch.float16):
                 memo[id(tensor)] = _random_buffer(tensor, name, generator)
+            elif tensor.device.type != "cpu":
+                memo[id(tensor)] = tensor.detach().cpu()
     where = {id(m): name for name, m in model.named_modules()}
     kinds = {where[key]: "opaque" for key in opaque}
     kinds |= {name: kind for name, m in model.named_modules() if (kind := _stub_kind(m)) is not None}

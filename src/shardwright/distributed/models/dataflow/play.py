@@ -246,9 +246,9 @@ def _forward(hollow: Hollow, tape: Tape, inputs: Inputs) -> tuple[list[Tensor], 
         args = tuple(x.clone() if x is leaf else x for x in args)
         kwargs = {key: x.clone() if x is leaf else x for key, x in kwargs.items()}
     hollow.tape = tape
-    torch.manual_seed(0)
     try:
-        with torch.enable_grad(), _SomeHeads():
+        with torch.enable_grad(), _SomeHeads(), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)  # the same numbers for every play; the caller's are left alone
             output = hollow.model(*args, **kwargs)
     finally:
         hollow.tape = Idle()

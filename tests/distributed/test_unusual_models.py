@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -9,15 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from steps import assert_same_step
 from tiny_models import assert_exact, batch, build
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaForCausalLM
 
-from shardwright import ParallelConfig
+from shardwright import ParallelConfig, parallelize
 from shardwright.distributed.models.heads import head_counts
 from shardwright.distributed.models.resolve import resolve
 from shardwright.distributed.plan import ParallelPlan
-from shardwright.verify.ranks import RankPool
+from shardwright.verify.ranks import RankPool, shared_mesh
 from shardwright.verify.run import Case, run_case
 from shardwright.verify.tiny import shrunk_config
 
@@ -156,3 +158,33 @@ def test_heads_that_differ_by_layer() -> None:
         counts = head_counts(AutoModelForCausalLM.from_config(config))
     assert counts is not None
     assert counts.layers == ((4, 4), (8, 8))
+
+
+class Owner:
+    """What a user's hook may be bound to: something that nobody can copy."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.seen = 0
+
+    def hook(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.seen += 1
+
+
+def _with_locks() -> nn.Module:
+    model = build("qwen3")
+    model.model.lock, model.model.stream = threading.Lock(), iter(range(3))
+    model.model.last = torch.ones(2, requires_grad=True) * 2
+    model.model.layers[0].register_forward_hook(Owner().hook)
+    return model
+
+
+def _same_step_with_locks(config: ParallelConfig) -> None:
+    model, reference = _with_locks(), _with_locks()
+    parallelize(model, config, shared_mesh(config))
+    assert_same_step(model, reference, lambda each: each(**batch(0)).loss, str(config))
+
+
+@pytest.mark.parametrize("config", [SP2, ParallelConfig(dp_shard=2)])
+def test_models_that_hold_what_cannot_be_copied(config: ParallelConfig, ranks2: RankPool) -> None:
+    ranks2.run(_same_step_with_locks, config)

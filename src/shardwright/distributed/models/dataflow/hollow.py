@@ -82,7 +82,7 @@ def hollow_copy(model: nn.Module, *, whole: bool = False) -> Hollow:
     where = {id(m): name for name, m in model.named_modules()}
     kinds = {where[key]: "opaque" for key in opaque}
     kinds |= {name: kind for name, m in model.named_modules() if (kind := _stub_kind(m)) is not None}
-    hollow_model = copy.deepcopy(model, memo).eval()
+    hollow_model = _copied(model, memo).eval()
     repeats.truncate(hollow_model)
     _use_plain_attention(hollow_model)
     hollow = Hollow(hollow_model, repeats, {})
@@ -91,6 +91,31 @@ def hollow_copy(model: nn.Module, *, whole: bool = False) -> Hollow:
         if kind is not None:
             hollow.stubs[name] = _install(hollow, name, module, kind)
     return hollow
+
+
+def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy. Hooks, and what cannot be copied (locks, iterators, results with a graph), are the original's."""
+    modules = _modules_but(model, memo.keys())
+    for module in modules:  # a hook may be a method of anything, a whole trainer
+        memo |= {id(value): copy.copy(value) for key, value in vars(module).items() if "hooks" in key}
+    try:
+        return copy.deepcopy(model, dict(memo))
+    except CODE_ERRORS:
+        for module in modules:
+            memo |= {id(value): value for key, value in _attributes(module).items() if not _can_be_copied(value, memo)}
+        return copy.deepcopy(model, memo)
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    return {key: value for key, value in vars(module).items() if key not in ("_parameters", "_buffers", "_modules")}
+
+
+def _can_be_copied(value: Any, memo: dict[int, Any]) -> bool:
+    try:
+        copy.deepcopy(value, dict(memo))
+    except CODE_ERRORS:
+        return False
+    return True
 
 
 def _modules_but(model: nn.Module, left_out: Container[int]) -> list[nn.Module]:

@@ -22,7 +22,12 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import pad
+from torch.torch_version import TorchVersion
 
+from shardwright.errors import UnsupportedError
+
+# Local tensors of DTensors have no second gradient in torch 2.11, without an error; 2.12 was not tried.
+_TWICE = TorchVersion(torch.__version__) >= "2.13"
 _functional = torch.ops._c10d_functional
 
 
@@ -85,6 +90,15 @@ def _padding(x: Tensor, dim: int, amount: int) -> list[int]:
     return [0, 0] * after + [0, amount]
 
 
+def _refuse_twice() -> None:
+    """Raise in a backward that is itself to be differentiated, where this torch would get it wrong."""
+    if not _TWICE and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise UnsupportedError(
+            f"torch {torch.__version__} loses gradients of gradients (create_graph=True) under tensor parallelism; use "
+            "torch 2.13."
+        )
+
+
 class _CopyToRegion(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
@@ -93,6 +107,7 @@ class _CopyToRegion(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        _refuse_twice()
         return reduce_from_region(grad, ctx.group), None
 
 
@@ -125,6 +140,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        _refuse_twice()
         return _Scatter.apply(grad, ctx.dim, ctx.group, ctx.partial_grad), None, None, None, None
 
 

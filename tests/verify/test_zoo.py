@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import transformers
 from click.testing import CliRunner
+from packaging.version import Version
 from torch import nn
 
 from shardwright import ParallelConfig
@@ -98,12 +100,16 @@ SPREAD = (
 )  # fmt: skip
 
 
+# transformers 5.17 has no rules for their experts, which stay whole there; versions up to 5.22 were not tried.
+WHOLE_EXPERTS = ("gpt_oss", "granitemoe") if Version(transformers.__version__) < Version("5.23") else ()
+
+
 @pytest.mark.parametrize("model_type", SPREAD)
 def test_a_spread_of_architectures_is_exact(ranks2: RankPool, model_type: str) -> None:
     entry = examine(model_type, "tp2_sp", ranks2)
     assert entry.outcome == "exact", entry.reason
-    # Exact because nothing was cut would be no feat. (gpt_oss leaves its experts to expert parallelism.)
-    assert entry.sharded_fraction > (0.1 if model_type == "gpt_oss" else 0.4)
+    # Exact because nothing was cut would be no feat.
+    assert entry.sharded_fraction > (0.1 if model_type in WHOLE_EXPERTS else 0.4)
 
 
 def test_plans_alone_need_no_ranks() -> None:

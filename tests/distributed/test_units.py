@@ -82,6 +82,12 @@ class ReadFromOutside(Stack):
         return super().run(x) + self.layers[1].second.down.weight.mean()
 
 
+class ReadInPieces(Stack):
+    def run(self, x: Tensor) -> Tensor:
+        first, second = self.layers[1].second.down.weight.chunk(2)
+        return super().run(x) + (first * second).mean()
+
+
 class Reversible(Stack):
     def run(self, x: Tensor) -> Tensor:
         return _Reversed.apply(torch.cat([x, x], -1), self.layers)[..., :WIDTH]
@@ -128,6 +134,7 @@ KINDS: dict[type[Stack], list[str]] = {
     CalledInParts: PARTS,
     CalledByItsForward: PARTS,
     ReadFromOutside: [name for name in PARTS if name.endswith("first")],
+    ReadInPieces: [name for name in PARTS if name.endswith("first")],
     Reversible: [],
 }
 CONFIGS = {

@@ -22,15 +22,21 @@ def write_page(entries: Sequence[Entry], titles: Mapping[str, str]) -> str:
     by_type: dict[str, dict[str, Entry]] = {}
     for entry in entries:
         by_type.setdefault(entry.type, {})[entry.mode] = entry
-    lines = [*_header(), *_counts(by_type, modes, titles), *_table(by_type, modes, titles), *_reasons(entries, titles)]
+    lines = [
+        *_header(modes),
+        *_counts(by_type, modes, titles),
+        *_table(by_type, modes, titles),
+        *_reasons(entries, titles),
+    ]
     return "\n".join(lines) + "\n"
 
 
-def _header() -> list[str]:
+def _header(modes: Sequence[str]) -> list[str]:
     return [
         "# Architectures",
         "",
-        "Written by `make zoo` (`python -m shardwright.verify.zoo --output docs/architectures.md`), not by hand.",
+        "Written by `python -m shardwright.verify.zoo` (`make zoo` for all modes), not by hand; modes of this run: "
+        f"{', '.join(modes)}.",
         f"Shardwright {__version__}, torch {torch.__version__}, transformers {transformers.__version__}, float32, gloo "
         "ranks on one machine.",
         "",

@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from shardwright.distributed.models.dataflow.hollow import Hollow, hollow_copy
 from shardwright.distributed.models.dataflow.inputs import candidate_inputs
 from shardwright.distributed.models.dataflow.play import forward_run
 from shardwright.distributed.models.dataflow.tape import CODE_ERRORS, Mismatch
+from shardwright.distributed.models.dataflow.watch import computed_with
 from shardwright.distributed.models.structure import block_names, is_block, numbers_to_globs, owns_parameters
 
 logger = logging.getLogger(__name__)
@@ -109,10 +109,8 @@ class _Watch(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor):  # shapes and dtypes may be asked for at any time
-            for value in tree_leaves((args, kwargs)):
-                if isinstance(value, nn.Parameter):
-                    self._use(value)
+        for param in computed_with(result, args, kwargs):
+            self._use(param)
         return result
 
     def _add(self, name: str, module: nn.Module, above: Path) -> None:

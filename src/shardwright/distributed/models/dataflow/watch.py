@@ -51,6 +51,13 @@ def listening(
             handle.remove()
 
 
+def computed_with(result: Any, *arguments: Any) -> list[nn.Parameter]:
+    """The parameters among a call's ``arguments``; none where only their shape or dtype was asked for."""
+    if not any(isinstance(value, Tensor) for value in tree_leaves(result)):
+        return []
+    return [value for value in tree_leaves(arguments) if isinstance(value, nn.Parameter)]
+
+
 class Touched(TorchFunctionMode):
     """Notes which of some modules have parameters that other code than their own forward computes with.
 
@@ -72,10 +79,8 @@ class Touched(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if any(isinstance(value, Tensor) for value in tree_leaves(result)):
-            for value in tree_leaves((args, kwargs)):
-                if isinstance(value, nn.Parameter):
-                    self.names.update(self._owners.get(id(value), ()))
+        for param in computed_with(result, args, kwargs):
+            self.names.update(self._owners.get(id(param), ()))
         return result
 
 

@@ -1,10 +1,11 @@
-"""Fixtures for every test: gloo ranks that stay alive for the whole session."""
+"""Fixtures for every test: ranks that stay alive for the whole session."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from shardwright.verify.ranks import RankPool
 
@@ -20,4 +21,25 @@ def ranks2() -> Iterator[RankPool]:
 def ranks4() -> Iterator[RankPool]:
     """Four gloo ranks."""
     with RankPool(4, timeout=60) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
+def gpus() -> Iterator[RankPool]:
+    """NCCL ranks, one on each GPU of this machine."""
+    with RankPool(torch.cuda.device_count(), timeout=240, kind="cuda") as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
+def shared2() -> Iterator[RankPool]:
+    """Two ranks that share the GPUs there are, one will do."""
+    with RankPool(2, timeout=240, kind="shared_gpu") as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
+def shared4() -> Iterator[RankPool]:
+    """Four ranks, likewise."""
+    with RankPool(4, timeout=240, kind="shared_gpu") as pool:
         yield pool

@@ -66,7 +66,7 @@ def verify(
     case = case_of(model, config, batch=batch, accumulate=accumulate, seed=seed, parallelize=parallelize)
     if pool is not None:
         return run(case, pool)
-    with RankPool(case.config.least_world_size, device_type=_device_type(case.config)) as own:
+    with RankPool(case.config.least_world_size, kind=_device_type(case.config)) as own:
         return run(case, own)
 
 

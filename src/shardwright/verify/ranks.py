@@ -39,6 +39,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from shardwright.distributed.config import Degrees, ParallelConfig
 from shardwright.distributed.mesh import make_mesh
 from shardwright.errors import ConfigError, ShardwrightError
+from shardwright.verify import shared_gpu
 
 _PRELOADED = (
     "torch.distributed.tensor.parallel",
@@ -49,6 +50,7 @@ _PRELOADED = (
     "transformers.models.llama.modeling_llama",
     "shardwright.verify.ranks",
 )
+_BACKENDS = {"cpu": "cpu:gloo", "cuda": "cpu:gloo,cuda:nccl", shared_gpu.BACKEND: shared_gpu.BACKEND}
 _GRACE = 5.0  # seconds that the other ranks get to answer once one has failed
 
 
@@ -75,22 +77,23 @@ class RankPool:
     Args:
         world_size: number of ranks.
         timeout: seconds that one :meth:`run` may take.
-        device_type: ``"cpu"`` (gloo), or ``"cuda"`` (NCCL, a GPU for each rank).
+        kind: ``"cpu"`` (gloo); ``"cuda"`` (NCCL, a GPU for each rank); or ``"shared_gpu"`` (ranks that share the GPUs
+            there are, see :mod:`shardwright.verify.shared_gpu`).
 
     Raises:
-        ConfigError: fewer GPUs than ranks.
+        ConfigError: no GPU, or for NCCL fewer than ranks.
     """
 
-    def __init__(self, world_size: int, timeout: float = 120.0, device_type: str = "cpu") -> None:
+    def __init__(self, world_size: int, timeout: float = 120.0, kind: str = "cpu") -> None:
         if world_size < 1:
             raise ConfigError(f"A pool needs at least one rank, not {world_size}.")
-        if device_type == "cuda" and torch.cuda.device_count() < world_size:
-            raise ConfigError(
-                f"{world_size} ranks need a GPU each, and this machine has {torch.cuda.device_count()}. Lower the "
-                "degrees."
-            )
+        gpus = torch.cuda.device_count()
+        if kind == "cuda" and gpus < world_size:
+            raise ConfigError(f"{world_size} ranks need a GPU each, and this machine has {gpus}. Lower the degrees.")
+        if kind == shared_gpu.BACKEND and not gpus:
+            raise ConfigError("This machine has no GPU that the ranks could share.")
         self.world_size = world_size
-        self.device_type = device_type
+        self.kind = kind
         self.timeout = timeout
         self._workers: list[_Worker] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -141,14 +144,15 @@ class RankPool:
         self.close()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("forkserver")
+        # Where importing a library has looked for GPUs, a fork cannot use them.
+        context: Any = multiprocessing.get_context("forkserver" if self.kind == "cpu" else "spawn")
         context.set_forkserver_preload(list(_PRELOADED))
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         folder = Path(self._folder.name)
         for rank in range(self.world_size):
             here, there = context.Pipe()
             stacks = folder / f"stacks-{rank}"
-            args = (rank, self.world_size, self.device_type, str(folder / "store"), str(stacks), there)
+            args = (rank, self.world_size, self.kind, str(folder / "store"), str(stacks), there)
             process = context.Process(target=_serve, args=args, daemon=True, name=f"rank-{rank}")
             process.start()
             there.close()
@@ -215,7 +219,7 @@ class _Outcome:
         return True
 
 
-def _serve(rank: int, world_size: int, device_type: str, store: str, stacks: str, connection: Connection) -> None:
+def _serve(rank: int, world_size: int, kind: str, store: str, stacks: str, connection: Connection) -> None:
     """The life of one worker: join the process group, then answer calls until the other end of the pipe closes."""
     faulthandler.register(signal.SIGUSR1, file=open(stacks, "w"), all_threads=True)  # noqa: SIM115 (open for life)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes the pipe
@@ -227,14 +231,18 @@ def _serve(rank: int, world_size: int, device_type: str, store: str, stacks: str
     warnings.simplefilter("ignore")
     # The parent's own time limit comes first; this one only ends a worker that lost its parent in a strange way.
     limit = timedelta(hours=1)
-    gpu = torch.device("cuda", rank) if device_type == "cuda" else None
-    backend = "gloo"
-    if gpu is not None:
-        torch.cuda.set_device(gpu)
+    if kind != "cpu":
+        torch.cuda.set_device(rank % torch.cuda.device_count())
         torch.backends.cudnn.allow_tf32 = False  # the only product that torch rounds unasked
-        backend = "cpu:gloo,cuda:nccl"
+    if kind == shared_gpu.BACKEND:
+        shared_gpu.register()
     dist.init_process_group(
-        backend, init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=limit, device_id=gpu
+        _BACKENDS[kind],
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=world_size,
+        timeout=limit,
+        device_id=torch.device("cuda", rank) if kind == "cuda" else None,
     )
     gc.freeze()  # what was imported stays: collecting between calls need not look at it again
     while True:
@@ -286,8 +294,8 @@ def _portable(rank: int, error: BaseException | None) -> BaseException | None:
 
 
 def rank_device() -> torch.device:
-    """What this rank computes on: its GPU where the ranks were started with one each, else the CPU."""
-    on_gpu = "cuda:nccl" in str(dist.get_backend_config())
+    """What this rank of a pool computes on: its GPU where the ranks were started on GPUs, else the CPU."""
+    on_gpu = "cuda" in str(dist.get_backend_config())
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 

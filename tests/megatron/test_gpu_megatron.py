@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,8 @@ pytestmark = [
 STRATEGIES = ("no_shard", "optim", "optim_grads", "optim_grads_params")
 GPUS = torch.cuda.device_count()
 TENSOR_PARALLEL = (1, 2) if GPUS and GPUS % 2 == 0 else (1,)
+QUICKSTART = Path(__file__).parents[2] / "examples/quickstart.yaml"
 ENGINE = "sharding.engine=megatron_fsdp"
-
-
-@pytest.fixture(scope="module")
-def gpus() -> Iterator[RankPool]:
-    with RankPool(GPUS, timeout=240, device_type="cuda") as pool:
-        yield pool
 
 
 @pytest.mark.parametrize("tp", TENSOR_PARALLEL)
@@ -140,3 +134,12 @@ def test_commands(tmp_path: Path) -> None:
     overrides = [ENGINE, f"output.dir={tmp_path}/run", f"batch_size={8 * GPUS}"]
     subprocess.run([*shardwright, "train", str(tmp_path / "run.json"), *overrides], check=True, timeout=240)
     assert running.metrics(tmp_path)[-1]["step"] == 4
+
+
+def test_quickstart(tmp_path: Path) -> None:
+    """The example, on fewer GPUs than its four ranks with the degrees that the error suggests."""
+    fewer = [f"sharding.dp_shard={GPUS}", "sharding.tp=1", "sharding.sequence_parallel=false"] if GPUS < 4 else []
+    command = [sys.executable, "-m", "shardwright.cli", "train", str(QUICKSTART), ENGINE, "steps=4", "schedule.warmup_steps=1"]
+    subprocess.run([*command, f"output.dir={tmp_path}/run", *fewer], check=True, timeout=240)
+    assert running.metrics(tmp_path)[-1]["step"] == 4
+    assert (tmp_path / "run/model/config.json").is_file()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from shardwright.distributed.config import Degrees
 from shardwright.distributed.mesh import AXES, axis, data_parallel_mesh
 from shardwright.distributed.parallelizer import fsdp2_strategy_parallelize
 from shardwright.errors import ConfigError, UnsupportedError
+from shardwright.verify.ranks import RankPool
 
 FLATTENED = {"dp": (0, 1), "dp_shard_cp": (1, 2), "dp_cp": (0, 1, 2)}
 
@@ -159,3 +161,13 @@ def test_a_foreign_mesh_for_parallelize(fake_world: Callable[..., None]) -> None
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     with pytest.raises(ConfigError, match=r"no axis 'dp_cp'.*make_mesh"):
         parallelize(build("llama"), ParallelConfig(tp=2), mesh)
+
+
+def _default_device() -> str:
+    with patch.object(torch.cuda, "is_available", return_value=True):
+        return make_mesh(ParallelConfig(dp_shard=2)).device_type
+
+
+def test_ranks_joined_with_gloo_compute_on_the_cpu(ranks2: RankPool) -> None:
+    """Also where there is a GPU: NCCL is what joins ranks on GPUs."""
+    assert ranks2.run(_default_device) == ["cpu", "cpu"]

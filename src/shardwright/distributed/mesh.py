@@ -33,7 +33,8 @@ def make_mesh(config: ParallelConfig | Degrees, device_type: str | None = None) 
 
     Args:
         config: degrees; ``dp_shard=-1`` is filled from the world size.
-        device_type: ``"cuda"`` or ``"cpu"``; None takes the GPU where there is one.
+        device_type: ``"cuda"`` or ``"cpu"``; None takes the GPU where there is one and the ranks talk through more
+            than gloo.
 
     Raises:
         ConfigError: the degrees do not multiply to the world size, or torch.distributed is not initialised.
@@ -48,10 +49,16 @@ def make_mesh(config: ParallelConfig | Degrees, device_type: str | None = None) 
     if degrees.world_size != world_size:
         raise ConfigError(f"{degrees} multiply to {degrees.world_size}, but the world size is {world_size}.")
     sizes = tuple(getattr(degrees, axis) for axis in AXES)
-    mesh = init_device_mesh(device_type or default_device_type(), sizes, mesh_dim_names=AXES)
+    mesh = init_device_mesh(device_type or _device_type_of_ranks(), sizes, mesh_dim_names=AXES)
     for name, axes in FLATTENED.items():
         mesh[axes]._flatten(mesh_dim_name=name)  # the only way torch 2.11 to 2.13 has; the original module's way too
     return mesh
+
+
+def _device_type_of_ranks() -> str:
+    """As :func:`default_device_type`; ``"cpu"`` for ranks that were joined with gloo alone."""
+    backends = dict(pair.split(":") for pair in str(dist.get_backend_config()).split(","))
+    return "cpu" if backends.get("cuda", "gloo") == "gloo" else default_device_type()
 
 
 def axis(mesh: DeviceMesh, name: str) -> DeviceMesh:

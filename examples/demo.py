@@ -10,10 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.rule import Rule
 from rich.syntax import Syntax
 
+from shardwright.errors import ConfigError
 from shardwright.train.config import load_config
 
 CONFIG = os.path.relpath(Path(__file__).with_name("quickstart.yaml"))
@@ -31,14 +33,20 @@ NEXT = """\
 
 def main() -> None:
     console = Console()
-    command = ["train", CONFIG, *sys.argv[1:]]
+    try:
+        config = load_config(CONFIG, sys.argv[1:])
+    except ConfigError as error:
+        sys.exit(f"Error: {error}")
+    # With fewer GPUs than ranks, so that everyone sees four ranks.
+    on_cpu = ["device=cpu"] if 0 < torch.cuda.device_count() < config.sharding.least_world_size else []
+    command = ["train", CONFIG, *on_cpu, *sys.argv[1:]]
     console.print(Rule("Train"))
     console.print(f"$ shardwright {' '.join(command)}", style="bold", highlight=False, soft_wrap=True)
     code = subprocess.run([sys.executable, "-m", "shardwright.cli", *command], check=False).returncode
     if code:
         sys.exit(code)
 
-    output = load_config(CONFIG, sys.argv[1:]).output.dir
+    output = config.output.dir
     console.print(Rule("Reload with plain transformers"))
     console.print(
         f"{output}/model was given [bold]{PROMPT.strip()}[/] and wrote the rest of the line:", highlight=False

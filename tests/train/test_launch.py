@@ -11,7 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from transformers import AutoModelForCausalLM
+
+from shardwright.errors import RunError
+from shardwright.train.launch import _cause
 
 CONFIG = """
 model:
@@ -72,6 +76,16 @@ def test_what_the_ranks_refuse_is_told_once(folder: Path) -> None:
     assert failed.stderr.startswith("Error: The first step differs from one process")
     assert failed.stderr.count("\n") == 1
     assert [path.name for path in folder.iterdir()] == ["run.yaml"]
+
+
+def test_a_rank_that_crashes_after_it_refused(tmp_path: Path) -> None:
+    """As some do under torch 2.11 while they end; the other was told to end."""
+    report = tmp_path / "error.json"
+    extra = {"py_callstack": "Traceback", "timestamp": "1"}
+    report.write_text(json.dumps({"message": {"message": "ParityError: differs: by 2", "extraInfo": extra}}))
+    failures = {rank: ProcessFailure(rank, 1, code, str(report)) for rank, code in ((1, -6), (0, -15))}
+    cause = _cause(ChildFailedError("ranks", failures), tmp_path)
+    assert (type(cause), str(cause)) == (RunError, "differs: by 2")
 
 
 def test_under_torchrun_a_mistake_is_told_once(folder: Path) -> None:

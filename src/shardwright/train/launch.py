@@ -29,7 +29,6 @@ from shardwright.train.place import Place, place_from_environment
 from shardwright.train.prepare import Say, digest, prepare
 from shardwright.train.rank import device_of, device_type, process_group, train
 
-REFUSED = 3  # exit code of a rank that raised a ShardwrightError: all that there is to say is in its message
 _TAIL = 30
 _LOGGERS = ("", ".agent.server.api", ".agent.server.local_elastic_agent", ".multiprocessing.errors")
 
@@ -83,9 +82,10 @@ def check_devices(config: TrainConfig, local_world_size: int) -> None:
     if config.device == "cuda" and count == 0:
         raise ConfigError("device is cuda, but torch finds no GPU here. Set device to auto or cpu.")
     if config.device != "cpu" and 0 < count < local_world_size:
+        fitting = f"sharding.dp_shard={count} sharding.tp=1 sharding.sequence_parallel=false"
         raise ConfigError(
-            f"{local_world_size} ranks on this machine need a GPU each, and it has {count}. Lower the degrees in "
-            "sharding (or ranks), or set device=cpu."
+            f"{local_world_size} ranks on this machine need a GPU each, and it has {count}. Lower the degrees, for "
+            f"example with {fitting}" + ("." if config.sharding.engine == "megatron_fsdp" else ", or set device=cpu.")
         )
 
 
@@ -159,9 +159,10 @@ def _cause(error: ChildFailedError, job: Path) -> ShardwrightError:
     """What a rank that refused has to say, since all ranks refuse alike; else the rank that failed first."""
     for failure in error.failures.values():
         report = failure.error_file_data["message"]
-        if failure.exitcode in (REFUSED, PreemptedError.exit_code) and isinstance(report, dict):
-            kind = RunError if failure.exitcode == REFUSED else PreemptedError
-            return kind(report["message"].partition(": ")[2])  # without the name of the class
+        kind, _, text = report["message"].partition(": ") if isinstance(report, dict) else ("", "", "")
+        # Not by the exit code: torch 2.11 sometimes crashes in a rank that is about to end.
+        if kind in _names(ShardwrightError):
+            return PreemptedError(text) if kind in _names(PreemptedError) else RunError(text)
     rank, failure = min(error.failures.items(), key=lambda item: _time_of(item[1]))
     report = failure.error_file_data["message"]
     if not isinstance(report, dict):  # it was killed before it could say anything
@@ -169,6 +170,11 @@ def _cause(error: ChildFailedError, job: Path) -> ShardwrightError:
         last_words = "\n".join(log.read_text(errors="replace").splitlines()[-_TAIL:])
         return RunError(f"Rank {rank} died: {failure.message}. The end of its standard error:\n\n{last_words}")
     return RunError(f"Rank {rank} failed, and the run with it.\n\n{report['extraInfo']['py_callstack'].strip()}")
+
+
+def _names(kind: type[ShardwrightError]) -> set[str]:
+    """Of the class and of all that derive from it."""
+    return {kind.__name__}.union(*map(_names, kind.__subclasses__()))
 
 
 def _time_of(failure: ProcessFailure) -> float:

@@ -13,10 +13,11 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from shardwright.distributed.mesh import make_mesh
 from shardwright.errors import PreemptedError, ShardwrightError
 from shardwright.train.config import load_config
-from shardwright.train.launch import REFUSED
 from shardwright.train.place import place_from_environment
 from shardwright.train.prepare import CONFIG
 from shardwright.train.rank import device_of, process_group, train
+
+REFUSED = 3  # exit code of a rank that raised a ShardwrightError: all that there is to say is in its message
 
 
 def end_with_parent() -> None:

@@ -244,9 +244,10 @@ def main() -> None:
         results.versions["this run"] = versions()
         for shape in options.shapes or _that_fit(device):
             measure(shape, options, device, peak_flops, results)
+            results.save()  # for the case that the time limit comes before the last shape
+            options.output.write_text(render({"gpu": asdict(results)}, "Results on a GPU"))
         dist.destroy_process_group()
     results.write()
-    options.output.write_text(render({"gpu": asdict(results)}, "Results on a GPU"))
 
 
 def _that_fit(device: torch.device) -> list[str]:

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import pytest
+import transformers
+from packaging.version import Version
 from torch import nn
 
 from shardwright.distributed.config import ParallelConfig
@@ -51,6 +53,7 @@ EQUAL = [
     "smollm3",
     "starcoder2",
 ]
+NOT_IN_OLDEST = {"cohere_compass_text", "internlm3", "iquestcoder"}  # transformers 5.17 cannot build them
 MLA = "transformers leaves the low-rank projections of multi-head latent attention whole; they are gathered here"
 REASONS = {
     "deepseek_v2": MLA,
@@ -62,6 +65,8 @@ REASONS = {
 
 def plans_of(model_type: str) -> tuple[nn.Module, ResolvedPlan, ResolvedPlan]:
     """A tiny model, transformers' plan for two ranks, and the one that is read off its code."""
+    if model_type in NOT_IN_OLDEST and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("this version of transformers cannot build it")
     model = case_of(model_type, ParallelConfig(tp=2)).build()
     theirs = huggingface_plan(model)
     if theirs is None:

@@ -139,7 +139,8 @@ def test_commands(tmp_path: Path) -> None:
 def test_quickstart(tmp_path: Path) -> None:
     """The example, on fewer GPUs than its four ranks with the degrees that the error suggests."""
     fewer = [f"sharding.dp_shard={GPUS}", "sharding.tp=1", "sharding.sequence_parallel=false"] if GPUS < 4 else []
-    command = [sys.executable, "-m", "shardwright.cli", "train", str(QUICKSTART), ENGINE, "steps=4", "schedule.warmup_steps=1"]
+    short = ["steps=4", "schedule.warmup_steps=1"]
+    command = [sys.executable, "-m", "shardwright.cli", "train", str(QUICKSTART), ENGINE, *short]
     subprocess.run([*command, f"output.dir={tmp_path}/run", *fewer], check=True, timeout=240)
     assert running.metrics(tmp_path)[-1]["step"] == 4
     assert (tmp_path / "run/model/config.json").is_file()

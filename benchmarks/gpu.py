@@ -242,6 +242,10 @@ def main() -> None:
             "variants in turns, each built anew. MFU by torchtitan's formula, causality not deducted.",
         )
         results.versions["this run"] = versions()
+        results.notes.append(
+            "FSDP2 on one rank shards nothing, but copies every weight into its buffers and out of them for the forward"
+            " and again for the backward, and every gradient through float32."
+        )
         for shape in options.shapes or _that_fit(device):
             measure(shape, options, device, peak_flops, results)
             results.save()  # for the case that the time limit comes before the last shape

@@ -106,12 +106,16 @@ def plan(model: str, weights: str, save: Path | None, as_json: bool, **degrees: 
               help="What shards over the data-parallel ranks; megatron_fsdp needs a GPU for each rank.")  # fmt: skip
 @click.option("--accumulate", default=1, show_default=True, help="Micro-batches per data-parallel rank.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def verify(model: str, accumulate: int, as_json: bool, activation_checkpointing: bool, **degrees: Any) -> None:
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
+              help="What both sides compute on; ranks share GPUs where there are fewer.")  # fmt: skip
+def verify(
+    model: str, accumulate: int, as_json: bool, activation_checkpointing: bool, device: str, **degrees: Any
+) -> None:
     """Prove that MODEL, sharded, computes what it computes in one process. Exit code 0 only if it is exact.
 
     MODEL is a checkpoint folder, a config.json, or a model type of transformers such as qwen3. A tiny copy of it is
-    trained for one step on ranks of this machine (gloo on the CPU, whatever GPUs there are; with --engine megatron_fsdp
-    NCCL on GPUs); no weights are read or downloaded.
+    trained for one step on ranks of this machine (on the CPU, whatever GPUs there are, unless --device or --engine says
+    otherwise); no weights are read or downloaded.
     """
     from shardwright.distributed.config import ParallelConfig
 
@@ -119,7 +123,7 @@ def verify(model: str, accumulate: int, as_json: bool, activation_checkpointing:
 
     from shardwright.verify.cli import verify_command
 
-    raise SystemExit(verify_command(model, config, accumulate, as_json))
+    raise SystemExit(verify_command(model, config, accumulate, as_json, device))
 
 
 @main.command()

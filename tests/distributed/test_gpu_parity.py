@@ -5,6 +5,9 @@ Run with ``make test-gpu``.
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from test_parity import CHECKPOINTING, ON_FOUR, ON_TWO
@@ -52,3 +55,9 @@ def test_experts(shared2: RankPool, config: ParallelConfig) -> None:
 def test_compiled(shared2: RankPool) -> None:
     for config in (ParallelConfig(tp=2), ParallelConfig(tp=2, sequence_parallel=True)):
         assert_exact(measure(shared2, "qwen3", config.with_(compile=True)), EXPECTED_SHARE)
+
+
+def test_command() -> None:
+    """On whatever GPUs there are."""
+    command = [sys.executable, "-m", "shardwright.cli", "verify", "qwen3", "--tp", "2", "--device", "cuda"]
+    subprocess.run(command, check=True, timeout=240)

@@ -33,7 +33,7 @@ def test_the_table_and_the_exit_code_of_a_difference(monkeypatch: pytest.MonkeyP
 
     from shardwright.verify import cli, verify
 
-    def planted_verify(model: str, config, accumulate: int):
+    def planted_verify(model: str, config, accumulate: int, device: str):
         return verify(model, config, accumulate=accumulate, parallelize=planted.q_norm_left_out, pool=ranks2)
 
     monkeypatch.setattr(cli, "verify", planted_verify)

@@ -10,8 +10,9 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import Tensor
 
+from shardwright import ParallelConfig
 from shardwright.errors import ConfigError
-from shardwright.verify import shared_gpu
+from shardwright.verify import shared_gpu, verify
 from shardwright.verify.ranks import RankPool
 
 KINDS = ("all_reduce", "all_gather", "gather_list", "reduce_scatter", "all_to_all", "broadcast", "objects", "barrier")
@@ -69,4 +70,4 @@ def test_as_gloo(ranks2: RankPool, kind: str) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu() -> None:
     with pytest.raises(ConfigError, match="no GPU"):
-        RankPool(2, kind="shared_gpu")
+        verify("llama", ParallelConfig(tp=2), device="cuda")

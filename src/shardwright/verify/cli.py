@@ -13,7 +13,7 @@ from shardwright.verify.compare import EXACT, Report
 from shardwright.verify.public import verify
 
 
-def verify_command(model: str, config: ParallelConfig, accumulate: int, as_json: bool) -> int:
+def verify_command(model: str, config: ParallelConfig, accumulate: int, as_json: bool, device: str) -> int:
     """Verify ``model`` and print the report; returns the exit code: 0 if exact, else 1.
 
     Raises:
@@ -21,7 +21,7 @@ def verify_command(model: str, config: ParallelConfig, accumulate: int, as_json:
     """
     if accumulate < 1:
         raise ConfigError(f"accumulate is {accumulate}; it must be a whole number >= 1.")
-    report = verify(model, config, accumulate=accumulate)
+    report = verify(model, config, accumulate=accumulate, device=device)
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
     else:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -14,6 +15,7 @@ from shardwright import api
 from shardwright.distributed.apply import megatron_fsdp
 from shardwright.distributed.config import ParallelConfig
 from shardwright.distributed.mesh import default_device_type
+from shardwright.verify import shared_gpu
 from shardwright.verify.compare import Report
 from shardwright.verify.images import ImageText, image_batches, vision_fields
 from shardwright.verify.ranks import RankPool
@@ -34,11 +36,13 @@ def verify(
     seed: int = 0,
     parallelize: Parallelize = api.parallelize,
     pool: RankPool | None = None,
+    device: str = "cpu",
 ) -> Report:
     """Run a tiny copy of a model in one process and on ranks of this machine, and compare everything.
 
-    The ranks are gloo ranks on the CPU; for ``engine: megatron_fsdp``, which runs on GPUs only, NCCL ranks on a GPU
-    each.
+    The ranks are gloo ranks on the CPU. With ``device="cuda"`` they compute on the GPUs of this machine: over NCCL
+    where there is one for each, else they share them (:mod:`shardwright.verify.shared_gpu`). ``engine: megatron_fsdp``
+    runs on a GPU for each rank only.
 
     Both sides run one training step: ``accumulate`` micro-batches with plain ``loss.backward()``, stock
     ``torch.nn.utils.clip_grad_norm_``, ``torch.optim.AdamW``. Compared are the losses, the logits, the gradient of
@@ -56,25 +60,29 @@ def verify(
         seed: of weights and batches.
         parallelize: what is put to the test; another library's function can take the place of Shardwright's.
         pool: ranks to use (as many as the degrees multiply to); by default they are started and stopped here.
+        device: ``"cpu"`` or ``"cuda"``: what both sides compute on, if no ``pool`` says it.
 
     Raises:
-        ConfigError: there is no such model, its config cannot be shrunk, the pool has the wrong size, or there are
-            fewer GPUs than ranks.
+        ConfigError: there is no such model, its config cannot be shrunk, the pool has the wrong size, there is no GPU,
+            or for Megatron-FSDP not one for every rank.
         UnsupportedError: an engine whose package or GPU is missing.
         ShardwrightError: the plan refused (the reason is the message).
     """
     case = case_of(model, config, batch=batch, accumulate=accumulate, seed=seed, parallelize=parallelize)
     if pool is not None:
         return run(case, pool)
-    with RankPool(case.config.least_world_size, kind=_device_type(case.config)) as own:
+    with RankPool(case.config.least_world_size, kind=_kind(case.config, device)) as own:
         return run(case, own)
 
 
-def _device_type(config: ParallelConfig) -> str:
-    if config.engine == "fsdp2":
+def _kind(config: ParallelConfig, device: str) -> str:
+    """Of the ranks, as :class:`RankPool` calls it."""
+    if config.engine == "megatron_fsdp":
+        megatron_fsdp.check_config(config, default_device_type())
+        return "cuda"
+    if device == "cpu":
         return "cpu"
-    megatron_fsdp.check_config(config, default_device_type())
-    return "cuda"
+    return "cuda" if torch.cuda.device_count() >= config.least_world_size else shared_gpu.BACKEND
 
 
 def case_of(

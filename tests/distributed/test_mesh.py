@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from math import prod
 from unittest.mock import patch
 
 import pytest
 import torch
-from tiny_models import build
+from tiny_models import batch, build
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from shardwright import ParallelConfig, make_mesh, parallelize
@@ -18,7 +21,7 @@ from shardwright.distributed.config import Degrees
 from shardwright.distributed.mesh import AXES, axis, data_parallel_mesh
 from shardwright.distributed.parallelizer import fsdp2_strategy_parallelize
 from shardwright.errors import ConfigError, UnsupportedError
-from shardwright.verify.ranks import RankPool
+from shardwright.verify.ranks import RankPool, shared_mesh
 
 FLATTENED = {"dp": (0, 1), "dp_shard_cp": (1, 2), "dp_cp": (0, 1, 2)}
 
@@ -171,3 +174,24 @@ def _default_device() -> str:
 def test_ranks_joined_with_gloo_compute_on_the_cpu(ranks2: RankPool) -> None:
     """Also where there is a GPU: NCCL is what joins ranks on GPUs."""
     assert ranks2.run(_default_device) == ["cpu", "cpu"]
+
+
+def _collectives_of_clipping() -> dict[str, int]:
+    config = ParallelConfig(tp=2, dp_shard=2)
+    model = parallelize(build("llama"), config, shared_mesh(config))
+    model(**batch(0)).loss.backward()
+    with CommDebugMode() as counter:
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0).full_tensor()
+    return {str(name): count for name, count in counter.get_comm_counts().items()}
+
+
+def test_a_norm_over_both_axes_is_one_sum(ranks4: RankPool) -> None:
+    assert ranks4.run(_collectives_of_clipping) == [{"c10d_functional.all_reduce": 1}] * 4
+
+
+def test_slicing_does_not_warn(fake_world: Callable[..., None]) -> None:
+    fake_world(8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = ParallelConfig(dp_replicate=2, dp_shard=2, tp=2)
+        parallelize(build("llama"), config, make_mesh(config, "cpu"))

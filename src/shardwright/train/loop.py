@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from shardwright.distributed.mesh import axis
 from shardwright.distributed.styles.layout import whole
 from shardwright.train.dataset import IGNORE, Batch, TokenRows, deal
 
@@ -54,7 +55,7 @@ class Trainer:
         self.model = model
         self.optimizer = optimizer
         self.schedule = schedule
-        self._dp = mesh["dp"]
+        self._dp = axis(mesh, "dp")
         self._data = data
         self._device = device
         self._accumulation = accumulation

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedConfig
 
 from shardwright.checkpoint.save import save_pretrained
-from shardwright.distributed.mesh import AXES, default_device_type
+from shardwright.distributed.mesh import AXES, axis, default_device_type
 from shardwright.distributed.styles.layout import whole
 from shardwright.errors import RunError
 from shardwright.train.check import checked_step, reference_step
@@ -96,7 +96,8 @@ def train(config: TrainConfig, job: Path, mesh: DeviceMesh) -> None:
     _say(console, _headline(trainer, mesh, device, config.sharding.sequence_parallel))
 
     # One stream of dropout for each data-parallel rank, the same on the ranks that share its rows.
-    torch.manual_seed(int(np.random.SeedSequence([config.seed, mesh["dp"].get_local_rank()]).generate_state(1)[0]))
+    stream = np.random.SeedSequence([config.seed, axis(mesh, "dp").get_local_rank()])
+    torch.manual_seed(int(stream.generate_state(1)[0]))
     checkpoints = Checkpoints(config, trainer, tokenizer, mesh, device)
     done = checkpoints.resume()
     if done:
@@ -141,7 +142,7 @@ def _trainer(
 def _headline(trainer: Trainer, mesh: DeviceMesh, device: torch.device, sequence_parallel: bool) -> str:
     parameters = sum(p.numel() for p in trainer.model.parameters())
     size = f"{parameters / 1e6:,.1f}M" if parameters >= 1e6 else f"{parameters:,}"
-    axes = " x ".join(f"{axis}={mesh[axis].size()}" for axis in AXES if mesh[axis].size() > 1) or "nothing sharded"
+    axes = " x ".join(f"{name}={mesh[name].size()}" for name in AXES if mesh[name].size() > 1) or "nothing sharded"
     name = type(trainer.model).__name__.removeprefix("FSDP")  # FSDP2 renames the class of what it shards
     return (
         f"{name}, {size} parameters, on {mesh.size()} {device.type} rank{'s' * (mesh.size() > 1)}: "

@@ -6,16 +6,19 @@ its forward, so module names stay and FSDP2's hooks run outside of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from shardwright.distributed.styles.forward import Around, Forward, wrap_forward
 from shardwright.distributed.styles.without_cache import train_without_cache
+
+Contexts = Callable[[], tuple[AbstractContextManager, AbstractContextManager]]
 
 _aten = torch.ops.aten
 _collectives = torch.ops._c10d_functional
@@ -44,10 +47,64 @@ class _Checkpointed(Around):
     def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not (module.training and torch.is_grad_enabled()):
             return forward(*args, **kwargs)
-        options: dict[str, Any] = {}
-        if self.selective:
-            options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-        return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False, **options)
+        contexts: Contexts = (
+            partial(create_selective_checkpoint_contexts, _policy) if self.selective else noop_context_fn
+        )
+        owners = [] if torch.compiler.is_compiling() else [each for each in module.modules() if each._buffers]
+        if owners:
+            contexts = partial(_with_buffers, contexts, owners)
+        return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False, context_fn=contexts)
+
+
+def _with_buffers(contexts: Contexts, owners: list[nn.Module]) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """``contexts``, and a repetition that leaves nothing more in buffers (running statistics, counters)."""
+    first, again = contexts()
+    watched = _Watched(first, owners)
+    return watched, _Restored(again, watched)
+
+
+class _Watched(AbstractContextManager[None]):
+    """Finds the modules that update their buffers."""
+
+    def __init__(self, inner: AbstractContextManager, owners: list[nn.Module]) -> None:
+        self._inner, self._owners = inner, owners
+        self.updated: list[nn.Module] = []
+
+    def __enter__(self) -> None:
+        self._before = [_versions(owner) for owner in self._owners]
+        self._inner.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._inner.__exit__(*error)
+        # All buffers of a module that changed one: batch norm's kernel writes its statistics without a new version.
+        self.updated = [owner for owner, was in zip(self._owners, self._before, strict=True) if _versions(owner) != was]
+
+
+class _Restored(AbstractContextManager[None]):
+    """Gives them the buffers back that they had on entry."""
+
+    def __init__(self, inner: AbstractContextManager, watched: _Watched) -> None:
+        self._inner, self._watched = inner, watched
+
+    def __enter__(self) -> None:
+        self._kept = [
+            (owner, name, buffer, buffer.clone())
+            for owner in self._watched.updated
+            for name, buffer in owner._buffers.items()
+            if buffer is not None
+        ]
+        self._inner.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._inner.__exit__(*error)
+        with torch.no_grad():
+            for owner, name, buffer, content in self._kept:
+                owner._buffers[name] = buffer
+                buffer.copy_(content)
+
+
+def _versions(owner: nn.Module) -> list[tuple[int, int]]:
+    return [(id(buffer), buffer._version) for buffer in owner._buffers.values() if buffer is not None]
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

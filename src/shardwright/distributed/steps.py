@@ -19,6 +19,7 @@ from shardwright.distributed.apply.compile import apply_compile, check_backend
 from shardwright.distributed.apply.fsdp2 import set_prefetch, shard_ends, shard_root, shard_units
 from shardwright.distributed.apply.megatron_fsdp import Options as MegatronOptions
 from shardwright.distributed.apply.parameters import check_gradient_hooks, check_scalars
+from shardwright.distributed.apply.same_calls import compare_first_calls
 from shardwright.distributed.apply.tensor_parallel import apply_tensor_parallel
 from shardwright.distributed.config import ParallelConfig
 from shardwright.distributed.mesh import (
@@ -134,6 +135,7 @@ def _before_sharding(
     if resolved is not None and tp_mesh is not None:
         # What gathers its parameters, or runs twice, sees to its whole parameters by itself.
         apply_tensor_parallel(model, tp_mesh, resolved, units=[*units, *checkpointed])
+        compare_first_calls(model, tp_mesh)
     if checkpointed:
         apply_activation_checkpointing(model, checkpointed, selective=config.activation_checkpointing == "selective")
     if config.compile_backend is not None:

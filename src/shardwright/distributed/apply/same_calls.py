@@ -1,0 +1,92 @@
+"""A tensor-parallel group works on one batch, with one stream of dropout: its ranks' first calls are compared.
+
+Both mistakes compute without an error what is no model of anything: batches handed out by global rank (embeddings of
+different tokens are added up), and seeds that differ (each rank drops other elements of a residual stream that all of
+them hold).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
+
+from shardwright.distributed.styles import collectives as c
+from shardwright.distributed.styles.forward import Around, Forward, wrap_forward
+from shardwright.errors import ConfigError
+
+
+def compare_first_calls(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Make ``model`` compare its first call in training and its first in evaluation over the ranks of ``mesh``.
+
+    That sends a few bytes, once. Compared are integer and boolean inputs by value and all others by shape and dtype,
+    since an encoder that a rank has run before may round differently; and the random states where the call uses them.
+    A call raises ConfigError, on every rank alike, where they differ.
+    """
+    if dist.get_backend(mesh.get_group()) != "fake":  # nothing is exchanged in a fake process group
+        wrap_forward(model, _SameCalls(mesh))
+
+
+class _SameCalls(Around):
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self.group, self.device = c.Group.of(mesh), mesh.device_type
+        self.compared: set[bool] = set()  # whether in training
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if module.training in self.compared:
+            return forward(*args, **kwargs)
+        self.compared.add(module.training)
+        before = _random_states(self.device)
+        inputs, *states = self._ranks_that_differ(_digest(args, kwargs), *before)
+        if inputs:
+            raise ConfigError(
+                f"Ranks 0 and {inputs[0]} of a tensor-parallel group were called with different inputs. The ranks of "
+                "such a group work on one batch together: choose a rank's batch by its place among the data-parallel "
+                "ranks, mesh['dp'].get_local_rank() of mesh['dp'].size(), and not by its global rank."
+            )
+        result = forward(*args, **kwargs)
+        for ranks, was, now in zip(states, before, _random_states(self.device), strict=True):
+            if ranks and was != now:
+                raise ConfigError(
+                    f"The model draws random numbers (dropout), and ranks 0 and {ranks[0]} of a tensor-parallel group "
+                    "have different random states: they would drop different elements of what must be equal on both. "
+                    "Seed them alike, for example torch.manual_seed(seed + mesh['dp'].get_local_rank())."
+                )
+        return result
+
+    def _ranks_that_differ(self, *digests: int) -> list[list[int]]:
+        """For each of ``digests``, the ranks of the group that have another one than the first."""
+        mine = torch.tensor([digests], device=self.device)
+        everyone = c.all_gather(mine, 0, self.group.size, self.group).tolist()
+        columns = list(zip(*everyone, strict=True))
+        return [[rank for rank, value in enumerate(column) if value != column[0]] for column in columns]
+
+
+def _digest(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    whole = hashlib.sha256()
+    for tensor in tree_leaves((args, dict(sorted(kwargs.items())))):
+        if not isinstance(tensor, Tensor) or isinstance(tensor, DTensor):
+            continue
+        whole.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+        if not (tensor.is_floating_point() or tensor.is_complex() or tensor.is_meta):
+            whole.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return _number(whole.digest())
+
+
+def _random_states(device: str) -> tuple[int, int]:
+    """Of the CPU and of the GPU that is in use, if any."""
+    cpu = torch.get_rng_state()
+    gpu = torch.cuda.get_rng_state() if device == "cuda" else cpu
+    cpu_state, gpu_state = (_number(hashlib.sha256(state.numpy().tobytes()).digest()) for state in (cpu, gpu))
+    return cpu_state, gpu_state
+
+
+def _number(digest: bytes) -> int:
+    return int.from_bytes(digest[:7])

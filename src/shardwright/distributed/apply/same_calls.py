@@ -8,6 +8,8 @@ them hold).
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -43,8 +45,12 @@ class _SameCalls(Around):
         if module.training in self.compared:
             return forward(*args, **kwargs)
         self.compared.add(module.training)
-        before = _random_states(self.device)
-        inputs, *states = self._ranks_that_differ(_digest(args, kwargs), *before)
+        device = torch.device(self.device)
+        if device.type == "cuda":
+            device = torch.device("cuda", torch.cuda.current_device())
+            torch.cuda.synchronize(device)  # the inputs are read on another stream
+        before = _unseen(_random_states, device)
+        inputs, *states = _unseen(self._ranks_that_differ, device, _unseen(_digest, args, kwargs), *before)
         if inputs:
             raise ConfigError(
                 f"Ranks 0 and {inputs[0]} of a tensor-parallel group were called with different inputs. The ranks of "
@@ -52,7 +58,7 @@ class _SameCalls(Around):
                 "ranks, mesh['dp'].get_local_rank() of mesh['dp'].size(), and not by its global rank."
             )
         result = forward(*args, **kwargs)
-        for ranks, was, now in zip(states, before, _random_states(self.device), strict=True):
+        for ranks, was, now in zip(states, before, _unseen(_random_states, device), strict=True):
             if ranks and was != now:
                 raise ConfigError(
                     f"The model draws random numbers (dropout), and ranks 0 and {ranks[0]} of a tensor-parallel group "
@@ -61,12 +67,17 @@ class _SameCalls(Around):
                 )
         return result
 
-    def _ranks_that_differ(self, *digests: int) -> list[list[int]]:
+    def _ranks_that_differ(self, device: torch.device, *digests: int) -> list[list[int]]:
         """For each of ``digests``, the ranks of the group that have another one than the first."""
-        mine = torch.tensor([digests], device=self.device)
-        everyone = c.all_gather(mine, 0, self.group.size, self.group).tolist()
+        everyone = c.all_gather(torch.tensor([digests], device=device), 0, self.group.size, self.group).tolist()
         columns = list(zip(*everyone, strict=True))
         return [[rank for rank, value in enumerate(column) if value != column[0]] for column in columns]
+
+
+def _unseen(function: Callable[..., Any], *args: Any) -> Any:
+    """Call it in a thread of its own: who counts the caller's collectives or operations counts those of the model."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(function, *args).result()
 
 
 def _digest(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -80,12 +91,10 @@ def _digest(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     return _number(whole.digest())
 
 
-def _random_states(device: str) -> tuple[int, int]:
-    """Of the CPU and of the GPU that is in use, if any."""
-    cpu = torch.get_rng_state()
-    gpu = torch.cuda.get_rng_state() if device == "cuda" else cpu
-    cpu_state, gpu_state = (_number(hashlib.sha256(state.numpy().tobytes()).digest()) for state in (cpu, gpu))
-    return cpu_state, gpu_state
+def _random_states(device: torch.device) -> list[int]:
+    """Of the CPU, and of ``device`` where that is a GPU."""
+    states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+    return [_number(hashlib.sha256(state.numpy().tobytes()).digest()) for state in states]
 
 
 def _number(digest: bytes) -> int:

@@ -16,8 +16,9 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev,megatron-fsdp]'
 	touch $@
 
+# Two at a time: ranks wait for each other, and many tests have none.
 test: install
-	$(BIN)/python -m pytest -m "not gpu and not fault"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not fault"
 
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt

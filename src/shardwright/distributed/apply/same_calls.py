@@ -55,7 +55,8 @@ class _SameCalls(Around):
             raise ConfigError(
                 f"Ranks 0 and {inputs[0]} of a tensor-parallel group were called with different inputs. The ranks of "
                 "such a group work on one batch together: choose a rank's batch by its place among the data-parallel "
-                "ranks, mesh['dp'].get_local_rank() of mesh['dp'].size(), and not by its global rank."
+                "ranks (mesh = shardwright.make_mesh(config); mesh['dp'].get_local_rank() of mesh['dp'].size()), not "
+                "by its global rank."
             )
         result = forward(*args, **kwargs)
         for ranks, was, now in zip(states, before, _unseen(_random_states, device), strict=True):
@@ -63,7 +64,8 @@ class _SameCalls(Around):
                 raise ConfigError(
                     f"The model draws random numbers (dropout), and ranks 0 and {ranks[0]} of a tensor-parallel group "
                     "have different random states: they would drop different elements of what must be equal on both. "
-                    "Seed them alike, for example torch.manual_seed(seed + mesh['dp'].get_local_rank())."
+                    "Seed them alike, for example with mesh = shardwright.make_mesh(config) and "
+                    "torch.manual_seed(seed + mesh['dp'].get_local_rank())."
                 )
         return result
 

@@ -16,12 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from shardwright.distributed.styles import collectives as c
 from shardwright.distributed.styles.forward import Around, Forward, wrap_forward
 from shardwright.errors import ConfigError
+
+_BY_VALUE = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
 def compare_first_calls(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -44,7 +45,6 @@ class _SameCalls(Around):
     def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if module.training in self.compared:
             return forward(*args, **kwargs)
-        self.compared.add(module.training)
         device = torch.device(self.device)
         if device.type == "cuda":
             device = torch.device("cuda", torch.cuda.current_device())
@@ -67,6 +67,7 @@ class _SameCalls(Around):
                     "Seed them alike, for example with mesh = shardwright.make_mesh(config) and "
                     "torch.manual_seed(seed + mesh['dp'].get_local_rank())."
                 )
+        self.compared.add(module.training)
         return result
 
     def _ranks_that_differ(self, device: torch.device, *digests: int) -> list[list[int]]:
@@ -84,12 +85,11 @@ def _unseen(function: Callable[..., Any], *args: Any) -> Any:
 
 def _digest(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     whole = hashlib.sha256()
-    for tensor in tree_leaves((args, dict(sorted(kwargs.items())))):
-        if not isinstance(tensor, Tensor) or isinstance(tensor, DTensor):
-            continue
-        whole.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-        if not (tensor.is_floating_point() or tensor.is_complex() or tensor.is_meta):
-            whole.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    for leaf in tree_leaves((args, dict(sorted(kwargs.items())))):
+        if isinstance(leaf, Tensor):
+            whole.update(f"{tuple(leaf.shape)} {leaf.dtype}".encode())
+        if type(leaf) is Tensor and leaf.dtype in _BY_VALUE and leaf.layout is torch.strided and not leaf.is_meta:
+            whole.update(leaf.cpu().contiguous().numpy().tobytes())
     return _number(whole.digest())
 
 

@@ -192,7 +192,9 @@ class RankPool:
             return pickle.loads(worker.connection.recv_bytes())
         except (EOFError, ConnectionResetError):
             worker.process.join(_GRACE)
-            return None, RankError(f"Rank {rank} of {self.world_size} died (exit code {worker.process.exitcode}).")
+            error = RankError(f"Rank {rank} of {self.world_size} died (exit code {worker.process.exitcode}).")
+            error.add_note(worker.stacks.read_text())  # what a crash in compiled code leaves
+            return None, error
 
     def _too_slow(self, ranks: list[int], timeout: float) -> RankError:
         for rank in ranks:
@@ -221,7 +223,9 @@ class _Outcome:
 
 def _serve(rank: int, world_size: int, kind: str, store: str, stacks: str, connection: Connection) -> None:
     """The life of one worker: join the process group, then answer calls until the other end of the pipe closes."""
-    faulthandler.register(signal.SIGUSR1, file=open(stacks, "w"), all_threads=True)  # noqa: SIM115 (open for life)
+    file = open(stacks, "w")  # noqa: SIM115 (open for life)
+    faulthandler.enable(file)
+    faulthandler.register(signal.SIGUSR1, file, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes the pipe
     tasks: queue.Queue[bytes] = queue.Queue()
     threading.Thread(target=_read_tasks, args=(connection, tasks), daemon=True).start()

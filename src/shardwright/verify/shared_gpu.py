@@ -28,10 +28,13 @@ class SharedGpuGroup(_ProcessGroup):
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
         super().__init__(rank, size)
         self._host: Any = dist.ProcessGroupGloo(store, rank, size, timeout)
-        self._name = ""
+        self._store, self._name = store, ""
 
     def getBackendName(self) -> str:
         return BACKEND
+
+    def get_group_store(self) -> dist.Store:
+        return self._store
 
     def getGroupName(self) -> str:
         return self._name

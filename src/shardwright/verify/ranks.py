@@ -91,7 +91,7 @@ class RankPool:
         if kind == "cuda" and gpus < world_size:
             raise ConfigError(f"{world_size} ranks need a GPU each, and this machine has {gpus}. Lower the degrees.")
         if kind == shared_gpu.BACKEND and not gpus:
-            raise ConfigError("This machine has no GPU that the ranks could share.")
+            raise ConfigError("The ranks are to share this machine's GPUs, but torch finds no GPU. Use device cpu.")
         self.world_size = world_size
         self.kind = kind
         self.timeout = timeout

@@ -68,7 +68,7 @@ class _SameCalls(Around):
             if ranks and was[1] != now[1] and was[0] == now[0]:  # a model that seeds itself (Reformer) says nothing
                 raise ConfigError(
                     f"The model draws random numbers (dropout), and ranks 0 and {ranks[0]} of a tensor-parallel group "
-                    "have different random states: they would drop different elements of what must be equal on both. "
+                    "have different random states: they may drop different elements of what must be equal on both. "
                     "Seed them alike, for example with mesh = shardwright.make_mesh(config) and "
                     "torch.manual_seed(seed + mesh['dp'].get_local_rank())."
                 )

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, MixtralConfig, Phi3Config, Qwen3Config
 
 from shardwright.distributed.config import ParallelConfig
 from shardwright.distributed.mesh import make_mesh
-from shardwright.distributed.styles.layout import whole
+from shardwright.distributed.runtime.layout import whole
 from shardwright.verify.ranks import shared_mesh
 
 _COMMON = {

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from shardwright.api import parallelize
 from shardwright.distributed.apply.unshard import _groups_of, _states_of, unshard_fsdp2_model
 from shardwright.distributed.config import Degrees, ParallelConfig
-from shardwright.distributed.styles.layout import whole as whole_tensor
+from shardwright.distributed.runtime.layout import whole as whole_tensor
 from shardwright.verify.ranks import RankPool, shared_mesh
 
 CONFIG = LlamaConfig(

@@ -9,7 +9,7 @@ from tiny_models import build
 from torch import Tensor
 
 from shardwright import ParallelConfig, parallelize
-from shardwright.distributed.apply.agreement import _checksum, _multipliers
+from shardwright.distributed.apply.guards.agreement import _checksum, _multipliers
 from shardwright.errors import PlanError
 from shardwright.verify.ranks import RankPool, shared_mesh
 

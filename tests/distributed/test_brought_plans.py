@@ -12,8 +12,8 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from shardwright.distributed.models.planning import plan_and_resolve
 from shardwright.distributed.parallelizer import _get_parallel_plan, get_hf_tp_shard_plan
+from shardwright.distributed.planning.planning import plan_and_resolve
 from shardwright.errors import PlanError
 
 

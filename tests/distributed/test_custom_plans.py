@@ -20,8 +20,8 @@ from torch.distributed.tensor.parallel import (
 )
 
 from shardwright import ParallelConfig
-from shardwright.distributed.models.planning import plan_and_resolve
 from shardwright.distributed.parallelizer import _get_parallel_plan, fsdp2_strategy_parallelize
+from shardwright.distributed.planning.planning import plan_and_resolve
 from shardwright.distributed.styles import make_style
 from shardwright.distributed.styles.torch_styles import asks_for_sequence_parallel
 from shardwright.verify.ranks import RankPool, shared_mesh

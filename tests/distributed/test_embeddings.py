@@ -10,9 +10,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn import functional
 
 from shardwright import ParallelConfig
-from shardwright.distributed.models.planning import plan_and_resolve
-from shardwright.distributed.models.sources import choose_plan
 from shardwright.distributed.parallelizer import fsdp2_strategy_parallelize
+from shardwright.distributed.planning.planning import plan_and_resolve
+from shardwright.distributed.planning.sources import choose_plan
 from shardwright.distributed.styles import make_style
 from shardwright.errors import PlanError
 from shardwright.verify.public import case_of

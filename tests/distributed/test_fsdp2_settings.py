@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardwright import ParallelConfig, parallelize
-from shardwright.distributed.models.structure import by_list, every_nth, kept_gathered
+from shardwright.distributed.models.blocks import by_list, every_nth, kept_gathered
 from shardwright.distributed.parallelizer import unshard_fsdp2_model
 from shardwright.errors import ConfigError
 from shardwright.verify.ranks import RankPool, shared_mesh

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shardwright import ParallelConfig
-from shardwright.distributed.styles.logits import sharded_logits
-from shardwright.distributed.styles.operations import KNOWN
-from shardwright.distributed.styles.regions import sequence_sharded
+from shardwright.distributed.runtime.logits import sharded_logits
+from shardwright.distributed.runtime.operations import KNOWN
+from shardwright.distributed.runtime.regions import sequence_sharded
 from shardwright.verify.ranks import RankPool, shared_mesh
 from shardwright.verify.step import full
 

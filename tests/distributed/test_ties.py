@@ -12,8 +12,8 @@ from tiny_models import assert_exact, batch, build, load_whole
 from torch import nn
 
 from shardwright import ParallelConfig, parallelize
-from shardwright.distributed.models.resolve import resolve
 from shardwright.distributed.plan import ParallelPlan
+from shardwright.distributed.planning.resolve import resolve
 from shardwright.errors import PlanError
 from shardwright.verify.ranks import RankPool, shared_mesh
 from shardwright.verify.run import Case, run_case

@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 
 from shardwright import ParallelConfig, parallelize
 from shardwright.distributed.apply.megatron_fsdp.units import unit_classes
-from shardwright.distributed.models.units import unit_names
+from shardwright.distributed.planning.units import unit_names
 from shardwright.errors import PlanError
 from shardwright.verify.ranks import RankPool, shared_mesh
 from shardwright.verify.run import Case, run_case

@@ -17,8 +17,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaForCausalLM
 
 from shardwright import ParallelConfig, parallelize
 from shardwright.distributed.models.heads import head_counts
-from shardwright.distributed.models.resolve import resolve
 from shardwright.distributed.plan import ParallelPlan
+from shardwright.distributed.planning.resolve import resolve
 from shardwright.verify.ranks import RankPool, shared_mesh
 from shardwright.verify.run import Case, run_case
 from shardwright.verify.tiny import shrunk_config

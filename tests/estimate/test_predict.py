@@ -11,9 +11,9 @@ from estimate_models import FAMILIES, config_of
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from shardwright import ParallelConfig
-from shardwright.distributed.models.resolve import resolve, sharded_fraction
-from shardwright.distributed.models.sources import choose_plan
 from shardwright.distributed.plan import ParallelPlan
+from shardwright.distributed.planning.resolve import resolve, sharded_fraction
+from shardwright.distributed.planning.sources import choose_plan
 from shardwright.errors import ConfigError, PlanError, UnsupportedError
 from shardwright.estimate import Prediction, predict
 from shardwright.estimate.command import save_plan

@@ -23,9 +23,9 @@ from shardwright.distributed.apply.activation_checkpointing import apply_activat
 from shardwright.distributed.apply.compile import apply_compile
 from shardwright.distributed.apply.megatron_fsdp import Options, attach_optimizer, full_tensor, prepare
 from shardwright.distributed.apply.tensor_parallel import apply_tensor_parallel
-from shardwright.distributed.models.resolve import resolve
-from shardwright.distributed.models.sources import choose_plan
 from shardwright.distributed.parallelizer import nvfsdp_strategy_parallelize
+from shardwright.distributed.planning.resolve import resolve
+from shardwright.distributed.planning.sources import choose_plan
 
 VOCABULARY, LENGTH, ROWS = 64, 12, 2
 

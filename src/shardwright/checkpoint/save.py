@@ -23,7 +23,7 @@ from shardwright.checkpoint.folder import INDEX
 from shardwright.checkpoint.manifest import Sums, sums_of, write_manifest
 from shardwright.checkpoint.together import all_here, barrier, from_all, rank_and_world, same_error_everywhere
 from shardwright.distributed.models.build import build_on_meta
-from shardwright.distributed.styles.layout import whole as made_whole
+from shardwright.distributed.runtime.layout import whole as made_whole
 from shardwright.errors import CheckpointError, UnsupportedError
 
 _PATTERN = "model{suffix}.safetensors"

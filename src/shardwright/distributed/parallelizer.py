@@ -19,13 +19,13 @@ from shardwright.distributed.apply.fsdp2 import shard_units
 from shardwright.distributed.apply.megatron_fsdp import Options as MegatronOptions
 from shardwright.distributed.apply.unshard import unshard_fsdp2_model
 from shardwright.distributed.config import ParallelConfig
+from shardwright.distributed.models.blocks import block_names, numbers_to_globs
 from shardwright.distributed.models.heads import check_heads
 from shardwright.distributed.models.imports import import_class_from_path, import_classes_from_paths
-from shardwright.distributed.models.resolve import resolve
-from shardwright.distributed.models.sources import choose_plan, huggingface_styles
-from shardwright.distributed.models.structure import block_names, numbers_to_globs
-from shardwright.distributed.models.units import unit_names
 from shardwright.distributed.plan import ParallelPlan
+from shardwright.distributed.planning.resolve import resolve
+from shardwright.distributed.planning.sources import choose_plan, huggingface_styles
+from shardwright.distributed.planning.units import unit_names
 from shardwright.distributed.steps import Axes, parallelize_with_fsdp2, parallelize_with_megatron_fsdp
 from shardwright.distributed.styles import make_style
 

@@ -1,7 +1,7 @@
 """``ParallelPlan``: which style every module gets, as plain data.
 
 Standard library only, so that a plan can be printed, compared, saved and edited on any machine. Whether it fits a
-model is decided later, by :mod:`shardwright.distributed.models.resolve`.
+model is decided later, by :mod:`shardwright.distributed.planning.resolve`.
 """
 
 from __future__ import annotations

@@ -14,12 +14,12 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 
 from shardwright.distributed.apply import megatron_fsdp
 from shardwright.distributed.apply.activation_checkpointing import apply_activation_checkpointing
-from shardwright.distributed.apply.agreement import check_agreement
 from shardwright.distributed.apply.compile import apply_compile, check_backend
 from shardwright.distributed.apply.fsdp2 import set_prefetch, shard_ends, shard_root, shard_units
+from shardwright.distributed.apply.guards.agreement import check_agreement
+from shardwright.distributed.apply.guards.parameters import check_gradient_hooks, check_scalars
+from shardwright.distributed.apply.guards.same_calls import compare_first_calls
 from shardwright.distributed.apply.megatron_fsdp import Options as MegatronOptions
-from shardwright.distributed.apply.parameters import check_gradient_hooks, check_scalars
-from shardwright.distributed.apply.same_calls import compare_first_calls
 from shardwright.distributed.apply.tensor_parallel import apply_tensor_parallel
 from shardwright.distributed.config import ParallelConfig
 from shardwright.distributed.mesh import (
@@ -29,12 +29,12 @@ from shardwright.distributed.mesh import (
     data_parallel_mesh,
     refuse_context_parallel,
 )
-from shardwright.distributed.models.ends import end_names
-from shardwright.distributed.models.planning import plan_and_resolve
-from shardwright.distributed.models.resolved import ResolvedPlan
-from shardwright.distributed.models.sources import CustomPlan, styles_of
-from shardwright.distributed.models.structure import block_names, by_list, every_nth, shared_parts
-from shardwright.distributed.models.units import unit_names
+from shardwright.distributed.models.blocks import block_names, by_list, every_nth, shared_parts
+from shardwright.distributed.models.embedding_and_head import embedding_and_head_names
+from shardwright.distributed.planning.planning import plan_and_resolve
+from shardwright.distributed.planning.resolved import ResolvedPlan
+from shardwright.distributed.planning.sources import CustomPlan, styles_of
+from shardwright.distributed.planning.units import unit_names
 from shardwright.distributed.styles.torch_styles import asks_for_sequence_parallel
 from shardwright.errors import ConfigError
 
@@ -74,7 +74,7 @@ def parallelize_with_fsdp2(
     if sharded:
         check_gradient_hooks(model)
         check_scalars(model)
-    ends = end_names(model) if sharded and config.shard_ends else []
+    ends = embedding_and_head_names(model) if sharded and config.shard_ends else []
     blocks = unit_names(model) if sharded or _one_by_one(config) else []
     shared = [name for parts in shared_parts(model, blocks) for name in parts]
     units = [*blocks, *shared, *ends] if sharded else []

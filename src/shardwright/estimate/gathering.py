@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from shardwright.distributed.config import ParallelConfig, Precision
-from shardwright.distributed.models.ends import end_names
-from shardwright.distributed.models.structure import block_names, by_list, kept_gathered, shared_parts
-from shardwright.distributed.models.units import unit_names
+from shardwright.distributed.models.blocks import block_names, by_list, kept_gathered, shared_parts
+from shardwright.distributed.models.embedding_and_head import embedding_and_head_names
+from shardwright.distributed.planning.units import unit_names
 from shardwright.estimate.layout import ParameterLayout
 
 
@@ -67,7 +67,7 @@ def predict_gathering(model: nn.Module, layouts: Iterable[ParameterLayout], conf
         return None
     blocks = unit_names(model)
     shared = [name for parts in shared_parts(model, blocks) for name in parts]
-    ends = end_names(model) if config.shard_ends else []
+    ends = embedding_and_head_names(model) if config.shard_ends else []
     units: dict[str, _Unit] = {}
     sizes = dict.fromkeys(blocks, 0)
     for layout in layouts:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
 
-from shardwright.distributed.models.resolved import ResolvedPlan
+from shardwright.distributed.planning.resolved import ResolvedPlan
 from shardwright.distributed.styles import make_style
 from shardwright.errors import PlanError
 

@@ -13,11 +13,11 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from shardwright.distributed.config import DTYPES, ParallelConfig
+from shardwright.distributed.models.blocks import block_names, by_list, every_nth, numbers_to_globs
 from shardwright.distributed.models.build import build_on_meta, load_config
-from shardwright.distributed.models.planning import plan_and_resolve
-from shardwright.distributed.models.resolved import ResolvedPlan
-from shardwright.distributed.models.structure import block_names, by_list, every_nth, numbers_to_globs
 from shardwright.distributed.plan import ParallelPlan
+from shardwright.distributed.planning.planning import plan_and_resolve
+from shardwright.distributed.planning.resolved import ResolvedPlan
 from shardwright.errors import ConfigError, UnsupportedError
 from shardwright.estimate.gathering import Gathering, predict_gathering, uses_fsdp2
 from shardwright.estimate.layout import ParameterLayout, parameter_layouts

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from shardwright.distributed.models.resolved import ResolvedPlan, StyleUse
-from shardwright.distributed.models.structure import block_names, numbers_to_globs
+from shardwright.distributed.models.blocks import block_names, numbers_to_globs
 from shardwright.distributed.plan import ParallelPlan, match_names
+from shardwright.distributed.planning.resolved import ResolvedPlan, StyleUse
 from shardwright.estimate.layout import ParameterLayout
 from shardwright.estimate.memory import Memory, memory_per_rank
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from shardwright.distributed.models.blocks import block_names, is_norm
 from shardwright.distributed.models.huggingface import head_name, text_config
-from shardwright.distributed.models.resolved import READERS, WRITERS, ResolvedPlan, StyleUse
-from shardwright.distributed.models.structure import block_names, is_norm
+from shardwright.distributed.planning.resolved import READERS, WRITERS, ResolvedPlan, StyleUse
 from shardwright.distributed.styles.linear import features, parameter_shape
 
 FLOAT32 = 4

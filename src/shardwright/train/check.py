@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from shardwright.distributed.styles.layout import whole
+from shardwright.distributed.runtime.layout import whole
 from shardwright.errors import ConfigError, ParityError
 from shardwright.train.config import TrainConfig
 from shardwright.train.dataset import IGNORE, TokenRows

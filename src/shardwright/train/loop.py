@@ -14,7 +14,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from shardwright.distributed.mesh import axis
-from shardwright.distributed.styles.layout import whole
+from shardwright.distributed.runtime.layout import whole
 from shardwright.train.dataset import IGNORE, Batch, TokenRows, deal
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 
 from shardwright.checkpoint.save import save_pretrained
 from shardwright.distributed.mesh import AXES, axis, default_device_type
-from shardwright.distributed.styles.layout import whole
+from shardwright.distributed.runtime.layout import whole
 from shardwright.errors import RunError
 from shardwright.train.check import checked_step, reference_step
 from shardwright.train.checkpointing import Checkpoints, first_not_finite, is_finite, require_equal_ranks

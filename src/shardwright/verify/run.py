@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from shardwright import api
 from shardwright.distributed.config import ParallelConfig
-from shardwright.distributed.models.planning import plan_and_resolve
+from shardwright.distributed.planning.planning import plan_and_resolve
 from shardwright.errors import UnsupportedError
 from shardwright.verify.compare import EXACT, Difference, Report, compare
 from shardwright.verify.locate import first_module_that_differs

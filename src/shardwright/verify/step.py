@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shardwright.distributed.styles.layout import whole
+from shardwright.distributed.runtime.layout import whole
 
 MAX_NORM = 0.1  # below the gradient norm of a fresh model, so that clipping does something
 LEARNING_RATE = 0.1

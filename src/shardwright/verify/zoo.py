@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from shardwright.distributed.config import ParallelConfig
-from shardwright.distributed.models.planning import plan_and_resolve
+from shardwright.distributed.planning.planning import plan_and_resolve
 from shardwright.errors import ConfigError, ShardwrightError
 from shardwright.verify.page import write_page
 from shardwright.verify.public import case_of, run

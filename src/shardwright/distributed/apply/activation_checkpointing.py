@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
-from shardwright.distributed.styles.forward import Around, Forward, wrap_forward
-from shardwright.distributed.styles.without_cache import train_without_cache
+from shardwright.distributed.runtime.forward import Around, Forward, wrap_forward
+from shardwright.distributed.runtime.without_cache import train_without_cache
 
 Contexts = Callable[[], tuple[AbstractContextManager, AbstractContextManager]]
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from shardwright.distributed.styles.forward import Around, Forward, wrap_forward
-from shardwright.distributed.styles.without_cache import train_without_cache
+from shardwright.distributed.runtime.forward import Around, Forward, wrap_forward
+from shardwright.distributed.runtime.without_cache import train_without_cache
 from shardwright.errors import ConfigError
 
 

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from shardwright.distributed.apply.meta_chunks import MetaChunks
-from shardwright.distributed.models.structure import block_names, by_list, kept_gathered, owns_parameters, shared_parts
+from shardwright.distributed.models.blocks import block_names, by_list, kept_gathered, owns_parameters, shared_parts
 from shardwright.errors import PlanError
 
 

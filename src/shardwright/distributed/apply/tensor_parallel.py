@@ -7,17 +7,15 @@ from collections.abc import Iterable
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from shardwright.distributed.models.resolved import READERS, WRITERS, ResolvedPlan, StyleUse
 from shardwright.distributed.models.ties import restore_ties
-from shardwright.distributed.styles import make_style
-from shardwright.distributed.styles.base import Style, distribute_parameter
-from shardwright.distributed.styles.forward import wrap_forward
-from shardwright.distributed.styles.gradient_sum import make_local
-from shardwright.distributed.styles.local_arguments import LocalArguments
-from shardwright.distributed.styles.local_view import LocalAttributes
-from shardwright.distributed.styles.local_width import LocalWidth
-from shardwright.distributed.styles.outputs import PlainOutputs
-from shardwright.distributed.styles.regions import (
+from shardwright.distributed.planning.resolved import READERS, WRITERS, ResolvedPlan, StyleUse
+from shardwright.distributed.runtime.forward import wrap_forward
+from shardwright.distributed.runtime.gradient_sum import make_local
+from shardwright.distributed.runtime.local_arguments import LocalArguments
+from shardwright.distributed.runtime.local_view import LocalAttributes
+from shardwright.distributed.runtime.local_width import LocalWidth
+from shardwright.distributed.runtime.outputs import PlainOutputs
+from shardwright.distributed.runtime.regions import (
     Region,
     SequenceBlock,
     SequenceLength,
@@ -25,6 +23,8 @@ from shardwright.distributed.styles.regions import (
     SharedInput,
     WholeBlock,
 )
+from shardwright.distributed.styles import make_style
+from shardwright.distributed.styles.base import Style, distribute_parameter
 
 
 def apply_tensor_parallel(
@@ -36,7 +36,7 @@ def apply_tensor_parallel(
 
     Args:
         mesh: the one-dimensional ``tp`` mesh.
-        resolved: what :func:`shardwright.distributed.models.resolve.resolve` found for this model and mesh size.
+        resolved: what :func:`shardwright.distributed.planning.resolve.resolve` found for this model and mesh size.
         units: modules that gather their parameters for themselves (FSDP2 units): gradients of replicated parameters are
             summed over the ranks once for each of them, and once for the rest.
     """
@@ -105,7 +105,7 @@ def _make_local(model: nn.Module, mesh: DeviceMesh, resolved: ResolvedPlan, unit
 
     below: dict[str, dict[str, tuple[str, ...]]] = {}
     tables: dict[str, list[str]] = {}
-    for name, parameters in resolved.whole.items():
+    for name, parameters in resolved.replicated.items():
         unit, path = place(name)
         below.setdefault(unit, {})[path] = parameters
     for name, use in resolved.modules.items():

@@ -1,4 +1,4 @@
-"""Reading a model: its blocks, heads, ties and embeddings, the plans it brings along, and which plan fits it.
+"""What a model is: its blocks, ties, heads, embedding and head, its Hugging Face plan, building it on meta.
 
-The only layer that knows transformers.
+With :mod:`shardwright.distributed.planning` the only layer that knows transformers.
 """

@@ -18,9 +18,9 @@ from shardwright.distributed.styles.experts import (
     SummedOutput,
     TensorParallelExperts,
 )
-from shardwright.distributed.styles.heads import KeyValueHeads
+from shardwright.distributed.styles.key_value_heads import KeyValueHeads
 from shardwright.distributed.styles.linear import Colwise, PackedColwise, PackedRowwise, Rowwise
-from shardwright.distributed.styles.whole import (
+from shardwright.distributed.styles.replicated import (
     LocalParams,
     MlaKvA,
     Replicated,

@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
 from shardwright.distributed.plan import ParallelPlan
-from shardwright.distributed.styles.forward import Around, Forward, local_parameters, parameters_as, wrap_forward
+from shardwright.distributed.runtime.forward import Around, Forward, local_parameters, parameters_as, wrap_forward
 
 
 class LocalParameters(Around):
@@ -60,7 +60,7 @@ class Style(ParallelStyle):
 def distribute_parameter(module: nn.Module, name: str, mesh: DeviceMesh, placement: Placement) -> None:
     """Make ``module.<name>`` a DTensor with ``placement`` on ``mesh``, from this rank's own full copy.
 
-    No data is sent: the ranks' copies are equal (:mod:`shardwright.distributed.apply.agreement` checks that they are).
+    No data is sent: the ranks' copies are equal (:mod:`.guards.agreement` checks that they are).
     """
     param = module._parameters[name]
     assert param is not None

@@ -10,9 +10,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.placement_types import Placement
 
-from shardwright.distributed.styles import collectives as c
+from shardwright.distributed.runtime import collectives as c
+from shardwright.distributed.runtime.forward import Around, Forward, attributes_as
 from shardwright.distributed.styles.base import LocalParameters, Style
-from shardwright.distributed.styles.forward import Around, Forward, attributes_as
 from shardwright.errors import PlanError, sizes_that_work
 
 

@@ -15,11 +15,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
-from shardwright.distributed.styles import collectives as c
+from shardwright.distributed.runtime import collectives as c
+from shardwright.distributed.runtime.forward import Around, Forward, attributes_as, local_parameters, parameters_as
+from shardwright.distributed.runtime.logits import sharded_logits
+from shardwright.distributed.runtime.regions import SEQUENCE_DIM, SequenceLength, SharedInput
 from shardwright.distributed.styles.base import Style
-from shardwright.distributed.styles.forward import Around, Forward, attributes_as, local_parameters, parameters_as
-from shardwright.distributed.styles.logits import sharded_logits
-from shardwright.distributed.styles.regions import SEQUENCE_DIM, SequenceLength, SharedInput
 from shardwright.errors import PlanError
 
 

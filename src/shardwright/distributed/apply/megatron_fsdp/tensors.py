@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
-from shardwright.distributed.styles.layout import whole
+from shardwright.distributed.runtime.layout import whole
 from shardwright.errors import UnsupportedError
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from shardwright.distributed.models.blocks import block_names
 from shardwright.distributed.models.imports import import_classes_from_paths
-from shardwright.distributed.models.structure import block_names
 from shardwright.errors import ConfigError
 
 logger = logging.getLogger(__name__)

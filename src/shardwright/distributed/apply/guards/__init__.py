@@ -1,0 +1,1 @@
+"""Checks before a model is changed, and across ranks."""

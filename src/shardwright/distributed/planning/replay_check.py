@@ -1,0 +1,215 @@
+"""Whether a plan is exact for a model: every rank replayed in this process, without weights, before anything is cut.
+
+Plans read off the dataflow were found this way. A plan from elsewhere (transformers', a user's) is only somebody's word
+until it has been replayed, and a layer cut in the wrong place is often not an error but another function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from shardwright.distributed.planning.resolved import SUMMING, ResolvedPlan, StyleUse
+from shardwright.distributed.replay.cuts import Cut, contiguous, packed
+from shardwright.distributed.replay.inputs import candidate_inputs
+from shardwright.distributed.replay.record import CODE_ERRORS, Mismatch
+from shardwright.distributed.replay.runs import (
+    Finding,
+    Inputs,
+    Record,
+    Sharding,
+    full_run,
+    rank_runs,
+    some_ranks_forward,
+)
+from shardwright.distributed.replay.weightless import Stub, WeightlessCopy, weightless_copy
+from shardwright.distributed.runtime.local_view import LocalAttributes
+from shardwright.distributed.styles import make_style
+
+SUMMED = "replicated_with_grad_allreduce"
+
+
+@dataclass(frozen=True)
+class Picked(Cut):
+    """A cut that lists every rank's features."""
+
+    features: tuple[tuple[int, ...], ...] = ()
+
+    def indices(self, length: int, rank: int, size: int) -> Tensor:
+        return torch.tensor(self.features[rank])
+
+    def take(self, x: Tensor, dim: int, rank: int, size: int) -> Tensor:
+        return x.index_select(dim, self.indices(x.shape[dim], rank, size))
+
+
+class NotReplayable(Exception):
+    """The plan has something in it that cannot be replayed."""
+
+
+def why_not_exact(model: nn.Module, resolved: ResolvedPlan) -> str | None:
+    """What goes wrong when ``model`` runs on slices as ``resolved`` says; None where nothing does.
+
+    None as well where the model cannot be replayed: its inputs cannot be guessed, or its code is not deterministic.
+    """
+    replayed = replayable(model, resolved)
+    if replayed is None:
+        return None
+    weightless, inputs, record = replayed
+    try:
+        sharding = sharding_of(weightless, resolved)
+    except NotReplayable:
+        return None
+    try:
+        with local_sizes(weightless, resolved):
+            some_ranks_forward(weightless, record, inputs, sharding, resolved.tp)
+            finding = rank_runs(weightless, record, inputs, sharding, resolved.tp)
+    except Mismatch as error:
+        return f"{_told(weightless, str(error))} gets other values on slices than in one process"
+    except CODE_ERRORS as error:
+        return f"the model's code does not run on slices ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+    return _undeclared(weightless, resolved, finding) or _overdeclared(weightless, resolved, record, finding)
+
+
+def replayable(model: nn.Module, resolved: ResolvedPlan) -> tuple[WeightlessCopy, Inputs, Record] | None:
+    """A run that comes out the same when it is replayed again with nothing cut."""
+    for inputs in candidate_inputs(model):
+        weightless = weightless_copy(model)
+        if not _uniform(weightless, resolved):
+            weightless = weightless_copy(model, whole=True)
+        try:
+            record = full_run(weightless, inputs)
+            rank_runs(weightless, record, inputs, Sharding(), 1)
+        except (Mismatch, *CODE_ERRORS):
+            continue
+        return weightless, inputs, record
+    return None
+
+
+def _uniform(weightless: WeightlessCopy, resolved: ResolvedPlan) -> bool:
+    """Whether what stands for several blocks in the weightless copy is cut alike in all of them."""
+    kind = weightless.repeats.kind_of
+    known: dict[str, object] = {}
+    alike: list[bool] = []
+    for name, use in resolved.modules.items():
+        sizes = resolved.attributes.get(name), resolved.arguments.get(name), resolved.widths.get(name)
+        cut = use.style, use.options.items(), sizes
+        alike.append(known.setdefault(kind(name), cut) == cut)
+    for (owner, name), style in resolved.parameters.items():
+        alike.append(known.setdefault(kind(f"{owner}.{name}"), style) == style)
+    return all(alike)
+
+
+@contextmanager
+def local_sizes(weightless: WeightlessCopy, resolved: ResolvedPlan) -> Iterator[None]:
+    """The attributes of the copy's modules are those of a rank inside."""
+    with ExitStack() as stack:
+        for name, module in weightless.model.named_modules():
+            if values := resolved.attributes.get(weightless.repeats.original_name(name)):
+                stack.enter_context(LocalAttributes(values).on(module))
+        yield
+
+
+def _told(weightless: WeightlessCopy, name: str) -> str:
+    known = name in weightless.stubs or name in dict(weightless.model.named_parameters())
+    return weightless.repeats.original_name(name) if known else f"the model's {name}"
+
+
+def sharding_of(weightless: WeightlessCopy, resolved: ResolvedPlan) -> Sharding:
+    """The plan in the terms of the replay.
+
+    Raises:
+        NotReplayable: it says something for which there are none.
+    """
+    sharding = Sharding()
+    names = {name: weightless.repeats.original_name(name) for name, _ in weightless.model.named_modules()}
+    summing = _inside_summing(resolved)
+    for name, stub in weightless.stubs.items():
+        use = resolved.modules.get(names[name])
+        if use is None or stub.kind == "opaque" or names[name].startswith(summing):
+            continue
+        if (cut := _cut_out(use, stub)) is not None:
+            sharding.cuts_out[name] = cut
+        if (cut := _cut_in(use, stub)) is not None:
+            sharding.cuts_in[name] = cut
+    for (owner, parameter), style in resolved.parameters.items():
+        if resolved.modules[owner].style in SUMMING:
+            continue
+        for name in (name for name, original in names.items() if original == owner):
+            param = weightless.model.get_submodule(name)._parameters[parameter]
+            assert param is not None
+            placement = make_style(style).placement(weightless.model.get_submodule(name), parameter)
+            if not isinstance(placement, (Shard, _StridedShard)):
+                continue
+            if placement.dim != 0:
+                raise NotReplayable(f"{owner}.{parameter} is cut along dim {placement.dim}")
+            pieces = placement.split_factor if isinstance(placement, _StridedShard) else 1
+            sharding.parameters[f"{name}.{parameter}"] = _pieces(len(param), int(pieces))
+    for name, original in names.items():
+        if original in resolved.arguments:
+            sharding.arguments[name] = resolved.arguments[original]
+        if original in resolved.widths:
+            sharding.widths[name] = resolved.widths[original]
+    return sharding
+
+
+def _cut_out(use: StyleUse, stub: Stub) -> Cut | None:
+    """How the output of a layer with this style is cut; None where it is whole."""
+    if use.style in ("colwise", "embedding_slice"):
+        return contiguous(stub.width_out)
+    if use.style == "packed_colwise":
+        return _pieces(stub.width_out, use.options.get("pieces", 2))
+    if use.style == "fused_qkv":
+        return Picked(features=use.options["heads"])
+    if use.style == "kv_heads":
+        each = stub.width_out // use.options["count"]
+        heads = use.options["heads"]
+        return Picked(features=tuple(tuple(h * each + i for h in mine for i in range(each)) for mine in heads))
+    return None
+
+
+def _cut_in(use: StyleUse, stub: Stub) -> Cut | None:
+    if use.style == "rowwise":
+        return contiguous(stub.width_in)
+    return _pieces(stub.width_in, use.options.get("pieces", 2)) if use.style == "packed_rowwise" else None
+
+
+def _pieces(width: int, pieces: int) -> Cut:
+    return contiguous(width) if pieces == 1 else packed(width, pieces)
+
+
+def _undeclared(weightless: WeightlessCopy, resolved: ResolvedPlan, finding: Finding) -> str | None:
+    """Gradients that are sums over the ranks, but that the plan does not sum."""
+    for name in sorted(finding.partial_parameters):
+        owner, _, parameter = name.rpartition(".")
+        original = weightless.repeats.original_name(owner)
+        if resolved.modules[original].style != SUMMED:
+            return f"{original}.{parameter} works on slices, and its gradient has to be summed ({SUMMED!r})"
+    for name in sorted(finding.partial_outputs):
+        original = weightless.repeats.original_name(name)
+        if resolved.modules[original].style not in (SUMMED, "mla_kv_a_proj"):
+            return f"{original} is whole, but what reads it works on slices"
+    return None
+
+
+def _overdeclared(weightless: WeightlessCopy, resolved: ResolvedPlan, record: Record, finding: Finding) -> str | None:
+    """Gradients that the plan sums, but that are whole on every rank."""
+    if resolved.sequence_parallel:
+        return None  # whole parameters see a part of the sequence, and so a part of their gradient
+    inside = _inside_summing(resolved)
+    for name in sorted(record.param_grads.keys() - finding.partial_parameters):
+        owner, _, parameter = name.rpartition(".")
+        original = weightless.repeats.original_name(owner)
+        use = resolved.modules.get(original)
+        if use is not None and use.style == SUMMED and not original.startswith(inside):
+            return f"the gradient of {original}.{parameter} is whole on every rank, but is summed ({SUMMED!r})"
+    return None
+
+
+def _inside_summing(resolved: ResolvedPlan) -> tuple[str, ...]:
+    return tuple(f"{name}." for name, use in resolved.modules.items() if use.style in SUMMING)

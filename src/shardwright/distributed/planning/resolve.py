@@ -1,0 +1,323 @@
+"""From a plan to exact names: matched, checked, and complete, before anything is changed.
+
+Pure: needs no process group, no GPU and no weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from shardwright.distributed.models.blocks import block_names, owns_parameters
+from shardwright.distributed.models.heads import check_heads, head_counts
+from shardwright.distributed.models.huggingface import head_name, text_config
+from shardwright.distributed.models.ties import Tie, find_ties
+from shardwright.distributed.plan import ParallelPlan, match_names
+from shardwright.distributed.planning.key_values import share_projections
+from shardwright.distributed.planning.matching import require_match
+from shardwright.distributed.planning.partial_check import layers_on_whole, modules_on_slices
+from shardwright.distributed.planning.resolved import READERS, SHARDED, SUMMING, WRITERS, ResolvedPlan, StyleUse
+from shardwright.distributed.planning.sequence_parallel import find_regions, overlay_sequence_parallel
+from shardwright.distributed.runtime.local_arguments import ArgumentCut
+from shardwright.distributed.runtime.local_view import CONFIG
+from shardwright.distributed.runtime.local_width import WIDTH, arguments_of
+from shardwright.distributed.styles import canonical_style, make_style
+from shardwright.errors import PlanError
+
+# Layers that hand on this rank's slice.
+RANK_LOCAL = frozenset({"colwise", "packed_colwise", "fused_qkv", "kv_heads"})
+SUMMED = ("replicated_with_grad_allreduce", "sequence_parallel", "kv_heads", "packed_colwise")
+
+
+def resolve(model: nn.Module, plan: ParallelPlan, tp: int, *, sequence_parallel: bool = False) -> ResolvedPlan:
+    """What ``plan`` means for ``model`` on ``tp`` ranks.
+
+    Raises:
+        PlanError: a glob that matches nothing, an unknown style, a style that does not fit its module, heads or widths
+            that ``tp`` does not divide, tied parameters with styles that contradict each other.
+    """
+    resolved = ResolvedPlan(plan.source, tp, sequence_parallel, ties=find_ties(model), notes=list(plan.notes))
+    counts = head_counts(model)
+    resolved.heads = sorted({query for query, _ in counts.layers}) if counts is not None else []
+    modules = dict(model.named_modules())
+    _check_plain(model)
+    _match(model, modules, plan, resolved)
+    _specialise(model, modules, resolved)
+    _split_whole_inputs(model, modules, resolved)
+    _settle_ties(modules, resolved)
+    _check_size(model, plan, resolved)
+    share_projections(model, modules, resolved)
+    _localise_attributes(modules, plan, resolved)
+    _localise_arguments(modules, plan, resolved)
+    _cover(modules, resolved)
+    _declare_partial(model, modules, resolved)
+    find_regions(modules, resolved)
+    if sequence_parallel:
+        overlay_sequence_parallel(model, modules, resolved)
+    _collect_replicated(modules, resolved)
+    _check_styles(modules, resolved)
+    return resolved
+
+
+def _check_size(model: nn.Module, plan: ParallelPlan, resolved: ResolvedPlan) -> None:
+    """Whether the plan is for so many ranks. One that was derived for a size has tried that size's heads."""
+    if plan.tp not in (None, resolved.tp, 1) and resolved.tp > 1:
+        raise PlanError(
+            f"The plan ({plan.source}) is for tp={plan.tp}, not for tp={resolved.tp}. Derive it for that size."
+        )
+    if plan.tp is None and any(use.style in READERS for use in resolved.modules.values()):
+        note = check_heads(model, resolved.tp)
+        resolved.notes += [note] if note else []
+
+
+def _check_plain(model: nn.Module) -> None:
+    for name, param in model.named_parameters():
+        if isinstance(param, DTensor):
+            raise PlanError(f"{name} is a DTensor already: the model has been parallelized. Start from a plain model.")
+
+
+def _match(model: nn.Module, modules: dict[str, nn.Module], plan: ParallelPlan, resolved: ResolvedPlan) -> None:
+    parameters = {
+        f"{name}.{own}" if name else own: (name, own)
+        for name, module in modules.items()
+        for own, param in module._parameters.items()
+        if param is not None
+    }
+    for glob, style in plan.styles.items():
+        canonical_style(style)
+        found = match_names(glob, modules)
+        bare = match_names(glob, parameters)
+        if glob not in plan.optional:
+            require_match(glob, [*found, *bare], model, plan.source)
+        name, options = canonical_style(style)
+        for module in found:
+            resolved.modules[module] = StyleUse(name, options, rule=glob)
+        for parameter in bare:
+            resolved.parameters[parameters[parameter]] = style
+
+
+def _specialise(model: nn.Module, modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
+    """Replace general names by what they mean for the module they are on."""
+    head = head_name(model)
+    blocks = tuple(f"{block}." for block in block_names(model))
+    for name, use in list(resolved.modules.items()):
+        module = modules[name]
+        style, options = use.style, dict(use.options)
+        if style == "sequence_parallel" and not owns_parameters(module):
+            del resolved.modules[name]
+            continue
+        if isinstance(module, nn.Embedding):
+            style = {
+                "rowwise": "embedding_rowwise",
+                "rowwise_split_input": "embedding_rowwise",
+                "colwise": "embedding_colwise",
+                "colwise_gather_output": "embedding_colwise",
+            }.get(style, style)
+        elif name == head and style == "colwise":
+            style = "colwise_logits"
+        elif style == "colwise_logits" and name.startswith(blocks):
+            style = "colwise"
+        elif style == "sequence_parallel" and not resolved.sequence_parallel:
+            style = "replicate"
+        elif style == "mla_kv_a_proj" and "rope_dim" not in options:
+            options["rope_dim"] = _rope_dim(model, name)
+        resolved.modules[name] = StyleUse(style, options, rule=use.rule)
+
+
+def _rope_dim(model: nn.Module, name: str) -> int:
+    rope_dim = getattr(text_config(model), "qk_rope_head_dim", None)
+    if not isinstance(rope_dim, int):
+        raise PlanError(f"{name} has the style 'mla_kv_a_proj', but the model's config has no qk_rope_head_dim.")
+    return rope_dim
+
+
+def _split_whole_inputs(model: nn.Module, modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
+    """Let row-parallel layers whose input is whole take their slice of it.
+
+    One glob for two kinds of layers (attention and a state-space mixer that both end in ``o_proj``) names readers in
+    one of them only. Where the module around a row-parallel layer has no reader, the graph says what its input is.
+    """
+    reading = RANK_LOCAL | {"mla_kv_a_proj", "embedding_slice"}
+    sliced = [name for name, use in resolved.modules.items() if use.style in reading]
+    sliced += [f"{owner}.{parameter}" for owner, parameter in resolved.parameters]
+    around = {ancestor for name in sliced for ancestor in _ancestors(name)}
+    alone = {
+        name
+        for name, use in resolved.modules.items()
+        if use.style == "rowwise" and name.rpartition(".")[0] not in around and isinstance(modules[name], nn.Linear)
+    }
+    if not alone:
+        return
+    for name in layers_on_whole(model, alone, _styled(resolved, RANK_LOCAL), _styled(resolved, SUMMING)):
+        use = resolved.modules[name]
+        resolved.modules[name] = StyleUse("rowwise_split_input", use.options, rule=f"{use.rule}, on a whole input")
+
+
+def _ancestors(name: str) -> list[str]:
+    parts = name.split(".")[:-1]
+    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+
+
+def _settle_ties(modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
+    """Give the other end of a tie the style that keeps it: one tensor can have one layout only."""
+    for tie in resolved.ties:
+        uses = {name: resolved.modules.get(name) for name, _ in tie.places}
+        sharded = {name: use for name, use in uses.items() if use is not None and use.style in SHARDED}
+        if not sharded:
+            continue
+        for name, parameter in tie.places:
+            if uses[name] is not None:
+                continue
+            other, use = next(iter(sharded.items()))
+            rule = f"tied to {other}"
+            if isinstance(modules[name], nn.Linear) and type(modules[name]) is type(modules[other]):
+                resolved.modules[name] = replace(use, rule=rule)
+            elif isinstance(modules[name], nn.Embedding):
+                resolved.modules[name] = StyleUse("embedding_rowwise", rule=rule)
+            elif isinstance(modules[name], nn.Linear):
+                resolved.modules[name] = StyleUse("colwise_logits", rule=rule)
+            else:
+                resolved.parameters[name, parameter] = "colwise"
+                resolved.modules[name] = StyleUse("local_params", rule=rule)
+        _check_tie(modules, resolved, tie)
+
+
+def _check_tie(modules: dict[str, nn.Module], resolved: ResolvedPlan, tie: Tie) -> None:
+    layouts = {}
+    for name, parameter in tie.places:
+        use, bare = resolved.modules[name], resolved.parameters.get((name, parameter))
+        style = make_style(bare) if bare else make_style(use.style, **use.options)
+        layouts[name] = style.placement(modules[name], parameter)
+    if len(set(layouts.values())) > 1:
+        rows = ", ".join(f"{name} ({resolved.modules[name].style}: {layout})" for name, layout in layouts.items())
+        raise PlanError(
+            f"{' and '.join(tie.names)} are one parameter, but their styles lay it out differently: {rows}. Give them "
+            "styles that cut the same dim ('embedding_rowwise' with 'colwise'), or 'replicate' both."
+        )
+
+
+def _localise_attributes(modules: dict[str, nn.Module], plan: ParallelPlan, resolved: ResolvedPlan) -> None:
+    """Divide the sizes that attention code reads from its module, as the plan lists them."""
+    for glob, names in plan.local_attributes.items():
+        for module in match_names(glob, modules):
+            own = resolved.attributes.setdefault(module, {})
+            for name in names:
+                if name in own:
+                    continue
+                value = _attribute(modules[module], name)
+                if not isinstance(value, int) or value % resolved.tp:
+                    raise PlanError(
+                        f"{module}.{name} is {value!r}; the plan makes it rank-local, so it must be a whole number "
+                        f"that tp={resolved.tp} divides."
+                    )
+                own[name] = value // resolved.tp
+
+
+def _localise_arguments(modules: dict[str, nn.Module], plan: ParallelPlan, resolved: ResolvedPlan) -> None:
+    """Match the arguments that the plan cuts by heads to modules."""
+    for glob, texts in plan.local_arguments.items():
+        widths = [text.partition(":")[0] for text in texts if text.endswith(f":{WIDTH}")]
+        cuts = tuple(ArgumentCut.parse(text) for text in texts if not text.endswith(f":{WIDTH}"))
+        uneven = [cut for cut in cuts if cut.heads % resolved.tp]
+        if uneven:
+            raise PlanError(
+                f"{glob!r} cuts {uneven[0].argument} by {uneven[0].heads} heads; tp={resolved.tp} does not divide."
+            )
+        found = match_names(glob, modules)
+        if cuts:
+            resolved.arguments |= dict.fromkeys(found, cuts)
+        for name in found if widths else ():
+            resolved.widths[name] = _width_argument(name, widths, modules, resolved)
+
+
+def _width_argument(name: str, widths: list[str], modules: dict[str, nn.Module], resolved: ResolvedPlan) -> str:
+    readers = [other for other, use in resolved.modules.items() if use.style in RANK_LOCAL]
+    if len(widths) > 1 or widths[0] not in arguments_of(modules[name]):
+        raise PlanError(f"{name} has no single argument {' or '.join(widths)} whose width can be made rank-local.")
+    if not any(other.rpartition(".")[0] == name for other in readers):
+        raise PlanError(
+            f"The plan makes the width of {widths[0]!r} rank-local in {name}, but no layer directly below {name} is "
+            "column-parallel: nothing there reads it whole."
+        )
+    return widths[0]
+
+
+def _attribute(module: nn.Module, name: str) -> object:
+    if name.startswith(CONFIG):
+        return getattr(module.__dict__.get("config"), name[len(CONFIG) :], None)
+    return module.__dict__.get(name)
+
+
+def _cover(modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
+    """Give every module that owns parameters a style: what no rule names is whole."""
+    owners = {name for name, _ in resolved.parameters}
+    for name, module in modules.items():
+        if name in owners and name not in resolved.modules:
+            resolved.modules[name] = StyleUse("local_params", rule="owns parameters with styles")
+        elif owns_parameters(module) and name not in resolved.modules:
+            resolved.modules[name] = StyleUse("replicate", rule="")
+
+
+def _declare_partial(model: nn.Module, modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
+    """Sum the gradients of whole modules that the plan does not name, but that work on this rank's slice."""
+    readers = [name.rpartition(".")[0] for name, use in resolved.modules.items() if use.style in RANK_LOCAL]
+    inside = tuple({f"{region}." for region in readers if region})
+    unnamed = {
+        name
+        for name, use in resolved.modules.items()
+        if use.style == "replicate" and not use.rule and name.startswith(inside)
+    }
+    if not inside or not unnamed:
+        return
+    sliced = modules_on_slices(model, unnamed, _styled(resolved, RANK_LOCAL), _styled(resolved, SUMMING))
+    for name in sliced:
+        resolved.modules[name] = StyleUse("replicated_with_grad_allreduce", rule="works on this rank's slice")
+
+
+def _styled(resolved: ResolvedPlan, styles: frozenset[str]) -> Callable[[str], bool]:
+    def check(name: str) -> bool:
+        use = resolved.modules.get(name)
+        return use is not None and use.style in styles
+
+    return check
+
+
+def _collect_replicated(modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
+    """List the parameters that stay whole, and the modules among whose gradients are sums."""
+    for name, use in resolved.modules.items():
+        style = make_style(use.style, **use.options)
+        whole = tuple(
+            key
+            for key, param in modules[name]._parameters.items()
+            if param is not None and (name, key) not in resolved.parameters
+            if style.placement(modules[name], key).is_replicate()
+        )
+        if not whole or use.options.get("outside"):
+            continue  # norms outside of the blocks see to their own gradients
+        resolved.replicated[name] = whole
+        if use.style in SUMMED or (use.sequence and use.style in WRITERS):
+            resolved.summed[name] = whole
+
+
+def _check_styles(modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
+    for name, use in resolved.modules.items():
+        make_style(use.style, **use.options).check(modules[name], name, resolved.tp)
+
+
+def sharded_fraction(model: nn.Module, resolved: ResolvedPlan) -> float:
+    """The share of the model's parameters that tensor parallelism cuts."""
+    modules = dict(model.named_modules())
+    counted: dict[int, tuple[int, bool]] = {}
+    for name, module in modules.items():
+        use = resolved.modules.get(name)
+        for own, param in module._parameters.items():
+            if param is None or use is None:
+                continue
+            style = resolved.parameters.get((name, own))
+            made = make_style(style) if style else make_style(use.style, **use.options)
+            counted[id(param)] = (param.numel(), made.placement(module, own).is_replicate() is False)
+    total = sum(count for count, _ in counted.values())
+    return sum(count for count, cut in counted.values() if cut) / total if total else 0.0

@@ -1,0 +1,83 @@
+"""``ResolvedPlan``: exact names in place of globs, all decided. The apply step executes it, reports show it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from shardwright.distributed.models.ties import Tie
+from shardwright.distributed.runtime.local_arguments import ArgumentCut
+
+READERS = frozenset({"colwise", "packed_colwise", "fused_qkv", "kv_heads", "colwise_gather_output"})
+WRITERS = frozenset({"rowwise", "packed_rowwise", "rowwise_split_input"})
+SHARDED = READERS | WRITERS | {"embedding_rowwise", "embedding_colwise", "colwise_logits"} - {"kv_heads"}
+
+# Modules that sum over the ranks before they return: what goes in and what comes out is whole, whatever is cut inside.
+SUMMING = frozenset({"moe_tp_experts", "ep_dispatch_experts", "all_reduce"})
+
+
+@dataclass(frozen=True)
+class StyleUse:
+    """The style of one module.
+
+    Attributes:
+        style: a name in :data:`shardwright.distributed.styles.STYLES`.
+        options: what the style needs to know beyond its name.
+        rule: the glob that gave it, or why it has this style where no glob did.
+        region: name of the region whose input it reads or whose result it writes.
+        sequence: under sequence parallelism, a reader directly below a block gathers for itself and a writer leaves its
+            output split.
+    """
+
+    style: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    rule: str = ""
+    region: str | None = None
+    sequence: bool = False
+
+
+@dataclass(frozen=True)
+class RegionUse:
+    """A region; ``block`` names the sequence-parallel block it is in, if any."""
+
+    block: str | None = None
+    direct: bool = False
+
+
+@dataclass
+class ResolvedPlan:
+    """A plan that has been matched to a model and a tensor-parallel size, and found to work.
+
+    Attributes:
+        modules: module name -> its style, for every module that owns parameters or has a style.
+        parameters: (module name, parameter name) -> style name, for bare parameters with a style of their own.
+        regions: module name -> its region.
+        blocks: the sequence-parallel blocks.
+        whole_blocks: blocks that stay on the whole sequence in a model where others do not.
+        replicated: module name -> its parameters that are not cut.
+        summed: module name -> those whose gradient is a sum over the ranks.
+        attributes: module name -> attribute values that are rank-local from now on.
+        arguments: module name -> tensor arguments that are cut to this rank's heads.
+        widths: module name -> the argument whose width its code sees divided by the size.
+        heads: the numbers of attention heads that layers have.
+        ties: parameters that several modules share.
+        notes: sentences for the report.
+    """
+
+    source: str
+    tp: int
+    sequence_parallel: bool
+    modules: dict[str, StyleUse] = field(default_factory=dict)
+    parameters: dict[tuple[str, str], str] = field(default_factory=dict)
+    regions: dict[str, RegionUse] = field(default_factory=dict)
+    blocks: list[str] = field(default_factory=list)
+    whole_blocks: list[str] = field(default_factory=list)
+    replicated: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    summed: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    attributes: dict[str, dict[str, int]] = field(default_factory=dict)
+    arguments: dict[str, tuple[ArgumentCut, ...]] = field(default_factory=dict)
+    widths: dict[str, str] = field(default_factory=dict)
+    heads: list[int] = field(default_factory=list)
+    ties: list[Tie] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)

@@ -1,0 +1,119 @@
+"""Regions, and sequence parallelism as an overlay on a plan.
+
+The overlay needs nothing from the plan but which layers read and write. In a block with tensor-parallel layers, the
+children that hold them become regions, which gather the sequence and leave it split again; norms and other layers that
+treat positions one by one stay on this rank's part. Children without tensor-parallel layers that may mix positions run
+on the whole sequence, and so do blocks whose own code cannot run on a part (:mod:`.sequence_check`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+
+from shardwright.distributed.models.blocks import block_names, is_norm, numbers_to_globs, owns_parameters
+from shardwright.distributed.planning.resolved import READERS, WRITERS, RegionUse, ResolvedPlan, StyleUse
+from shardwright.distributed.planning.sequence_check import unsplittable_blocks
+
+# What may stand in a direct region, beside its one writer: work on this rank's share only.
+_RANK_LOCAL = frozenset({"colwise", "packed_colwise", "fused_qkv", "kv_heads", "replicated_with_grad_allreduce"})
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def find_regions(modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
+    """Make the parent of every reader a region, so that its readers share their input's backward."""
+    for name, use in list(resolved.modules.items()):
+        if use.style in READERS or use.style in WRITERS:
+            region = _parent(name)
+            resolved.modules[name] = replace(use, region=region)
+            resolved.regions.setdefault(region, RegionUse())
+
+
+def overlay_sequence_parallel(model: nn.Module, modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
+    """Split the residual stream of every block that has tensor-parallel layers and can run on a part of it."""
+    blocks = [
+        name
+        for name in block_names(model)
+        if any(_is_tensor_parallel(other, resolved) for other in _below(name, modules))
+    ]
+    if not blocks:
+        resolved.notes.append("Sequence parallelism does nothing: no block has tensor-parallel layers under this plan.")
+        return
+    whole = unsplittable_blocks(model, blocks, lambda name: _child_kind(name, modules, resolved) == "region")
+    for reason in dict.fromkeys(whole.values()):
+        names = sorted({numbers_to_globs(name) for name, why in whole.items() if why == reason})
+        resolved.notes.append(f"{', '.join(names)} stays on the whole sequence: {reason}.")
+    resolved.whole_blocks = list(whole) if len(whole) < len(blocks) else []
+    for block in blocks:
+        if block not in whole:
+            _overlay_block(block, modules, resolved)
+    _overlay_norms(modules, resolved)
+
+
+def _overlay_block(block: str, modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
+    resolved.blocks.append(block)
+    own = resolved.modules.get(block)
+    if own is not None and own.style == "replicate":
+        resolved.modules[block] = replace(own, style="replicated_with_grad_allreduce")
+    for child, _ in modules[block].named_children():
+        name = f"{block}.{child}"
+        kind, use = _child_kind(name, modules, resolved), resolved.modules.get(name)
+        if kind == "region":
+            _make_region(name, _below(name, modules), block, resolved)
+        elif kind == "layer" and use is not None:
+            resolved.modules[name] = replace(use, sequence=True)
+        elif kind == "local" and use is not None and use.style == "replicate":
+            resolved.modules[name] = StyleUse("sequence_parallel", rule="on this rank's part of the sequence")
+
+
+def _child_kind(name: str, modules: dict[str, nn.Module], resolved: ResolvedPlan) -> str:
+    """What a child of a block is: ``region`` (gathers the sequence), ``layer`` (a reader or writer), ``local``."""
+    module, use = modules[name], resolved.modules.get(name)
+    leaf = not list(module.children())
+    if any(_is_tensor_parallel(other, resolved) for other in _below(name, modules)):
+        return "layer" if leaf and use is not None and use.style in READERS | WRITERS else "region"
+    if leaf and (use is None or use.style != "replicate" or is_norm(module) or isinstance(module, nn.Linear)):
+        return "local"
+    return "region" if any(owns_parameters(modules[other]) for other in _below(name, modules)) else "local"
+
+
+def _overlay_norms(modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
+    """Norms beside the lists of blocks take the stream as it comes."""
+    lists = {_parent(_parent(block)) for block in resolved.blocks}
+    inside = tuple(f"{block}." for block in resolved.blocks)
+    for name, use in list(resolved.modules.items()):
+        explicit = use.style == "sequence_parallel" and not name.startswith(inside)
+        if explicit or (use.style == "replicate" and _parent(name) in lists and is_norm(modules[name])):
+            resolved.modules[name] = StyleUse("sequence_parallel", {"outside": True}, "norm of the stream")
+
+
+def _below(name: str, modules: dict[str, nn.Module]) -> list[str]:
+    inside = (f"{name}.{path}".rstrip(".") for path, _ in modules[name].named_modules())
+    return [other for other in inside if other in modules]  # a shared module goes by its first name
+
+
+def _is_tensor_parallel(name: str, resolved: ResolvedPlan) -> bool:
+    use = resolved.modules.get(name)
+    return use is not None and (
+        use.style in READERS | WRITERS | {"moe_tp_experts", "ep_dispatch_experts", "all_reduce", "mla_kv_a_proj"}
+        or any(owner == name for owner, _ in resolved.parameters)
+    )
+
+
+def _make_region(name: str, names: list[str], block: str, resolved: ResolvedPlan) -> None:
+    uses = {other: resolved.modules[other] for other in names if other in resolved.modules}
+    writers = [other for other, use in uses.items() if use.style in ("rowwise", "packed_rowwise")]
+    others = {use.style for other, use in uses.items() if other not in writers}
+    bare = {style for (owner, _), style in resolved.parameters.items() if owner in uses}
+    direct = (
+        len(writers) == 1
+        and others <= _RANK_LOCAL | ({"local_params"} if bare else set())
+        and all(_parent(other) == name or use.style not in READERS | WRITERS for other, use in uses.items())
+    )
+    resolved.regions[name] = RegionUse(block, direct)
+    if direct:
+        resolved.modules[writers[0]] = replace(uses[writers[0]], sequence=True)

@@ -1,0 +1,358 @@
+"""Running a weightless copy: once in full, then rank by rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from shardwright.distributed.replay.cuts import Cut
+from shardwright.distributed.replay.local import local_values
+from shardwright.distributed.replay.record import TOLERANCE, FullRun, Idle, Mismatch, RankRun, Recorder, same
+from shardwright.distributed.replay.watch import Touched, bind, listening, reading
+from shardwright.distributed.replay.weightless import WeightlessCopy
+from shardwright.distributed.runtime.local_arguments import ArgumentCut
+from shardwright.distributed.runtime.local_width import stand_in
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Arguments of the model's forward."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Sharding:
+    """One way to run the model on slices. All names are copied names.
+
+    Attributes:
+        cuts_in: stub -> how its input is cut.
+        cuts_out: stub -> how its output is cut.
+        parameters: parameter -> how its dim 0 is cut.
+        attributes: (module, attribute) that are divided by the number of ranks; ``config.name`` for a config's.
+        arguments: module -> arguments that are cut.
+        widths: module -> the argument whose width its code sees divided by the number of ranks.
+    """
+
+    cuts_in: dict[str, Cut] = field(default_factory=dict)
+    cuts_out: dict[str, Cut] = field(default_factory=dict)
+    parameters: dict[str, Cut] = field(default_factory=dict)
+    attributes: set[tuple[str, str]] = field(default_factory=set)
+    arguments: dict[str, tuple[ArgumentCut, ...]] = field(default_factory=dict)
+    widths: dict[str, str] = field(default_factory=dict)
+
+    def local_values(self, model: nn.Module, size: int) -> dict[str, dict[str, Any]]:
+        """Module -> what its attributes are on a rank."""
+        by_module: dict[str, list[str]] = {}
+        for module, attribute in sorted(self.attributes):
+            by_module.setdefault(module, []).append(attribute)
+        return {m: local_values(model.get_submodule(m), names, size) for m, names in by_module.items()}
+
+    def with_(self, other: Sharding) -> Sharding:
+        return Sharding(
+            self.cuts_in | other.cuts_in,
+            self.cuts_out | other.cuts_out,
+            self.parameters | other.parameters,
+            self.attributes | other.attributes,
+            self.arguments | other.arguments,
+            self.widths | other.widths,
+        )
+
+
+@dataclass
+class Record:
+    """What the full run left behind.
+
+    Attributes:
+        run: the recorder.
+        outputs: the model's output tensors.
+        output_grads: the gradients that backward started from; None for outputs without one.
+        param_grads: gradient of every parameter that is not a stub's.
+        reads: (module, attribute) -> integer that the forward read there.
+        arguments: module -> shapes of its tensor arguments that need no gradient.
+        first: module -> name and width of the first of its tensor arguments that needs one.
+        input_grad: gradient of the first floating-point input; None where there is none.
+        exposed: stubs whose weight is used by other code than their own forward, too.
+    """
+
+    run: FullRun
+    outputs: list[Tensor]
+    output_grads: list[Tensor | None]
+    param_grads: dict[str, Tensor]
+    reads: dict[tuple[str, str], int]
+    arguments: dict[str, dict[str, torch.Size]]
+    first: dict[str, tuple[str, int]]
+    exposed: frozenset[str]
+    input_grad: Tensor | None
+
+
+@dataclass
+class Finding:
+    """What rank runs showed of a sharding that is exact.
+
+    Attributes:
+        partial_parameters: whole parameters whose gradient is a sum over the ranks.
+        partial_outputs: stub -> the features of its whole output whose gradient is a sum over the ranks.
+    """
+
+    partial_parameters: set[str] = field(default_factory=set)
+    partial_outputs: dict[str, Tensor] = field(default_factory=dict)
+
+
+def full_run(weightless: WeightlessCopy, inputs: Inputs, seed: int = 0) -> Record:
+    """Run the model in full, forward and backward, and write everything down."""
+    run = FullRun(seed)
+    reads: dict[tuple[str, str], int] = {}
+    arguments: dict[str, dict[str, torch.Size]] = {}
+    first: dict[str, tuple[str, int]] = {}
+    touched = Touched({name: weightless.model.get_submodule(name) for name in weightless.stubs})
+    with reading(weightless.model, reads), listening(weightless.model, arguments, first), touched:
+        outputs, leaf = _forward(weightless, run, inputs)
+    generator = torch.Generator().manual_seed(seed + 2)
+    grads = [torch.randn(o.shape, generator=generator).to(o.dtype) if o.requires_grad else None for o in outputs]
+    _clear_grads(weightless.model)
+    _backward(outputs, grads, retain=True)
+    exposed = frozenset(touched.names)
+    return Record(run, outputs, grads, _param_grads(weightless), reads, arguments, first, exposed, _grad(leaf))
+
+
+def forward_run(weightless: WeightlessCopy, inputs: Inputs, seed: int = 0) -> None:
+    """Run the model in full, forward only, for what hooks on its modules see."""
+    _forward(weightless, FullRun(seed), inputs)
+
+
+def some_ranks_forward(
+    weightless: WeightlessCopy, record: Record, inputs: Inputs, sharding: Sharding, size: int
+) -> None:
+    """Replay the forward of the first and the last rank only: enough to find out most of what does not work.
+
+    Raises:
+        as :func:`rank_runs`.
+    """
+    for rank in sorted({0, size - 1}):
+        run = RankRun(record.run, rank, size, sharding.cuts_in, sharding.cuts_out)
+        with _sharded(weightless.model, sharding, run):
+            _rank_forward(weightless, record, inputs, run)
+
+
+def rank_runs(weightless: WeightlessCopy, record: Record, inputs: Inputs, sharding: Sharding, size: int) -> Finding:
+    """Replay every rank of ``size``, forward and backward.
+
+    Raises:
+        Mismatch: some tensor or gradient is not what it must be.
+        CODE_ERRORS: the model's code does not run on slices.
+    """
+    runs = []
+    for rank in range(size):
+        run = RankRun(record.run, rank, size, sharding.cuts_in, sharding.cuts_out)
+        with _sharded(weightless.model, sharding, run):
+            outputs, leaf = _rank_forward(weightless, record, inputs, run)
+            _clear_grads(weightless.model)
+            _backward(outputs, record.output_grads, retain=False)
+            runs.append((run, _param_grads(weightless)))
+            if record.input_grad is not None and not same(_filled(_grad(leaf), record.input_grad), record.input_grad):
+                raise Mismatch("the gradient of the input")
+    return _compare_gradients(record, sharding, runs, size)
+
+
+def _rank_forward(
+    weightless: WeightlessCopy, record: Record, inputs: Inputs, run: RankRun
+) -> tuple[list[Tensor], Tensor | None]:
+    outputs, leaf = _forward(weightless, run, inputs)
+    if len(outputs) != len(record.outputs):
+        raise Mismatch("output")
+    for mine, whole in zip(outputs, record.outputs, strict=True):
+        if not same(mine, whole):
+            raise Mismatch("output")
+    return outputs, leaf
+
+
+def _grad(leaf: Tensor | None) -> Tensor | None:
+    return None if leaf is None else leaf.grad
+
+
+def _filled(grad: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if grad is None else grad
+
+
+def _compare_gradients(
+    record: Record, sharding: Sharding, runs: list[tuple[RankRun, dict[str, Tensor]]], size: int
+) -> Finding:
+    finding = Finding()
+    for key, call in record.run.calls.items():
+        whole, found = call.output_grad, [run.grads.get(key) for run, _ in runs]
+        grads = [grad for grad in found if grad is not None]
+        if whole is None and not any(bool(grad.any()) for grad in grads):
+            continue
+        if whole is None or len(grads) < size:
+            raise Mismatch(call.name)
+        cut = sharding.cuts_out.get(call.name)
+        if cut is not None:
+            _require_sum(call.name, whole, grads, cut, -1, size)
+        elif not all(same(grad, whole) for grad in grads):
+            finding.partial_outputs[call.name] = _partial_features(call.name, whole, grads)
+    for name, whole in record.param_grads.items():
+        grads = [params.get(name, torch.zeros(())) for _, params in runs]
+        if name in sharding.parameters:
+            _require_sum(name, whole, grads, sharding.parameters[name], 0, size)
+        elif not all(same(grad, whole) for grad in grads):
+            if any(grad.shape != whole.shape for grad in grads) or not same(_total(grads), whole):
+                raise Mismatch(name)
+            finding.partial_parameters.add(name)
+    return finding
+
+
+def _total(grads: list[Tensor]) -> Tensor:
+    return torch.stack(grads).sum(0)
+
+
+def _require_sum(name: str, whole: Tensor, grads: list[Tensor], cut: Cut, dim: int, size: int) -> None:
+    """The ranks' gradients, each put back where its slice came from, must add up to the whole one."""
+    total = torch.zeros_like(whole)
+    for rank, grad in enumerate(grads):
+        total.index_add_(dim, cut.indices(whole.shape[dim], rank, size), grad)
+    if not same(total, whole):
+        raise Mismatch(name)
+
+
+def _partial_features(name: str, whole: Tensor, grads: list[Tensor]) -> Tensor:
+    """The features of a whole output whose gradient is the sum over the ranks; the others must be complete."""
+    if any(grad.shape != whole.shape for grad in grads):
+        raise Mismatch(name)
+    limit = TOLERANCE * whole.abs().max()
+    complete = torch.stack([_error(grad, whole) for grad in grads]).amax(0) <= limit
+    summed = _error(_total(grads), whole) <= limit
+    if not bool((complete | summed).all()):
+        raise Mismatch(name)
+    return ~complete
+
+
+def _error(x: Tensor, expected: Tensor) -> Tensor:
+    """The largest error of each feature."""
+    return (x - expected).abs().flatten(0, -2).amax(0)
+
+
+def _forward(weightless: WeightlessCopy, recorder: Recorder, inputs: Inputs) -> tuple[list[Tensor], Tensor | None]:
+    """The model's floating-point outputs, and the first floating-point input, which gets a gradient."""
+    args, kwargs = _fresh(inputs.args), _fresh(dict(inputs.kwargs))
+    leaf = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()), None)
+    if leaf is not None:
+        leaf.requires_grad_()
+        # The model gets a copy, which its code may change in place.
+        args = tuple(x.clone() if x is leaf else x for x in args)
+        kwargs = {key: x.clone() if x is leaf else x for key, x in kwargs.items()}
+    weightless.recorder = recorder
+    try:
+        with torch.enable_grad(), _SomeHeads(), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)  # the same numbers for every replay; the caller's are left alone
+            output = weightless.model(*args, **kwargs)
+    finally:
+        weightless.recorder = Idle()
+    return [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()], leaf
+
+
+class _SomeHeads(TorchFunctionMode):
+    """Refuses attention without heads, where torch 2.11 divides by their number and the process ends."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is nn.functional.scaled_dot_product_attention and any(0 in x.shape for x in args[:3]):
+            raise Mismatch("attention without heads")
+        return func(*args, **(kwargs or {}))
+
+
+def _fresh(values: Any) -> Any:
+    """The same arguments, so that code that changes them in place does so on a copy."""
+    if isinstance(values, Tensor):
+        return values.clone()
+    if isinstance(values, dict):
+        return {k: _fresh(v) for k, v in values.items()}
+    if isinstance(values, (tuple, list)):
+        return type(values)(_fresh(v) for v in values)
+    return values
+
+
+def _backward(outputs: list[Tensor], grads: list[Tensor | None], *, retain: bool) -> None:
+    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+    if pairs:
+        torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs], retain_graph=retain)
+
+
+def _clear_grads(model: nn.Module) -> None:
+    for param in model.parameters():
+        param.grad = None
+
+
+def _param_grads(weightless: WeightlessCopy) -> dict[str, Tensor]:
+    """Gradients by copied name, of what is not a stub's."""
+    return {
+        f"{owner}.{name}" if owner else name: param.grad
+        for owner, module in weightless.model.named_modules()
+        if owner not in weightless.stubs
+        for name, param in module._parameters.items()
+        if param is not None and param.grad is not None
+    }
+
+
+@contextmanager
+def _sharded(model: nn.Module, sharding: Sharding, run: RankRun) -> Iterator[None]:
+    """The model as this rank has it: parameters cut, attributes divided, arguments cut."""
+    rank, size = run.rank, run.size
+    with ExitStack() as stack:
+        for name, cut in sharding.parameters.items():
+            owner, _, key = name.rpartition(".")
+            parameters = model.get_submodule(owner)._parameters
+            param = parameters[key]
+            assert param is not None
+            local = nn.Parameter(cut.take(param.detach(), 0, rank, size), requires_grad=param.requires_grad)
+            stack.callback(parameters.__setitem__, key, param)
+            parameters[key] = local
+        for module_name, values in sharding.local_values(model, size).items():
+            own = model.get_submodule(module_name).__dict__
+            stack.callback(own.update, {attribute: own[attribute] for attribute in values})
+            own.update(values)
+        for module_name, cuts in sharding.arguments.items():
+            module = model.get_submodule(module_name)
+            hook = module.register_forward_pre_hook(_argument_hook(cuts, rank, size), with_kwargs=True)
+            stack.callback(hook.remove)
+        for module_name, argument in sharding.widths.items():
+            module = model.get_submodule(module_name)
+            hook = module.register_forward_pre_hook(_width_hook(argument, run), with_kwargs=True)
+            stack.callback(hook.remove)
+        yield
+
+
+def _argument_hook(cuts: tuple[ArgumentCut, ...], rank: int, size: int) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        bound = bind(module, args, kwargs)
+        for cut in cuts:
+            value = bound.arguments.get(cut.argument, kwargs.get(cut.argument))
+            if isinstance(value, Tensor):
+                local = cut.take(value, rank, size)
+                if cut.argument in bound.arguments:
+                    bound.arguments[cut.argument] = local
+                else:
+                    bound.kwargs[cut.argument] = local
+        return bound.args, bound.kwargs
+
+    return hook
+
+
+def _width_hook(argument: str, run: RankRun) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        bound = bind(module, args, kwargs)
+        x = bound.arguments[argument]
+        bound.arguments[argument] = stand_in(x, run.size)
+        run.stand_ins.append((bound.arguments[argument], x))
+        return bound.args, bound.kwargs
+
+    return hook

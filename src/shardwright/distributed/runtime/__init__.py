@@ -1,0 +1,1 @@
+"""What runs inside a forward: collectives, regions, sharded tensors, local sizes, sums of gradients."""

@@ -1,0 +1,130 @@
+"""DTensors that model code and loss code can mix with plain tensors.
+
+Outside of the blocks a sharded model hands its own Python code a DTensor: the residual stream split along the sequence,
+or logits split on the vocabulary. That code does not know, and mixes it with plain tensors, which are equal on every
+rank. DTensor refuses that; these classes take a plain tensor for a replicated one (its gradient is made whole again by
+``DTensor.from_local``), and hand out a plain tensor again where a result is no longer sharded. What DTensor has no rule
+for, or one that is not known to be right (:mod:`.operations`), is computed on whole tensors, alike on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+
+from shardwright.distributed.runtime.operations import is_known, writes
+
+T = TypeVar("T", bound="ImplicitDTensor")
+
+
+class ImplicitDTensor(DTensor):
+    """A DTensor whose operations accept plain tensors as replicated ones."""
+
+    __slots__ = ()
+
+    @classmethod
+    def keeps(cls, x: DTensor) -> bool:
+        """Whether a result stays of this class; otherwise it is made whole and plain."""
+        return any(not placement.is_replicate() and not placement.is_partial() for placement in x.placements)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.__setitem__:
+            return _set_items(*args)
+        if not is_known(func):
+            return _on_whole(func, args, kwargs)
+        tensors = _tensors((args, kwargs))
+        mesh = next(x.device_mesh for x in tensors if isinstance(x, ImplicitDTensor))
+        with torch._C.DisableTorchFunctionSubclass():
+            try:
+                if all(isinstance(x, DTensor) for x in tensors):
+                    return cls._returned(func(*args, **kwargs))
+                return cls._returned(func(*_distributed(args, mesh), **_distributed(kwargs, mesh)))
+            except NotImplementedError:  # DTensor has no rule for this operation
+                return _on_whole(func, args, kwargs)
+
+    @classmethod
+    def _returned(cls, value: Any) -> Any:
+        if isinstance(value, DTensor):
+            return mark(value, cls) if cls.keeps(value) else value.full_tensor()
+        if type(value) in (tuple, list):
+            return type(value)(cls._returned(item) for item in value)
+        if isinstance(value, tuple) and any(isinstance(item, DTensor) for item in value):  # such as torch.max's
+            return type(value)([cls._returned(item) for item in value])
+        return value
+
+
+def mark(x: DTensor, cls: type[T]) -> T:
+    """``x`` itself as one of ``cls``.
+
+    The class is changed rather than a copy made, so the tensor keeps its place in the autograd graph; the classes have
+    the same layout.
+    """
+    x.__class__ = cls
+    return x  # type: ignore[return-value]
+
+
+def _on_whole(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``func`` on whole tensors, which every rank computes alike; what it writes goes back into the shards."""
+    if not (writes(func) and isinstance(args[0], DTensor)):
+        return func(*joined(args), **joined(kwargs))
+    x, *others = args
+    new = x.full_tensor().clone()
+    func(new, *joined(others), **joined(kwargs))
+    return x.copy_(new)
+
+
+def _set_items(x: Tensor, index: Any, value: Any) -> None:
+    """``x[index] = value``, which DTensor cannot do where the index lies along the sharded dim: by a mask instead."""
+    index, value = joined(index), joined(value)
+    if not isinstance(x, ImplicitDTensor):
+        x[index] = value
+        return
+    items = index if isinstance(index, tuple) else (index,)
+    leading = next((n for n, item in enumerate(items) if not (isinstance(item, slice) and item == slice(None))), 0)
+    # Along the leading dims that are written in full the mask is broadcast: [vocabulary] is enough for columns.
+    mask = torch.zeros(x.shape[leading:], dtype=torch.bool, device=x.device)
+    mask[items[leading:]] = True
+    if not isinstance(value, Tensor):
+        x.masked_fill_(mask, value)
+        return
+    new = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    new[index] = value.to(x.dtype)
+    x.copy_(torch.where(mask, new, x))
+
+
+def joined(value: Any) -> Any:
+    """``value`` with every DTensor in it made whole, in one piece of memory as on one process (``view`` needs that)."""
+    if isinstance(value, DTensor):
+        return value.full_tensor().contiguous()
+    if isinstance(value, dict):
+        return {key: joined(item) for key, item in value.items()}
+    return type(value)(joined(item) for item in value) if type(value) in (tuple, list) else value
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (tuple, list)):
+        return []
+    return [x for item in value for x in _tensors(item)]
+
+
+def _distributed(value: Any, mesh: DeviceMesh) -> Any:
+    if isinstance(value, Tensor) and not isinstance(value, DTensor):
+        return DTensor.from_local(value, mesh, [Replicate()], run_check=False)
+    if isinstance(value, dict):
+        return {key: _distributed(item, mesh) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_distributed(item, mesh) for item in value)
+    return value

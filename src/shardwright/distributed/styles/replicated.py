@@ -1,0 +1,116 @@
+"""Styles of modules whose parameters stay whole, or whose parameters have styles of their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import SequenceParallel
+
+from shardwright.distributed.runtime import collectives as c
+from shardwright.distributed.runtime.forward import Around, Forward, local_parameters, parameters_as
+from shardwright.distributed.runtime.regions import SEQUENCE_DIM, sequence_sharded
+from shardwright.distributed.styles.base import LocalParameters, Style
+from shardwright.errors import PlanError
+
+
+class _WholeForward(LocalParameters):
+    """Does the same work on every rank, so an input that is split along the sequence is made whole first."""
+
+    def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        args = tuple(x.full_tensor() if isinstance(x, DTensor) else x for x in args)
+        return super().__call__(module, forward, args, kwargs)
+
+
+class Replicated(Style):
+    """Whole on purpose; every rank computes the full gradient."""
+
+    name = "replicate"
+
+    def around(self, module: nn.Module, mesh: DeviceMesh) -> Around:
+        return _WholeForward()
+
+
+class ReplicatedPartialGradient(Style):
+    """Whole, but its work is this rank's share: its gradient is summed (:mod:`.gradient_sum`)."""
+
+    name = "replicated_with_grad_allreduce"
+
+
+class LocalParams(Style):
+    """The owner of bare parameters that have styles of their own; its forward sees them as local tensors."""
+
+    name = "local_params"
+
+
+class _SequenceForward(Around):
+    def __init__(self, mesh: DeviceMesh, *, outside: bool) -> None:
+        self.mesh = mesh
+        self.group = c.Group.of(mesh)
+        self.outside = outside
+
+    def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tensors = local_parameters(module)
+        if not self.outside or not args or not isinstance(args[0], DTensor):
+            with parameters_as(module, tensors):
+                return forward(*args, **kwargs)
+        x, *others = args
+        trained = [name for name, tensor in tensors.items() if tensor.requires_grad]
+        if trained:
+            tensors.update(zip(trained, c.sum_gradients([tensors[name] for name in trained], self.group), strict=True))
+        with parameters_as(module, tensors):
+            return sequence_sharded(forward(x.to_local(), *others, **kwargs), x.shape[SEQUENCE_DIM], self.mesh)
+
+
+class SequenceParallelNorm(Style, SequenceParallel):
+    """A module that treats every position on its own, run on this rank's part of the sequence.
+
+    Args:
+        outside: it stands outside of the blocks. What it gets there tells what to do: a DTensor is the residual stream
+            behind the blocks, split along the sequence, and the gradients are summed here; a plain tensor is whole, and
+            so are the gradients. Inside a block every input is a chunk, and the unit sums (:mod:`.gradient_sum`).
+    """
+
+    name = "sequence_parallel"
+
+    def __init__(self, *, outside: bool = False) -> None:
+        SequenceParallel.__init__(self)
+        self.outside = outside
+
+    def around(self, module: nn.Module, mesh: DeviceMesh) -> Around:
+        return _SequenceForward(mesh, outside=self.outside)
+
+
+class _MlaForward(LocalParameters):
+    def __init__(self, rope_dim: int, mesh: DeviceMesh) -> None:
+        self.rope_dim = rope_dim
+        self.group = c.Group.of(mesh)
+
+    def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        y = super().__call__(module, forward, args, kwargs)
+        latent, rope = y.split([y.shape[-1] - self.rope_dim, self.rope_dim], dim=-1)
+        return torch.cat([latent, c.copy_to_region(rope, self.group)], dim=-1)
+
+
+class MlaKvA(Style):
+    """The compressed key-value projection of multi-head latent attention, whole.
+
+    Its output is a latent, which column-parallel layers read, and a rotary key that this rank's heads use directly: the
+    rotary part's gradient is summed here (DeepSeek-AI 2024, "DeepSeek-V2").
+
+    Args:
+        rope_dim: features of the rotary part, the last ones of the output.
+    """
+
+    name = "mla_kv_a_proj"
+
+    def __init__(self, rope_dim: int | None = None) -> None:
+        self.rope_dim = rope_dim
+
+    def around(self, module: nn.Module, mesh: DeviceMesh) -> Around:
+        if self.rope_dim is None:
+            raise PlanError("'mla_kv_a_proj' needs rope_dim, the number of rotary features in the layer's output.")
+        return _MlaForward(self.rope_dim, mesh)

@@ -1,0 +1,45 @@
+"""Experts in batched parameters beside layers that were read off the dataflow."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from shardwright.distributed.config import ParallelConfig
+from shardwright.distributed.planning.resolve import resolve, sharded_fraction
+from shardwright.distributed.planning.sources import choose_plan
+from shardwright.verify.public import case_of
+from shardwright.verify.ranks import RankPool
+from shardwright.verify.run import run_case
+
+# gpt_oss: a plan for expert parallelism only. hunyuan_v1_moe: transformers' plan cuts the experts and nothing else.
+STYLES = {"gpt_oss": "ep_dispatch_experts", "hunyuan_v1_moe": "moe_tp_experts"}
+SP2 = ParallelConfig(tp=2, sequence_parallel=True)
+
+
+@pytest.mark.parametrize("model_type", STYLES)
+def test_experts_and_layers_are_cut(model_type: str) -> None:
+    model = case_of(model_type, SP2).build()
+    rules = model.config.base_model_ep_plan if STYLES[model_type] == "ep_dispatch_experts" else model.model._tp_plan
+    if "layers.*.mlp.experts" not in (rules or {}):
+        pytest.skip("this version of transformers has no rule for these experts")
+    plan = choose_plan(model)
+    assert plan.styles["model.layers.*.mlp.experts"] == STYLES[model_type]
+    assert plan.styles["model.layers.*.self_attn.q_proj"] == "colwise"
+    assert sharded_fraction(model, resolve(model, plan, 2)) > 0.98
+
+
+def test_experts_that_the_ranks_do_not_divide_stay_whole() -> None:
+    model = case_of("gpt_oss", SP2).build()
+    for layer in model.model.layers:
+        layer.mlp.experts.num_experts = 7
+    assert "model.layers.*.mlp.experts" not in choose_plan(model).styles
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_exact(ranks2: RankPool, sequence_parallel: bool) -> None:
+    case = case_of("gpt_oss", replace(SP2, sequence_parallel=sequence_parallel))
+    report = ranks2.run(run_case, case)[0]
+    assert report.exact, report
+    assert report.sharded_fraction > 0.98

@@ -34,7 +34,12 @@ def tp(size: int, sequence_parallel: bool = False) -> ParallelConfig:
 def test_sequence_lengths_that_four_ranks_do_not_divide(ranks4: RankPool, family: str, length: int) -> None:
     # One token has no next token to predict: the loss is then the user's own (each token predicts itself).
     case = Case(partial(with_own_loss, family), partial(batch, length=length), tp(4, True), 2)
-    assert_exact(ranks4.run(run_case, case)[0])
+    report = ranks4.run(run_case, case)[0]
+    if length == 1:
+        # Softmax over one key is constant: the queries' gradients are rounding alone, and only float64 tells how much.
+        assert report.exact, report
+    else:
+        assert_exact(report)
 
 
 def with_own_loss(family: str) -> nn.Module:

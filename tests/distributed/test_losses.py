@@ -62,6 +62,22 @@ LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
     "distillation": lambda x: F.kl_div(
         x.flatten(0, 1).log_softmax(-1), WEIGHTS.softmax(-1).expand(30, -1), reduction="batchmean"
     ),
+    "distillation of sharded": lambda x: _distillation(x),
+    "distillation, log": lambda x: F.kl_div(
+        x.log_softmax(-1), (x * 0.5).detach().log_softmax(-1), reduction="sum", log_target=True
+    ),
+    "distillation, none": lambda x: (
+        F.kl_div(x.log_softmax(-1), WEIGHTS.softmax(-1).expand(2, 15, -1), reduction="none").sum(-1) * ADVANTAGES
+    ).mean(),
+    "nll, weighted": lambda x: F.nll_loss(x.flatten(0, 1).log_softmax(-1), SOME_IGNORED.flatten(), weight=WEIGHTS),
+    "nll, none": lambda x: (
+        F.nll_loss(x.flatten(0, 1).log_softmax(-1), SOME_IGNORED.flatten(), reduction="none") * ADVANTAGES.flatten()
+    ),
+    "softmax": lambda x: (
+        F.softmax(x, -1).gather(-1, TARGETS[..., None]).log().mean() + torch.softmax(x, 2).square().sum()
+    ),
+    "logsumexp": lambda x: (x.logsumexp(-1, keepdim=True)[..., 0] * ADVANTAGES + torch.logsumexp(x, 2)).mean(),
+    "softmax of positions": lambda x: x.softmax(1)[:, 0].square().mean() + x.logsumexp(1).mean(),
     "penalty": lambda x: x.square().mean(),
 }  # fmt: skip
 
@@ -155,6 +171,8 @@ class LargestDim(TorchDispatchMode):
         for leaf in tree_leaves(result):
             # DTensor works out shapes on tensors without storage.
             real = isinstance(leaf, Tensor) and not isinstance(leaf, (DTensor, FakeTensor)) and not leaf.is_meta
+            # An expanded tensor takes no more memory than what it was expanded from.
+            real = real and leaf.untyped_storage().nbytes() >= leaf.numel() * leaf.element_size()
             if real and leaf.ndim and max(leaf.shape) > self.longest:
                 self.longest, self.where = max(leaf.shape), str(func)
         return result
@@ -169,6 +187,15 @@ def _longest(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> tuple[int
     return seen.longest, seen.where
 
 
+def _entropy(logits: Tensor) -> Tensor:
+    return -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
+
+
+def _distillation(logits: Tensor) -> Tensor:
+    teacher = (2 * logits).detach().softmax(-1)
+    return F.kl_div(logits.log_softmax(-1), teacher, reduction="batchmean")
+
+
 def _vocabulary_in_memory() -> None:
     ids = batch(0, vocabulary=WIDE)["input_ids"]
 
@@ -180,6 +207,10 @@ def _vocabulary_in_memory() -> None:
         "labels": lambda m: m(input_ids=ids, labels=ids).loss,
         "own": lambda m: shifted(m(input_ids=ids).logits),
         "policy": lambda m: m(input_ids=ids).logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).mean(),
+        "z-loss": lambda m: m(input_ids=ids).logits.logsumexp(-1).square().mean(),
+        "entropy": lambda m: _entropy(m(input_ids=ids).logits),
+        "nll": lambda m: F.nll_loss(m(input_ids=ids).logits.flatten(0, 1).log_softmax(-1), ids.flatten()),
+        "distillation": lambda m: _distillation(m(input_ids=ids).logits),
     }
     whole = build("llama", vocab_size=WIDE)
     for name, loss in losses.items():

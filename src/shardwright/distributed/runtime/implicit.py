@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
-from shardwright.distributed.runtime.operations import is_known, writes
+from shardwright.distributed.runtime.dtypes import HALF, result_dtype
+from shardwright.distributed.runtime.operations import REDUCED_IN_FLOAT32, is_known, writes
 
 T = TypeVar("T", bound="ImplicitDTensor")
 
@@ -41,6 +42,8 @@ class ImplicitDTensor(DTensor):
             return _set_items(*args)
         if not is_known(func):
             return _on_whole(func, args, kwargs)
+        if func.__name__ in REDUCED_IN_FLOAT32 and args[0].dtype in HALF and kwargs.get("dtype") is None:
+            return func(args[0].float(), *args[1:], **kwargs).to(result_dtype(func, args[0]))
         tensors = _tensors((args, kwargs))
         mesh = next(x.device_mesh for x in tensors if isinstance(x, ImplicitDTensor))
         with torch._C.DisableTorchFunctionSubclass():

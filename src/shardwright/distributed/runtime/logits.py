@@ -1,11 +1,10 @@
 """Logits that stay sharded on the vocabulary, and losses computed on the shards.
 
 A column-parallel head returns :class:`ShardedLogits`, a DTensor that standard loss code can use as it is:
-``F.cross_entropy``, ``log_softmax`` and ``gather`` run on the shards, without ever making a full-vocabulary tensor,
-and their backward needs no context manager. Anything else is done by DTensor, which gathers where it must; results that
-no longer depend on the vocabulary come back as plain tensors, equal on every rank.
-
-The loss is Megatron-LM's vocabulary-parallel cross-entropy (Shoeybi et al. 2019, section 3).
+``F.cross_entropy``, ``log_softmax``, ``softmax``, ``logsumexp``, ``nll_loss``, ``kl_div`` and ``gather`` run on the
+shards, without ever making a full-vocabulary tensor, and their backward needs no context manager. Anything else is done
+by DTensor, which gathers where it must; results that no longer depend on the vocabulary come back as plain tensors,
+equal on every rank. Dtypes are those that torch gives on one device, under autocast too (:mod:`.dtypes`).
 """
 
 from __future__ import annotations
@@ -20,9 +19,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from shardwright.distributed.runtime import collectives as c
+from shardwright.distributed.runtime import vocabulary
+from shardwright.distributed.runtime.dtypes import result_dtype
 from shardwright.distributed.runtime.implicit import ImplicitDTensor, joined, mark
 from shardwright.distributed.runtime.layout import sharded
-from shardwright.errors import UnsupportedError
 
 
 class ShardedLogits(ImplicitDTensor):
@@ -51,64 +51,43 @@ def sharded_logits(local: Tensor, vocabulary: int, mesh: DeviceMesh) -> ShardedL
     return mark(sharded(local, -1, vocabulary, mesh), ShardedLogits)
 
 
-def _local(x: ShardedLogits) -> tuple[Tensor, c.Group, int]:
-    """This rank's slice, the ranks, and the first vocabulary entry of the slice."""
-    group = c.Group.of(x.device_mesh)
-    return x.to_local(), group, group.bounds(x.shape[-1])[0]
+def _local(x: ShardedLogits) -> tuple[Tensor, c.Group]:
+    """This rank's slice, and the ranks."""
+    return x.to_local(), c.Group.of(x.device_mesh)
 
 
-class _TokenLoss(torch.autograd.Function):
-    """Cross-entropy per token. ``logits`` [tokens, local vocabulary], ``target`` [tokens] in the whole vocabulary."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, target: Tensor, group: c.Group, start: int, vocabulary: int, smoothing: float
-    ) -> Tensor:
-        highest = logits.amax(-1) if logits.shape[-1] else logits.new_full(logits.shape[:1], -torch.inf)
-        highest = c.all_reduce(highest, group, "max")
-        shifted = logits - highest.unsqueeze(-1)
-        index, mine = _local_index(target, start, logits.shape[-1])
-        picked = _pick(shifted, index, mine)
-        total = shifted.sum(-1) if smoothing else torch.zeros_like(picked)
-        exponentials = shifted.exp_()
-        normaliser, picked, total = c.all_reduce(torch.stack([exponentials.sum(-1), picked, total]), group).unbind(0)
-        probabilities = exponentials.div_(normaliser.unsqueeze(-1))
-        ctx.save_for_backward(probabilities, index, mine)
-        ctx.vocabulary, ctx.smoothing = vocabulary, smoothing
-        loss = normaliser.log() - (1 - smoothing) * picked
-        return loss - total * (smoothing / vocabulary) if smoothing else loss
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        _once()
-        probabilities, index, mine = ctx.saved_tensors
-        result = probabilities - ctx.smoothing / ctx.vocabulary
-        if result.shape[-1]:
-            hit = torch.where(mine, ctx.smoothing - 1.0, 0.0).to(result.dtype)
-            result.scatter_add_(-1, index.unsqueeze(-1), hit.unsqueeze(-1))
-        return result.mul_(grad.unsqueeze(-1)), None, None, None, None, None
+def _like(x: ShardedLogits, local: Tensor) -> ShardedLogits:
+    return sharded_logits(local, x.shape[-1], x.device_mesh)
 
 
-def _once() -> None:
-    """Raise in a backward that is itself to be differentiated."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise UnsupportedError(
-            "The gradient of a loss on sharded logits cannot be differentiated again (create_graph=True). Compute the "
-            "loss on whole ones: out.logits.full_tensor()."
-        )
+def _is_last(x: Tensor, dim: Any) -> bool:
+    return dim in (-1, x.ndim - 1, (-1,), (x.ndim - 1,), [-1], [x.ndim - 1])
 
 
-def _local_index(target: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
-    """Where ``target`` lies in a slice of ``width`` entries from ``start``, and whether it does at all."""
-    mine = (target >= start) & (target < start + width)
-    return torch.where(mine, target - start, 0), mine
+# Losses
 
 
-def _pick(x: Tensor, index: Tensor, mine: Tensor) -> Tensor:
-    """``x[..., index]`` where it is this rank's, else 0."""
-    if not x.shape[-1]:
-        return x.new_zeros(index.shape)
-    return torch.where(mine, x.gather(-1, index.unsqueeze(-1)).squeeze(-1), 0)
+def _targets(x: ShardedLogits, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """The targets in one dim, and which of them count; IndexError where one is outside of the vocabulary."""
+    tokens = joined(target).reshape(-1)
+    kept = tokens != ignore_index
+    outside = kept & ((tokens < 0) | (tokens >= x.shape[-1]))
+    if not torch.compiler.is_compiling() and bool(outside.any()):
+        raise IndexError(f"A target is outside the vocabulary of {x.shape[-1]}: {int(tokens[outside][0])}.")
+    return tokens, kept
+
+
+def _reduced(
+    losses: Tensor, tokens: Tensor, kept: Tensor, weight: Tensor | None, reduction: str, shape: torch.Size
+) -> Tensor:
+    """The losses of the targets that count, weighted by class, put together as torch puts them together."""
+    weights = kept.to(losses.dtype)
+    if weight is not None:
+        weights = weights * weight[tokens.where(kept, 0)].to(losses.dtype)
+    losses = torch.where(kept, losses * weights, 0)
+    if reduction == "none":
+        return losses.view(shape)
+    return losses.sum() / weights.sum() if reduction == "mean" else losses.sum()
 
 
 def _cross_entropy(
@@ -125,63 +104,87 @@ def _cross_entropy(
         return NotImplemented
     if size_average is not None or reduce is not None or (weight is not None and label_smoothing):
         return NotImplemented
-    if isinstance(target, DTensor):
-        target = target.full_tensor()
-    logits, group, start = _local(input)
-    tokens = target.reshape(-1)
-    kept = tokens != ignore_index
-    outside = kept & ((tokens < 0) | (tokens >= input.shape[-1]))
-    if not torch.compiler.is_compiling() and bool(outside.any()):
-        raise IndexError(f"A target is outside the vocabulary of {input.shape[-1]}: {int(tokens[outside][0])}.")
-    losses = _TokenLoss.apply(
-        logits.reshape(-1, logits.shape[-1]), tokens, group, start, input.shape[-1], label_smoothing
-    )
-    weights = kept.to(losses.dtype)
-    if weight is not None:
-        weights = weights * weight[tokens.where(kept, 0)].to(losses.dtype)
-    losses = torch.where(kept, losses * weights, 0)
+    tokens, kept = _targets(input, target, ignore_index)
+    logits, group = _local(input)
+    dtype = result_dtype(_small_cross_entropy, logits)
+    rows = logits.reshape(-1, logits.shape[-1])
+    losses = vocabulary.token_losses(rows, tokens, group, input.shape[-1], label_smoothing, dtype)
+    return _reduced(losses, tokens, kept, weight, reduction, target.shape).to(dtype)
+
+
+def _nll_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Any:
+    if not isinstance(input, ShardedLogits) or input.ndim > 2 or size_average is not None or reduce is not None:
+        return NotImplemented
+    tokens, kept = _targets(input, target, ignore_index)
+    log_probabilities, group = _local(input)
+    dtype = result_dtype(_small_nll_loss, log_probabilities)
+    rows = log_probabilities.reshape(-1, log_probabilities.shape[-1])
+    picked = vocabulary.picked(rows, tokens.where(kept, 0).unsqueeze(-1), group, input.shape[-1]).squeeze(-1)
+    losses = -picked.to(torch.promote_types(dtype, torch.float32))
+    return _reduced(losses, tokens, kept, weight, reduction, target.shape).to(dtype)
+
+
+def _kl_div(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    log_target: bool = False,
+) -> Any:
+    if not isinstance(input, ShardedLogits) or input.shape != target.shape or size_average is not None:
+        return NotImplemented
+    if reduce is not None or (target.requires_grad and not isinstance(target, ShardedLogits)):
+        return NotImplemented
+    log_probabilities, group = _local(input)
+    start, end = group.bounds(input.shape[-1])
+    other = target.to_local() if isinstance(target, ShardedLogits) else joined(target)[..., start:end]
+    losses = F.kl_div(log_probabilities, other, reduction="none", log_target=log_target)
     if reduction == "none":
-        return losses.view(target.shape)
-    return losses.sum() / weights.sum() if reduction == "mean" else losses.sum()
+        return _like(input, losses)
+    total = c.reduce_from_region(losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32)), group)
+    counts = {"sum": 1, "batchmean": input.shape[0], "mean": input.numel()}
+    return (total / counts[reduction]).to(losses.dtype)
 
 
-class _LogSoftmax(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, group: c.Group) -> Tensor:
-        highest = logits.amax(-1) if logits.shape[-1] else logits.new_full(logits.shape[:-1], -torch.inf)
-        shifted = logits - c.all_reduce(highest, group, "max").unsqueeze(-1)
-        result = shifted - c.all_reduce(shifted.exp().sum(-1), group).log().unsqueeze(-1)
-        ctx.save_for_backward(result)
-        ctx.group = group
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        _once()
-        (result,) = ctx.saved_tensors
-        return grad - result.exp() * c.all_reduce(grad.sum(-1), ctx.group).unsqueeze(-1), None
+# Parts of losses
 
 
 def _log_softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Any:
-    if not isinstance(input, ShardedLogits) or dim not in (-1, input.ndim - 1):
+    if not isinstance(input, ShardedLogits) or not _is_last(input, dim):
         return NotImplemented
-    logits, group, _ = _local(input)
-    return sharded_logits(
-        _LogSoftmax.apply(logits if dtype is None else logits.to(dtype), group), input.shape[-1], input.device_mesh
-    )
+    logits, group = _local(input)
+    return _like(input, vocabulary.log_softmax(logits, group, dtype or result_dtype(_small_log_softmax, logits)))
+
+
+def _softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Any:
+    if not isinstance(input, ShardedLogits) or not _is_last(input, dim):
+        return NotImplemented
+    logits, group = _local(input)
+    return _like(input, vocabulary.softmax(logits, group, dtype or result_dtype(_small_softmax, logits)))
+
+
+def _log_sum_exp(input: Tensor, dim: Any, keepdim: bool = False) -> Any:
+    if not isinstance(input, ShardedLogits) or not _is_last(input, dim) or not input.is_floating_point():
+        return NotImplemented
+    logits, group = _local(input)
+    result = vocabulary.log_sum_exp(logits, group, result_dtype(_small_log_sum_exp, logits))
+    return result.unsqueeze(-1) if keepdim else result
 
 
 def _gather(input: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Any:
-    if not isinstance(input, ShardedLogits) or isinstance(index, DTensor) or dim not in (-1, input.ndim - 1):
+    if not isinstance(input, ShardedLogits) or isinstance(index, DTensor) or not _is_last(input, dim):
         return NotImplemented
-    logits, group, start = _local(input)
-    local, mine = _local_index(index, start, logits.shape[-1])
-    if not logits.shape[-1]:
-        picked = index.new_zeros(index.shape, dtype=logits.dtype) + logits.sum(-1, keepdim=True)
-    else:
-        leading = tuple(slice(0, n) for n in index.shape[:-1])
-        picked = torch.where(mine, logits[leading].gather(-1, local), 0)
-    return c.reduce_from_region(picked, group)
+    logits, group = _local(input)
+    return vocabulary.picked(logits, index, group, input.shape[-1])
 
 
 def _items(input: Tensor, index: Any) -> Any:
@@ -193,8 +196,7 @@ def _items(input: Tensor, index: Any) -> Any:
     used = sum(item.ndim if isinstance(item, Tensor) and item.dtype == torch.bool else 1 for item in items)
     if not masks or used >= input.ndim or any(item is None or item is Ellipsis for item in items):
         return NotImplemented
-    logits, _, _ = _local(input)
-    return sharded_logits(logits[joined(index)], input.shape[-1], input.device_mesh)
+    return _like(input, input.to_local()[joined(index)])
 
 
 def _parts(split: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
@@ -203,16 +205,57 @@ def _parts(split: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
     def parts(input: Tensor, sizes: Any = None, dim: int = 0, **named: Any) -> Any:
         if not isinstance(input, ShardedLogits) or named or dim in (-1, input.ndim - 1):
             return NotImplemented
-        logits, _, _ = _local(input)
+        logits = input.to_local()
         pieces = split(logits, dim) if sizes is None else split(logits, sizes, dim)
-        return tuple(sharded_logits(piece, input.shape[-1], input.device_mesh) for piece in pieces)
+        return tuple(_like(input, piece) for piece in pieces)
 
     return parts
 
 
+# What torch is asked about the dtype of a result
+
+
+def _small_cross_entropy(x: Tensor) -> Tensor:
+    return F.cross_entropy(x, torch.zeros(x.shape[:-1], dtype=torch.long, device=x.device))
+
+
+def _small_nll_loss(x: Tensor) -> Tensor:
+    return F.nll_loss(x, torch.zeros(x.shape[:-1], dtype=torch.long, device=x.device))
+
+
+def _small_log_softmax(x: Tensor) -> Tensor:
+    return x.log_softmax(-1)
+
+
+def _small_softmax(x: Tensor) -> Tensor:
+    return x.softmax(-1)
+
+
+def _small_log_sum_exp(x: Tensor) -> Tensor:
+    return x.logsumexp(-1)
+
+
+def _method(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, whose dtype follows ``dim`` where it is a method, or torch's function."""
+
+    def method(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Any:
+        return function(input, dim, dtype=dtype)
+
+    return method
+
+
 _ON_SHARDS: dict[Any, Callable[..., Any]] = {
     F.cross_entropy: _cross_entropy,
+    F.nll_loss: _nll_loss,
+    F.kl_div: _kl_div,
     F.log_softmax: _log_softmax,
+    torch.log_softmax: _method(_log_softmax),
+    Tensor.log_softmax: _method(_log_softmax),
+    F.softmax: _softmax,
+    torch.softmax: _method(_softmax),
+    Tensor.softmax: _method(_softmax),
+    torch.logsumexp: _log_sum_exp,
+    Tensor.logsumexp: _log_sum_exp,
     torch.gather: _gather,
     Tensor.gather: _gather,
     Tensor.__getitem__: _items,
@@ -221,10 +264,3 @@ _ON_SHARDS: dict[Any, Callable[..., Any]] = {
     torch.chunk: _parts(torch.chunk),
     Tensor.chunk: _parts(torch.chunk),
 }
-
-
-def _tensor_log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Any:
-    return _log_softmax(input, dim, dtype=dtype)
-
-
-_ON_SHARDS |= {torch.log_softmax: _tensor_log_softmax, Tensor.log_softmax: _tensor_log_softmax}

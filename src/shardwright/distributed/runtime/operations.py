@@ -36,6 +36,9 @@ KNOWN = frozenset(
     " ".join((_ELEMENTWISE, _ARITHMETIC, _REFLECTED, _IN_PLACE, _LAYOUT, _REDUCTIONS, _PRODUCTS, _LIKE, _NEWER)).split()
 )
 
+# torch adds up halves in float32 and rounds once. DTensor would round every shard's part, where float16 may overflow.
+REDUCED_IN_FLOAT32 = frozenset(["sum", "mean", "var", "std", "norm", "vector_norm"])
+
 # They tell something about the tensor, or act on its place in the autograd graph; nothing is computed.
 _ABOUT = """
     __get__ __set__ __delete__ __len__ __repr__ __format__ __hash__ __deepcopy__ __reduce_ex__ __setstate__ size dim

@@ -218,7 +218,7 @@ class _RowwiseForward(Around):
             y = forward(x, *others, **kwargs)
         self.shared.written = True
         y = self._reduced(y)
-        return y if bias is None else y + bias
+        return y if bias is None else y + bias.to(y.dtype)  # which autocast has lowered
 
     def _reduced(self, y: Tensor) -> Tensor:
         if self.length is None:

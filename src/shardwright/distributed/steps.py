@@ -16,6 +16,7 @@ from shardwright.distributed.apply import megatron_fsdp
 from shardwright.distributed.apply.activation_checkpointing import apply_activation_checkpointing
 from shardwright.distributed.apply.compile import apply_compile, check_backend
 from shardwright.distributed.apply.fsdp2 import set_prefetch, shard_ends, shard_root, shard_units
+from shardwright.distributed.apply.generation import generate_together
 from shardwright.distributed.apply.guards.agreement import check_agreement
 from shardwright.distributed.apply.guards.parameters import check_gradient_hooks, check_scalars
 from shardwright.distributed.apply.guards.same_calls import compare_first_calls
@@ -135,6 +136,7 @@ def _before_sharding(
     if resolved is not None and tp_mesh is not None:
         # What gathers its parameters, or runs twice, sees to its whole parameters by itself.
         apply_tensor_parallel(model, tp_mesh, resolved, units=[*units, *checkpointed])
+        generate_together(model, tp_mesh)
         compare_first_calls(model, tp_mesh)
     if checkpointed:
         apply_activation_checkpointing(model, checkpointed, selective=config.activation_checkpointing == "selective")

@@ -1,9 +1,9 @@
 """How a style gets around a module's ``forward`` without renaming, moving or copying the module.
 
 ``wrap_forward`` gives the instance a subclass of its own class (as FSDP2 does) whose ``forward`` runs a chain of
-``Around`` objects with the original ``forward`` in the middle. Module hooks, ``named_modules`` and ``isinstance`` stay
-as they were; what FSDP2 and activation checkpointing add later goes outside. An ``Around`` refers to no module, so a
-deep copy of the model is a model of its own.
+``Around`` objects with the original ``forward`` in the middle; ``wrap_method`` does so for a few other methods. Module
+hooks, ``named_modules`` and ``isinstance`` stay as they were; what FSDP2 and activation checkpointing add later goes
+outside. An ``Around`` refers to no module, so a deep copy of the model is a model of its own.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from torch.distributed.tensor import DTensor
 from shardwright.errors import PlanError
 
 Forward = Callable[..., Any]
+METHODS = ("generate", "save_pretrained")  # that can be wrapped, beside the forward
 
 
 class Around:
-    """Something that happens around one module's forward."""
+    """Something that happens around one module's forward, or around another of its methods."""
 
     eager = False  # whether torch.compile must stay inside of it
 
@@ -36,14 +37,29 @@ def wrap_forward(module: nn.Module, around: Around, *, inside_eager: bool = Fals
     Args:
         inside_eager: put it inside of all that is ``eager``, and of what is outside of that.
     """
+    _become_wrapped(module)
+    chain = arounds(module)
+    place = max((n for n, each in enumerate(chain, 1) if each.eager), default=0) if inside_eager else 0
+    module.__dict__["_around"] = (*chain[:place], around, *chain[place:])
+
+
+def wrap_method(module: nn.Module, method: str, around: Around) -> None:
+    """Put ``around`` outside of all that wraps ``method``, one of ``METHODS``; nothing where the class has none."""
+    assert method in METHODS, method
+    if hasattr(type(module), method):
+        _become_wrapped(module)
+        state = module.__dict__
+        state["_own_methods"].setdefault(method, state.pop(method, None))
+        state["_around_methods"][method] = (around, *state["_around_methods"].get(method, ()))
+
+
+def _become_wrapped(module: nn.Module) -> None:
     state = module.__dict__
     if "_around" not in state:
         state["_around"] = ()
         state["_own_forward"] = state.pop("forward", None)  # a forward someone set on the instance stays in the middle
+        state["_around_methods"], state["_own_methods"] = {}, {}
         module.__class__ = _wrapped(cast(Any, type(module)))
-    chain = state["_around"]
-    place = max((n for n, each in enumerate(chain, 1) if each.eager), default=0) if inside_eager else 0
-    state["_around"] = (*chain[:place], around, *chain[place:])
 
 
 def arounds(module: nn.Module) -> tuple[Around, ...]:
@@ -69,6 +85,7 @@ def _wrapped(cls: Any) -> Any:
         return _rebuild, (cls,), self.__dict__
 
     names = {
+        **{name: _method(cls, name) for name in METHODS if hasattr(cls, name)},
         "_wraps": cls,
         "forward": forward,
         "__reduce_ex__": reduce,
@@ -78,6 +95,16 @@ def _wrapped(cls: Any) -> Any:
     wrapped: type[nn.Module] = type(cls.__name__, (cls,), names)
     wrapped.__qualname__ = cls.__qualname__
     return wrapped
+
+
+def _method(cls: Any, name: str) -> Any:
+    @wraps(getattr(cls, name))
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        state = self.__dict__
+        innermost = state["_own_methods"].get(name) or getattr(cls, name).__get__(self)
+        return _run(self, state["_around_methods"].get(name, ()), innermost, args, kwargs)
+
+    return method
 
 
 def _rebuild(cls: type[nn.Module]) -> nn.Module:

@@ -18,7 +18,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
 from shardwright.distributed.runtime.dtypes import HALF, result_dtype
-from shardwright.distributed.runtime.operations import REDUCED_IN_FLOAT32, is_known, writes
+from shardwright.distributed.runtime.operations import DRAWS, REDUCED_IN_FLOAT32, is_known, writes
+from shardwright.distributed.runtime.random_states import drawing_alike
 
 T = TypeVar("T", bound="ImplicitDTensor")
 
@@ -77,6 +78,14 @@ def mark(x: DTensor, cls: type[T]) -> T:
 
 def _on_whole(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``func`` on whole tensors, which every rank computes alike; what it writes goes back into the shards."""
+    if func.__name__ in DRAWS:
+        mesh = next(x.device_mesh for x in _tensors((args, kwargs)) if isinstance(x, ImplicitDTensor))
+        with drawing_alike(mesh):
+            return _same_on_whole(func, args, kwargs)
+    return _same_on_whole(func, args, kwargs)
+
+
+def _same_on_whole(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not (writes(func) and isinstance(args[0], DTensor)):
         return func(*joined(args), **joined(kwargs))
     x, *others = args

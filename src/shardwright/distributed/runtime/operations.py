@@ -39,6 +39,14 @@ KNOWN = frozenset(
 # torch adds up halves in float32 and rounds once. DTensor would round every shard's part, where float16 may overflow.
 REDUCED_IN_FLOAT32 = frozenset(["sum", "mean", "var", "std", "norm", "vector_norm"])
 
+# They draw random numbers. On whole tensors every rank draws for itself, and must draw alike.
+_DRAWS = """
+    multinomial bernoulli poisson binomial normal rand_like randn_like randint_like bernoulli_ normal_ uniform_ random_
+    exponential_ geometric_ cauchy_ log_normal_ gumbel_softmax rrelu alpha_dropout feature_dropout
+    feature_alpha_dropout dropout1d dropout2d dropout3d
+"""
+DRAWS = frozenset(_DRAWS.split())
+
 # They tell something about the tensor, or act on its place in the autograd graph; nothing is computed.
 _ABOUT = """
     __get__ __set__ __delete__ __len__ __repr__ __format__ __hash__ __deepcopy__ __reduce_ex__ __setstate__ size dim

@@ -21,6 +21,7 @@ from shardwright.distributed.apply.guards.agreement import check_agreement
 from shardwright.distributed.apply.guards.parameters import check_gradient_hooks, check_scalars
 from shardwright.distributed.apply.guards.same_calls import compare_first_calls
 from shardwright.distributed.apply.megatron_fsdp import Options as MegatronOptions
+from shardwright.distributed.apply.saving import refuse_partial_saves
 from shardwright.distributed.apply.tensor_parallel import apply_tensor_parallel
 from shardwright.distributed.config import ParallelConfig
 from shardwright.distributed.mesh import (
@@ -142,6 +143,7 @@ def _before_sharding(
         apply_activation_checkpointing(model, checkpointed, selective=config.activation_checkpointing == "selective")
     if config.compile_backend is not None:
         apply_compile(model, blocks, config.compile_backend)
+    refuse_partial_saves(model)
 
 
 def _checkpointed(lists: dict[str, list[str]], config: ParallelConfig) -> list[str]:

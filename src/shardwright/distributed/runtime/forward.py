@@ -68,8 +68,8 @@ def arounds(module: nn.Module) -> tuple[Around, ...]:
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class a module had before its forward was wrapped."""
-    return type(module).__dict__.get("_wraps", type(module))
+    """The class a module had before its forward was wrapped (and before FSDP2 gave it another)."""
+    return next((cls.__dict__["_wraps"] for cls in type(module).__mro__ if "_wraps" in cls.__dict__), type(module))
 
 
 @cache

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
+
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -11,6 +15,9 @@ from shardwright.distributed.apply.megatron_fsdp import Options
 from shardwright.distributed.config import ParallelConfig, Precision
 from shardwright.distributed.mesh import axis, make_mesh, refuse_context_parallel
 from shardwright.distributed.steps import parallelize_with_fsdp2, parallelize_with_megatron_fsdp
+
+logger = logging.getLogger(__name__)
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def parallelize(model: nn.Module, config: ParallelConfig, mesh: DeviceMesh | None = None) -> nn.Module:
@@ -31,12 +38,14 @@ def parallelize(model: nn.Module, config: ParallelConfig, mesh: DeviceMesh | Non
         UnsupportedError: something that Shardwright does not do yet (context parallelism).
     """
     mesh = make_mesh(config) if mesh is None else mesh
+    config = config.with_(precision=config.precision.settled(_dtypes(model)))
+    _warn_of_lost_updates(model)
     if config.engine == "megatron_fsdp":
         refuse_context_parallel(mesh)
         meta = any(param.is_meta for param in model.parameters())
         parallelize_with_megatron_fsdp(model, mesh, config, Options.from_config(config, meta=meta))
         return model  # the package's wrapper stands behind its forward
-    # One data-parallel rank in float32 has nothing to shard and nothing to cast.
+    # One data-parallel rank has nothing to shard, and a settled precision says whether there is anything to cast.
     needless = axis(mesh, "dp_cp").size() == 1 and config.precision == Precision()
     return parallelize_with_fsdp2(
         model, mesh, config, mp_policy=None if needless else mixed_precision(config.precision)
@@ -44,8 +53,32 @@ def parallelize(model: nn.Module, config: ParallelConfig, mesh: DeviceMesh | Non
 
 
 def mixed_precision(precision: Precision) -> MixedPrecisionPolicy:
-    """FSDP2's policy for ``precision``; float32 throughout is no policy at all, and casts nothing."""
+    """FSDP2's policy for a settled ``precision``."""
     if precision == Precision():
         return MixedPrecisionPolicy()
     dtypes = (getattr(torch, name) for name in (precision.param, precision.reduce, precision.output))
     return MixedPrecisionPolicy(*dtypes)
+
+
+def _dtypes(model: nn.Module) -> list[str]:
+    """The floating-point dtypes of the model's parameters, the commonest first; quantized weights count for nothing."""
+    counts: Counter[str] = Counter()
+    for param in model.parameters():
+        if param.is_floating_point() and param.element_size() > 1:
+            counts[str(param.dtype).removeprefix("torch.")] += param.numel()
+    return [dtype for dtype, _ in counts.most_common()]
+
+
+def _warn_of_lost_updates(model: nn.Module) -> None:
+    """Say that an optimizer would work on half-precision weights: exact, and seldom what is wanted."""
+    low = Counter(param.dtype for param in model.parameters() if param.requires_grad and param.dtype in _HALF)
+    if low and (not dist.is_initialized() or dist.get_rank() == 0):
+        dtype = str(low.most_common(1)[0][0]).removeprefix("torch.")
+        logger.warning(
+            "%d trainable parameters of this %s are kept in %s, and so is the state of an optimizer that is made for "
+            "them: small updates are lost in rounding. To train, keep them in float32 (model.float(), or "
+            'dtype=torch.float32 where it is loaded) and compute in bfloat16 with ParallelConfig(precision="bf16").',
+            low.total(),
+            type(model).__name__,
+            dtype,
+        )

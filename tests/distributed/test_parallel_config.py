@@ -140,7 +140,8 @@ def test_bad_yaml_is_refused(text: str) -> None:
 def test_short_forms_of_precision() -> None:
     assert ParallelConfig.from_yaml("precision: bf16").precision == BF16_MIXED
     assert ParallelConfig(precision={"param": "bfloat16"}).precision == Precision("bfloat16")  # type: ignore[arg-type]
-    assert ParallelConfig().precision == Precision("float32", "float32", "float32")
+    assert ParallelConfig().precision == Precision("model", "model", "model")
+    assert ParallelConfig.from_yaml("precision: float32").precision == Precision("float32", "float32", "float32")
 
 
 def test_is_frozen_and_copies_are_checked() -> None:

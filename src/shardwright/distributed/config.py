@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from math import inf, prod
 from typing import Any
@@ -20,11 +20,15 @@ CHECKPOINTING_MODES = ("none", "full", "selective")
 EVERY = re.compile(r"every_([1-9]\d*)")
 RESHARDING = ("default", "always", "never")
 DTYPES = ("float32", "bfloat16", "float16")
+MODEL = "model"
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Dtypes of a training step.
+    """Dtypes of a training step. ``"model"`` is the dtype that the model's parameters have; by default nothing is cast.
+
+    The dtype in which parameters, and with them an optimizer's state, are kept is the model's, and nothing here changes
+    it.
 
     Attributes:
         param: dtype in which parameters are gathered and computed with.
@@ -32,19 +36,32 @@ class Precision:
         output: dtype of what the model returns.
     """
 
-    param: str = "float32"
-    reduce: str = "float32"
-    output: str = "float32"
+    param: str = MODEL
+    reduce: str = MODEL
+    output: str = MODEL
 
     def __post_init__(self) -> None:
         for name in ("param", "reduce", "output"):
             value = getattr(self, name)
-            if value not in DTYPES:
-                raise ConfigError(f"precision.{name} is {value!r}; it must be one of {', '.join(DTYPES)}.")
+            if value not in (MODEL, *DTYPES):
+                allowed = ", ".join((MODEL, *DTYPES))
+                raise ConfigError(f"precision.{name} is {value!r}; it must be one of {allowed}.")
+
+    def settled(self, dtypes: Sequence[str]) -> Precision:
+        """This precision for a model whose parameters are of ``dtypes``, the commonest first.
+
+        Every ``"model"`` is replaced by the commonest. Where nothing is cast, the result is ``Precision()``.
+        """
+        if self == Precision() or not dtypes:
+            return Precision()
+        own = dtypes[0]
+        named = Precision(*(own if dtype == MODEL else dtype for dtype in (self.param, self.reduce, self.output)))
+        return Precision() if len(dtypes) == 1 and named == Precision(own, own, own) else named
 
 
+FLOAT32 = Precision(param="float32", reduce="float32", output="float32")
 BF16_MIXED = Precision(param="bfloat16", reduce="float32", output="float32")
-PRECISIONS = {"float32": Precision(), "bf16": BF16_MIXED}
+PRECISIONS = {"model": Precision(), "float32": FLOAT32, "bf16": BF16_MIXED}
 
 
 @dataclass(frozen=True)
@@ -72,7 +89,8 @@ class ParallelConfig:
         tp: tensor-parallel ranks (each holds a part of every matrix).
         sequence_parallel: keep the residual stream split along the sequence over the ``tp`` ranks.
         engine: ``"fsdp2"`` or ``"megatron_fsdp"``.
-        precision: dtypes of a step; ``"float32"`` and ``"bf16"`` are accepted as short forms.
+        precision: dtypes of a step; ``"model"`` (nothing is cast: the step computes in the dtype of the parameters),
+            ``"float32"`` and ``"bf16"`` are accepted as short forms.
         activation_checkpointing: ``"none"``, ``"full"`` (recompute every block), ``"every_2"`` (every second block; any
             number) or ``"selective"`` (save the matrix products, recompute the rest).
         compile: compile every block on its own with ``torch.compile``: true for its default backend, or the name of

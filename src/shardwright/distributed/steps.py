@@ -21,6 +21,7 @@ from shardwright.distributed.apply.guards.agreement import check_agreement
 from shardwright.distributed.apply.guards.parameters import check_gradient_hooks, check_scalars
 from shardwright.distributed.apply.guards.same_calls import compare_first_calls
 from shardwright.distributed.apply.megatron_fsdp import Options as MegatronOptions
+from shardwright.distributed.apply.quantized import check_quantized
 from shardwright.distributed.apply.saving import refuse_partial_saves
 from shardwright.distributed.apply.tensor_parallel import apply_tensor_parallel
 from shardwright.distributed.config import ParallelConfig
@@ -73,6 +74,9 @@ def parallelize_with_fsdp2(
     dp_mesh = data_parallel_mesh(device_mesh, axes.dp_replicate, axes.dp_shard_cp)
     tp_mesh = axis_or_none(device_mesh, axes.tp)
     sharded = mp_policy is not None
+    casts = mp_policy is not None and mp_policy.param_dtype is not None
+    tp = 1 if tp_mesh is None else tp_mesh.size()
+    check_quantized(model, tp=tp, engine="fsdp2" if sharded else "", casts=casts)
     if sharded:
         check_gradient_hooks(model)
         check_scalars(model)
@@ -99,6 +103,7 @@ def parallelize_with_megatron_fsdp(
     plan: Plan = None,
 ) -> tuple[nn.Module, torch.optim.Optimizer | None]:
     """All steps, with Megatron-FSDP as the last. Returns the wrapped model and ``optimizer``."""
+    check_quantized(model, tp=1, engine="megatron_fsdp", casts=False)
     check_gradient_hooks(model)
     blocks = unit_names(model)
     prepared = megatron_fsdp.prepare(model, device_mesh, optimizer, options, blocks)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from shardwright.distributed.config import DTYPES, ParallelConfig
+from shardwright.distributed.config import DTYPES, ParallelConfig, Precision
 from shardwright.distributed.models.blocks import block_names, by_list, every_nth, numbers_to_globs
 from shardwright.distributed.models.build import build_on_meta, load_config
 from shardwright.distributed.plan import ParallelPlan
@@ -129,11 +129,12 @@ def predict(model: Model, config: ParallelConfig, *, weights: str = "float32") -
     built = model if isinstance(model, nn.Module) else build_on_meta(load_config(model), dtype=getattr(torch, weights))
     plan, resolved = plan_and_resolve(built, config.plan, config.tp, sequence_parallel=config.sequence_parallel)
     layouts = parameter_layouts(built, resolved)
+    settled = config.with_(precision=config.precision.settled(_dtypes(layouts)))
     return Prediction(
         model=type(built).__name__,
         plan=plan,
         config=config,
-        weights=_dtypes(layouts),
+        weights=", ".join(_dtypes(layouts)),
         blocks=dict(Counter(numbers_to_globs(name) for name in block_names(built))),
         rows=tuple(module_rows(built, plan, resolved, layouts, config.dp_shard)),
         parameters=sum(layout.numel for layout in layouts),
@@ -141,8 +142,8 @@ def predict(model: Model, config: ParallelConfig, *, weights: str = "float32") -
         attributes=_attributes(resolved),
         memory=memory_per_rank(layouts, config.tp, config.dp_shard),
         unsharded=memory_per_rank([replace(layout, placement=_WHOLE) for layout in layouts], 1, 1),
-        traffic=tuple(_traffic(built, resolved, config)),
-        gathering=predict_gathering(built, layouts, config),
+        traffic=tuple(_traffic(built, resolved, settled, _compute_dtype(layouts, settled))),
+        gathering=predict_gathering(built, layouts, settled),
         notes=tuple(dict.fromkeys(filter(None, [*resolved.notes, uncounted(built, resolved)]))),
     )
 
@@ -150,11 +151,12 @@ def predict(model: Model, config: ParallelConfig, *, weights: str = "float32") -
 _WHOLE = torch.distributed.tensor.Replicate()
 
 
-def _dtypes(layouts: Iterable[ParameterLayout]) -> str:
+def _dtypes(layouts: Iterable[ParameterLayout]) -> list[str]:
+    """The dtypes that the parameters are kept in, the commonest first."""
     counts: Counter[torch.dtype] = Counter()
     for layout in layouts:
         counts[layout.dtype] += layout.numel
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype, _ in counts.most_common())
+    return [str(dtype).removeprefix("torch.") for dtype, _ in counts.most_common()]
 
 
 def _attributes(resolved: ResolvedPlan) -> dict[str, dict[str, int]]:
@@ -165,14 +167,21 @@ def _attributes(resolved: ResolvedPlan) -> dict[str, dict[str, int]]:
     return found
 
 
-def _traffic(model: nn.Module, resolved: ResolvedPlan, config: ParallelConfig) -> Iterable[Traffic]:
-    """Blocks that send the same are one line, in the model's order; what lies outside comes last."""
-    itemsize = getattr(torch, config.precision.param).itemsize
+def _compute_dtype(layouts: Iterable[ParameterLayout], config: ParallelConfig) -> torch.dtype:
+    return getattr(torch, _dtypes(layouts)[0] if config.precision == Precision() else config.precision.param)
+
+
+def _traffic(model: nn.Module, resolved: ResolvedPlan, config: ParallelConfig, dtype: torch.dtype) -> Iterable[Traffic]:
+    """Blocks that send the same are one line, in the model's order; what lies outside comes last.
+
+    Args:
+        dtype: that activations are sent in.
+    """
     blocks = block_names(model)
     # What gathers its parameters, or runs twice, sums gradients for itself.
     gathering = config.engine != "fsdp2" or uses_fsdp2(config)
     units = set(blocks if gathering else every_nth(by_list(blocks, blocks), config.checkpointed_every))
-    traffic = predict_traffic(model, resolved, itemsize, units=units)
+    traffic = predict_traffic(model, resolved, dtype.itemsize, units=units)
     outside = traffic.pop("")
     kinds: dict[Any, list[tuple[Collective, ...]]] = {}
     for name in blocks:

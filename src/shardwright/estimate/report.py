@@ -15,6 +15,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from shardwright.distributed.config import MODEL
 from shardwright.estimate.predict import Prediction
 from shardwright.estimate.rows import Row
 from shardwright.estimate.traffic import Collective
@@ -72,7 +73,9 @@ def _parts(prediction: Prediction, look: _Look) -> Iterable[RenderableType]:
     yield Text.assemble(
         "plan from ", (prediction.plan.source, "bold"), f", cuts {_percent(prediction.cut_share)} of the parameters"
     )
-    yield f"weights kept in {prediction.weights}, a step computed in {prediction.config.precision.param}"
+    named = prediction.config.precision.param
+    computed = prediction.weights if named == MODEL else named
+    yield f"weights kept in {prediction.weights}, a step computed in {computed}"
     yield ""
     yield _modules(prediction, look)
     yield ""

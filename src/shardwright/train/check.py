@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from shardwright.distributed.config import Precision
 from shardwright.distributed.runtime.layout import whole
 from shardwright.errors import ConfigError, ParityError
 from shardwright.train.config import TrainConfig
@@ -64,8 +65,8 @@ class Reference:
 
 def require_float32(config: TrainConfig) -> None:
     """Raises ConfigError where "equal" would have no meaning: rounding hides a mistake below float32."""
-    precision = config.sharding.precision
-    if {config.model.dtype, precision.param, precision.reduce, precision.output} != {"float32"}:
+    casts = config.sharding.precision.settled([config.model.dtype]) != Precision()
+    if config.model.dtype != "float32" or casts:
         raise ConfigError(
             "check_first_step compares in float32, but model.dtype or sharding.precision is lower. Set both to "
             "float32 for a run that checks, then train without the check."

@@ -81,7 +81,7 @@ class Options:
             dp_mesh_name="dp_shard",
             init_nvfsdp_with_meta_device=meta,
             check_for_nan_in_grad=False,
-            precision=None if config.precision == Precision() else config.precision,  # float32 casts nothing
+            precision=None if config.precision == Precision() else config.precision,  # nothing is cast
         )
 
     @property

@@ -15,8 +15,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from shardwright._torch import groups_of, states_of
 from shardwright.api import parallelize
-from shardwright.distributed.apply.unshard import _groups_of, _states_of, unshard_fsdp2_model
+from shardwright.distributed.apply.unshard import unshard_fsdp2_model
 from shardwright.distributed.config import Degrees, ParallelConfig
 from shardwright.distributed.runtime.layout import whole as whole_tensor
 from shardwright.verify.ranks import RankPool, shared_mesh
@@ -56,8 +57,8 @@ def _settings(model: nn.Module) -> list[Any]:
             [(*(getattr(group, name) for name in names), list(group._post_forward_indices)) for group in groups],
             [len(group.comm_ctx.post_forward_order) for group in groups],
         )
-        for state in _states_of(model)
-        for groups in [_groups_of(state)]
+        for state in states_of(model)
+        for groups in [groups_of(state)]
     ]
 
 

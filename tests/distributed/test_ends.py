@@ -11,9 +11,9 @@ from steps import assert_same_gradients
 from tiny_models import assert_exact, batch, build, measure
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from shardwright import ParallelConfig, parallelize
+from shardwright._torch import groups_of, states_of
 from shardwright.distributed.parallelizer import unshard_fsdp2_model
 from shardwright.errors import PlanError
 from shardwright.verify.ranks import RankPool, shared_mesh
@@ -40,11 +40,9 @@ def test_a_whole_step(ranks4: RankPool, family: str, config: ParallelConfig) -> 
 
 
 def _gathered(model: nn.Module) -> list[str]:
-    return [
-        name
-        for name in ("model.embed_tokens", "lm_head")
-        if not any(isinstance(parameter, DTensor) for parameter in model.get_submodule(name).parameters())
-    ]
+    names = ("model.embed_tokens", "lm_head")
+    groups = {name: groups_of(state) for name in names for state in states_of(model.get_submodule(name))}
+    return [name for name in names if any(group.is_unsharded for group in groups[name])]
 
 
 def _only_while_they_run() -> None:

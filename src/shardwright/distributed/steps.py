@@ -21,6 +21,7 @@ from shardwright.distributed.apply.guards.agreement import check_agreement
 from shardwright.distributed.apply.guards.parameters import check_gradient_hooks, check_scalars
 from shardwright.distributed.apply.guards.same_calls import compare_first_calls
 from shardwright.distributed.apply.megatron_fsdp import Options as MegatronOptions
+from shardwright.distributed.apply.passes import watch_passes
 from shardwright.distributed.apply.quantized import check_quantized
 from shardwright.distributed.apply.saving import refuse_partial_saves
 from shardwright.distributed.apply.tensor_parallel import apply_tensor_parallel
@@ -91,6 +92,7 @@ def parallelize_with_fsdp2(
         shard_ends(model, ends, dp_mesh, mp_policy, offload_policy, reshard=reshard)
         shard_root(model, dp_mesh, mp_policy, offload_policy)
         set_prefetch(model, config.prefetch)
+        watch_passes(model)
     return model
 
 

@@ -1,8 +1,4 @@
-"""Whole FSDP2 parameters for a while: :func:`unshard_fsdp2_model`.
-
-FSDP2 has no public way to read its settings back, so this file reads its private state; torch 2.11 to 2.13 agree on
-the names used here, but for the one in :func:`_groups_of`.
-"""
+"""Whole FSDP2 parameters for a while: :func:`unshard_fsdp2_model`."""
 
 from __future__ import annotations
 
@@ -14,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+
+from shardwright import _torch
 
 
 @contextmanager
@@ -38,11 +35,12 @@ def unshard_fsdp2_model(model: nn.Module) -> Generator[None, None, None]:
     Raises:
         RuntimeError: from FSDP2, when ``model`` still has parameters on the meta device.
     """
-    states = _states_of(model)
+    states = _torch.states_of(model)
     for state in states:
-        if state._is_root is None:
-            state._lazy_init()  # outermost first; otherwise a forward inside would choose a root of its own
-    held = [_Held.of(group) for state in states for group in _groups_of(state) if not _stays_gathered(group)]
+        _torch.find_root(state)  # outermost first; otherwise a forward inside would choose a root of its own
+    groups = [group for state in states for group in _torch.groups_of(state) if not _stays_gathered(group)]
+    held = [_Held.of(group) for group in groups]
+    recorded = _torch.recorded_forwards(groups)
     solo = [module for module in _outside_units(model) if _generates_in_step(module)] if states else []
     try:
         # A tensor made in inference mode could never be trained with, and FSDP2 keeps its buffers for life.
@@ -56,7 +54,10 @@ def unshard_fsdp2_model(model: nn.Module) -> Generator[None, None, None]:
         for module in solo:
             _set_generates_in_step(module, True)
         if held:
-            _forget_unfinished_pass(states)
+            _torch.forget_unfinished_pass(states)
+        # FSDP2 prefetches along the recorded order of forwards. Ranks ran different numbers of them inside: left in
+        # the record, they would make the next backward gather different units on different ranks.
+        _torch.forget_forwards(groups, recorded)
         for item in held:
             item.release()
 
@@ -68,58 +69,30 @@ class _Held:
     group: Any
     post_forward_mesh_info: Any
     reshard_after_backward: bool
-    passes: int  # forwards of this group that a backward may still come to
-    order: int  # the same for all groups that share a root
 
     @classmethod
     def of(cls, group: Any) -> _Held:
-        order, passes = len(group.comm_ctx.post_forward_order), len(group._post_forward_indices)
-        return cls(group, group.post_forward_mesh_info, group.reshard_after_backward, passes, order)
+        return cls(group, group.post_forward_mesh_info, group.reshard_after_backward)
 
     def gather(self) -> None:
         self.group.lazy_init()  # refuses parameters on meta
-        self.group.reshard()  # a root stays gathered after a forward: it may be older than the last optimizer step
+        self.group.reshard()  # a root may stay gathered after a forward, and be older than the last optimizer step
         self.group.post_forward_mesh_info = None
         self.group.reshard_after_backward = False
         self.group.unshard()
         self.group.wait_for_unshard()
+        self.group.is_held = True
 
     def release(self) -> None:
+        self.group.is_held = False
         self.group.post_forward_mesh_info = self.post_forward_mesh_info
         self.group.reshard_after_backward = self.reshard_after_backward
-        # FSDP2 prefetches along the recorded order of forwards. Ranks ran different numbers of them inside: left in
-        # the record, they would make the next backward gather different units on different ranks.
-        del self.group._post_forward_indices[self.passes :]
-        del self.group.comm_ctx.post_forward_order[self.order :]
         self.group.reshard()
-
-
-def _states_of(model: nn.Module) -> list[Any]:
-    """The FSDP2 states in ``model``, outermost first, each once (one state may own several modules)."""
-    found = (module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule))
-    return list(dict.fromkeys(found))
-
-
-def _groups_of(state: Any) -> list[Any]:
-    if torch.__version__ >= "2.12":  # compares versions, not texts
-        return list(state._fsdp_param_groups)
-    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
 
 
 def _stays_gathered(group: Any) -> bool:
     """Whether nothing but its owner would shard ``group`` again: it is in an outer context, or the user keeps it."""
     return group.is_unsharded and not group._reshard_after_forward and not group.reshard_after_backward
-
-
-def _forget_unfinished_pass(states: list[Any]) -> None:
-    """Clear what a forward or backward cut short by an error leaves behind; accumulated gradients stay."""
-    for state in states:
-        state._training_state = TrainingState.IDLE
-        state._modules_to_run_forward.clear()
-        state._state_ctx.iter_forward_root = None
-        state._state_ctx.post_backward_final_callback_queued = False
-        for group in _groups_of(state):
-            group._training_state = TrainingState.IDLE
 
 
 def _outside_units(module: nn.Module) -> Iterator[nn.Module]:

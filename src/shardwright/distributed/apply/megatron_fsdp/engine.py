@@ -18,7 +18,8 @@ What is different from the package (0.5 and 0.6; its behaviour was found by expe
 * ``overlap_grad_reduce=False`` reduces twice with ``optim``. Here it reduces once, after backward.
 * Gathered weights stay in use, and gathers that run ahead write old weights back, when the distributed parameters
   change after a forward without backward, or, with ``overlap_param_gather=False``, at all. Here nothing gathered or in
-  flight outlives the raw parameters (:meth:`ShardedModel._replace_param_with_distributed_if_needed`).
+  flight is used by a later forward (:meth:`ShardedModel._forget_gathered`), and between a forward and its backward the
+  model shows the distributed parameters.
 * Double buffers are found by a name that is the same in every model of the process, so that two models overwrite each
   other's weights; here it is the model's own.
 * The NaN check raises on one rank while the others wait for it; here all ranks raise, with the same message.
@@ -227,13 +228,15 @@ class ShardedModel(MegatronFSDP):
 
     def _replace_param_with_distributed_if_needed(self) -> None:
         if not self.is_param_fsdp_distributed:
-            # Gathers that run ahead would write old weights over what is written from here on, and gathered weights
-            # would be old ones.
-            pipeline = self.all_gather_pipeline
-            for bucket, backward in list(pipeline.param_gather_event_map):
-                pipeline.wait_bucket_ready(bucket, backward)
-            pipeline.reset()
+            self._forget_gathered()
         super()._replace_param_with_distributed_if_needed()
+
+    def _forget_gathered(self) -> None:
+        """Gathers that run ahead would write old weights over new ones, and gathered weights would be old ones."""
+        pipeline = self.all_gather_pipeline
+        for bucket, backward in list(pipeline.param_gather_event_map):
+            pipeline.wait_bucket_ready(bucket, backward)
+        pipeline.reset()
 
     def _before_forward(self, *_: Any) -> None:
         if torch._C._current_graph_task_id() == -1:  # else: recomputed within a backward
@@ -241,6 +244,7 @@ class ShardedModel(MegatronFSDP):
             self._in_backward = self._root_pre_backward_hook_issued = False
         if self.is_param_fsdp_distributed:
             # An optimizer, or whoever loads weights, may have written into the distributed parameters.
+            self._forget_gathered()
             self.install_optimized_model_weights()
             self._replace_param_with_raw_if_needed()
         self.all_gather_and_wait_parameters_ready(self._read_by_root, prefetch=False)
@@ -249,6 +253,8 @@ class ShardedModel(MegatronFSDP):
         tensors = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.requires_grad]
         if torch.is_grad_enabled() and tensors:
             torch.autograd.graph.register_multi_grad_hook(tensors, self._before_backward, mode="any")
+            if not self._in_backward:
+                super()._replace_param_with_distributed_if_needed()  # what is gathered waits for backward
         elif not self._in_backward:
             self._replace_param_with_distributed_if_needed()
 
@@ -279,11 +285,11 @@ class ShardedModel(MegatronFSDP):
 
     @torch.no_grad()
     def _drop_unreached(self) -> None:
-        """Take back the gradients, all zero, of parameters that no backward of any rank has come to."""
+        """Take back gradients of what is frozen, and those, all zero, of what no backward of any rank has come to."""
         trained = [(name, param) for name, param, _ in self.param_and_grad_buffer.trained]
         reached = torch.tensor([name in self._reached for name, _ in trained], dtype=torch.int32, device=self.device)
         for (_, param), flag in zip(trained, self._anywhere(reached), strict=True):
-            if not flag:
+            if not flag or not param.requires_grad:
                 param.grad = None
 
     def _anywhere(self, flags: Tensor) -> list[int]:

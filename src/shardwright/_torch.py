@@ -1,0 +1,144 @@
+"""Private names of torch: every use that Shardwright makes of them is here, with the versions it was seen in.
+
+FSDP2 (torch 2.11 to 2.14) has no public way to ask what is gathered, to gather a unit and shard it again, or to read
+its settings back. A *state* belongs to one ``fully_shard`` call, and a *group* holds its parameters. A group's
+parameters have two forms: the shards, and the gathered ones, which are registered on the modules while the unit runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+
+__all__ = [
+    "FSDPParamGroup",
+    "TrainingState",
+    "after_backward",
+    "drop_gathered_gradients",
+    "find_root",
+    "forget_forwards",
+    "forget_unfinished_pass",
+    "groups_of",
+    "in_backward",
+    "is_gathering",
+    "is_unfinished",
+    "learn_dtypes",
+    "recorded_forwards",
+    "register_gathered",
+    "register_shards",
+    "root_of",
+    "states_of",
+    "written_versions",
+]
+
+
+# Autograd
+
+
+def in_backward() -> bool:
+    """Whether this thread runs a backward (torch 2.11 to 2.14)."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def after_backward(function: Callable[[], None]) -> None:
+    """Call ``function`` when the backward that runs has ended, after those that asked before (torch 2.11 to 2.14)."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)
+
+
+# FSDP2
+
+
+def states_of(model: nn.Module) -> list[Any]:
+    """The FSDP2 states in ``model``, outermost first, each once (one state may own several modules)."""
+    found = (module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule))
+    return list(dict.fromkeys(found))
+
+
+def groups_of(state: Any) -> list[Any]:
+    """Its parameter groups: one, or none where its modules have no parameters of their own."""
+    if torch.__version__ >= "2.12":  # compares versions, not texts
+        return list(state._fsdp_param_groups)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+
+
+def find_root(state: Any) -> None:
+    """Let the first forward's work be done now, in which FSDP2 learns which of its units is the outermost."""
+    if state._is_root is None:
+        state._lazy_init()
+
+
+def root_of(state: Any) -> Any:
+    """The state whose forward is the outermost of those that run; None where none does."""
+    return state._state_ctx.iter_forward_root
+
+
+def is_gathering(group: Any) -> bool:
+    """Whether ``group`` is about to be gathered: nobody has waited for it yet."""
+    return group._all_gather_result is not None
+
+
+def learn_dtypes(group: Any) -> None:
+    """Let a group that has been frozen so far learn in which dtype its gradients are reduced, if it is trained now."""
+    if group._orig_dtype is None and any(param.sharded_param.requires_grad for param in group.fsdp_params):
+        group._init_mp_dtypes()
+
+
+def register_shards(group: Any) -> None:
+    """Make the shards what modules show, and leave what is gathered where it is."""
+    for param in group.fsdp_params:
+        param._setattr_on_modules(param.sharded_param)
+
+
+def register_gathered(group: Any) -> None:
+    """Make what is gathered what modules show, as trainable as the shards are now."""
+    for param in group.fsdp_params:
+        param._unsharded_param.requires_grad_(param.sharded_param.requires_grad)
+        param._setattr_on_modules(param._unsharded_param)
+
+
+def written_versions(group: Any) -> list[tuple[int, int]]:
+    """Numbers that grow when the shards are written to; writes through ``.data`` are not seen."""
+    shards = (param.sharded_param for param in group.fsdp_params)
+    return [(shard._version, shard._local_tensor._version) for shard in shards]
+
+
+def recorded_forwards(groups: list[Any]) -> list[tuple[int, int]]:
+    """For each group, how many forwards FSDP2 remembers: of all groups, and of this one. It prefetches along them."""
+    return [(len(group.comm_ctx.post_forward_order), len(group._post_forward_indices)) for group in groups]
+
+
+def forget_forwards(groups: list[Any], recorded: list[tuple[int, int]]) -> None:
+    """Go back to what ``recorded_forwards(groups)`` was."""
+    for group, (everyone, own) in zip(groups, recorded, strict=True):
+        del group.comm_ctx.post_forward_order[everyone:]
+        del group._post_forward_indices[own:]
+
+
+def drop_gathered_gradients(group: Any) -> None:
+    """Forget the gradients that have not been reduced to the shards."""
+    for param in group.fsdp_params:
+        param.unsharded_accumulated_grad = None
+        if hasattr(param, "_unsharded_param"):
+            param._unsharded_param.grad = None
+
+
+def is_unfinished(state: Any) -> bool:
+    """Whether a backward under the root ``state`` has begun and not ended."""
+    return state._state_ctx.post_backward_final_callback_queued
+
+
+def forget_unfinished_pass(states: list[Any]) -> None:
+    """Clear what a forward or backward cut short by an error leaves behind; accumulated gradients stay."""
+    for state in states:
+        state._training_state = TrainingState.IDLE
+        state._modules_to_run_forward.clear()
+        state._state_ctx.iter_forward_root = None
+        state._state_ctx.post_backward_final_callback_queued = False
+        for group in groups_of(state):
+            group._training_state = TrainingState.IDLE

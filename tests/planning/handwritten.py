@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,7 +37,7 @@ class MiniAttention(NanoAttention):
 
 
 class NanoBlock(nn.Module):
-    def __init__(self, width: int, heads: int, attention: type[NanoAttention] = NanoAttention) -> None:
+    def __init__(self, width: int, heads: int, attention: type[nn.Module] = NanoAttention) -> None:
         super().__init__()
         self.ln_1, self.attn, self.ln_2 = nn.LayerNorm(width), attention(width, heads), nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
@@ -46,7 +48,7 @@ class NanoBlock(nn.Module):
 
 
 class NanoGPT(nn.Module):
-    attention = NanoAttention
+    attention: type[nn.Module] = NanoAttention
 
     def __init__(self, width: int = 32, heads: int = 4, layers: int = 4, vocabulary: int = 96) -> None:
         super().__init__()
@@ -63,6 +65,38 @@ class NanoGPT(nn.Module):
 
 class MiniGPT(NanoGPT):
     attention = MiniAttention
+
+
+@dataclass
+class Sizes:
+    """A config that computes one size from others."""
+
+    heads: int = 4
+    head_size: int = 8
+
+    @property
+    def all_head_size(self) -> int:
+        return self.heads * self.head_size
+
+
+class ComputedSizesAttention(nn.Module):
+    """Reads its sizes from an object that it holds under a name of its own: one is stored, one is computed."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.sizes = Sizes(heads, width // heads)
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width, bias=False) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        shape = (b, t, self.sizes.heads, self.sizes.head_size)
+        q, k, v = (layer(x).view(shape).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.o(y.transpose(1, 2).reshape(b, t, self.sizes.all_head_size))
+
+
+class ComputedSizesGPT(NanoGPT):
+    attention = ComputedSizesAttention
 
 
 class Oracle(nn.Module):
@@ -172,7 +206,14 @@ class Recurrent(nn.Module):
         return self.out(x)
 
 
-HANDWRITTEN = {"nano": NanoGPT, "mini": MiniGPT, "temple": Temple, "vision": VisionTransformer, "recurrent": Recurrent}
+HANDWRITTEN = {
+    "nano": NanoGPT,
+    "mini": MiniGPT,
+    "computed": ComputedSizesGPT,
+    "temple": Temple,
+    "vision": VisionTransformer,
+    "recurrent": Recurrent,
+}
 
 
 def example(name: str) -> Tensor:

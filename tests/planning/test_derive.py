@@ -126,6 +126,16 @@ def test_handwritten_models(name: str) -> None:
 
 
 EXPECTED = {
+    "computed": {
+        "wte": "embedding_rowwise",
+        "h.*.attn.q": "colwise",
+        "h.*.attn.k": "colwise",
+        "h.*.attn.v": "colwise",
+        "h.*.attn.o": "rowwise",
+        "h.*.mlp.0": "colwise",
+        "h.*.mlp.2": "rowwise",
+        "lm_head": "colwise_gather_output",
+    },
     "nano": {
         "wte": "embedding_rowwise",
         "h.*.attn.c_attn": "packed_colwise:3",
@@ -166,6 +176,7 @@ EXPECTED = {
 }
 EXPECTED["mini"] = EXPECTED["nano"]
 LOCAL = {
+    "computed": {"h.*.attn": ("sizes.heads",)},
     "nano": {"h.*.attn": ("n_head",)},
     "mini": {"h.*.attn": ("n_embd", "n_head")},
     "temple": {"choir.*": ("scouts", "troops")},

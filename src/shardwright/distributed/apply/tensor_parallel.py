@@ -12,7 +12,7 @@ from shardwright.distributed.planning.resolved import READERS, WRITERS, Resolved
 from shardwright.distributed.runtime.forward import wrap_forward
 from shardwright.distributed.runtime.gradient_sum import make_local
 from shardwright.distributed.runtime.local_arguments import LocalArguments
-from shardwright.distributed.runtime.local_view import LocalAttributes
+from shardwright.distributed.runtime.local_sizes import LocalSizes
 from shardwright.distributed.runtime.local_width import LocalWidth
 from shardwright.distributed.runtime.outputs import PlainOutputs
 from shardwright.distributed.runtime.regions import (
@@ -49,7 +49,7 @@ def apply_tensor_parallel(
         _make(name, use, resolved, shared, lengths)._apply(model.get_submodule(name), mesh)
     restore_ties(model, resolved.ties)
     for name, values in resolved.attributes.items():
-        wrap_forward(model.get_submodule(name), LocalAttributes(values))
+        wrap_forward(model.get_submodule(name), LocalSizes(model.get_submodule(name), values))
     for name, cuts in resolved.arguments.items():
         wrap_forward(model.get_submodule(name), LocalArguments(model.get_submodule(name), cuts, mesh))
     for name, argument in resolved.widths.items():

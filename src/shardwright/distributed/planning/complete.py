@@ -18,7 +18,7 @@ from shardwright.distributed.plan import ParallelPlan
 from shardwright.distributed.planning.derive.connections import Region, find_regions
 from shardwright.distributed.planning.derive.decide import Study, decide
 from shardwright.distributed.planning.derive.emit import globs, notes, region_answers
-from shardwright.distributed.planning.replay_check import NotReplayable, local_sizes, replayable, sharding_of
+from shardwright.distributed.planning.replay_check import NotReplayable, replayable, sharding_of
 from shardwright.distributed.planning.resolved import ResolvedPlan
 
 # Layers without a style that hold less than this share of the blocks' linear layers are not worth a look (routers).
@@ -48,10 +48,7 @@ def completed(model: nn.Module, plan: ParallelPlan, resolved: ResolvedPlan) -> P
     except NotReplayable:
         return None
     kinds = {study.weightless.repeats.kind_of(name) for name in free}
-    with local_sizes(weightless, resolved):
-        groups = decide(
-            study, [region for region in find_regions(weightless, record) if _is_free(study, region, kinds)]
-        )
+    groups = decide(study, [region for region in find_regions(weightless, record) if _is_free(study, region, kinds)])
     chosen = [group for group in groups if group.sharding is not None]
     if not chosen:
         return None
@@ -60,10 +57,12 @@ def completed(model: nn.Module, plan: ParallelPlan, resolved: ResolvedPlan) -> P
     modules = [name for name, _ in model.named_modules()]
     parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     styles = {kind: style for kind, style in found.styles.items() if kind not in named}
+    local = {weightless.repeats.kind_of(name) for name in resolved.attributes}
+    attributes = {kind: names for kind, names in found.attributes.items() if kind not in local}
     return replace(
         plan,
         styles={**plan.styles, **globs(modules + parameters, styles, weightless.repeats)},
-        local_attributes={**plan.local_attributes, **globs(modules, found.attributes, weightless.repeats)},
+        local_attributes={**plan.local_attributes, **globs(modules, attributes, weightless.repeats)},
         local_arguments={**plan.local_arguments, **globs(modules, found.arguments, weightless.repeats)},
         source=f"{plan.source} + dataflow (tp={resolved.tp})",
         notes=(*plan.notes, *notes(model, study, chosen, found)),

@@ -6,8 +6,6 @@ until it has been replayed, and a layer cut in the wrong place is often not an e
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +27,6 @@ from shardwright.distributed.replay.runs import (
     some_ranks_forward,
 )
 from shardwright.distributed.replay.weightless import Stub, WeightlessCopy, weightless_copy
-from shardwright.distributed.runtime.local_view import LocalAttributes
 from shardwright.distributed.styles import make_style
 
 SUMMED = "replicated_with_grad_allreduce"
@@ -66,9 +63,8 @@ def why_not_exact(model: nn.Module, resolved: ResolvedPlan) -> str | None:
     except NotReplayable:
         return None
     try:
-        with local_sizes(weightless, resolved):
-            some_ranks_forward(weightless, record, inputs, sharding, resolved.tp)
-            finding = rank_runs(weightless, record, inputs, sharding, resolved.tp)
+        some_ranks_forward(weightless, record, inputs, sharding, resolved.tp)
+        finding = rank_runs(weightless, record, inputs, sharding, resolved.tp)
     except Mismatch as error:
         return f"{_told(weightless, str(error))} gets other values on slices than in one process"
     except CODE_ERRORS as error:
@@ -103,16 +99,6 @@ def _uniform(weightless: WeightlessCopy, resolved: ResolvedPlan) -> bool:
     for (owner, name), style in resolved.parameters.items():
         alike.append(known.setdefault(kind(f"{owner}.{name}"), style) == style)
     return all(alike)
-
-
-@contextmanager
-def local_sizes(weightless: WeightlessCopy, resolved: ResolvedPlan) -> Iterator[None]:
-    """The attributes of the copy's modules are those of a rank inside."""
-    with ExitStack() as stack:
-        for name, module in weightless.model.named_modules():
-            if values := resolved.attributes.get(weightless.repeats.original_name(name)):
-                stack.enter_context(LocalAttributes(values).on(module))
-        yield
 
 
 def _told(weightless: WeightlessCopy, name: str) -> str:
@@ -151,6 +137,8 @@ def sharding_of(weightless: WeightlessCopy, resolved: ResolvedPlan) -> Sharding:
             pieces = placement.split_factor if isinstance(placement, _StridedShard) else 1
             sharding.parameters[f"{name}.{parameter}"] = _pieces(len(param), int(pieces))
     for name, original in names.items():
+        if values := resolved.attributes.get(original):
+            sharding.attributes[name] = values
         if original in resolved.arguments:
             sharding.arguments[name] = resolved.arguments[original]
         if original in resolved.widths:

@@ -22,7 +22,6 @@ from shardwright.distributed.planning.partial_check import layers_on_whole, modu
 from shardwright.distributed.planning.resolved import READERS, SHARDED, SUMMING, WRITERS, ResolvedPlan, StyleUse
 from shardwright.distributed.planning.sequence_parallel import find_regions, overlay_sequence_parallel
 from shardwright.distributed.runtime.local_arguments import ArgumentCut
-from shardwright.distributed.runtime.local_view import CONFIG
 from shardwright.distributed.runtime.local_width import WIDTH, arguments_of
 from shardwright.distributed.styles import canonical_style, make_style
 from shardwright.errors import PlanError
@@ -246,9 +245,8 @@ def _width_argument(name: str, widths: list[str], modules: dict[str, nn.Module],
 
 
 def _attribute(module: nn.Module, name: str) -> object:
-    if name.startswith(CONFIG):
-        return getattr(module.__dict__.get("config"), name[len(CONFIG) :], None)
-    return module.__dict__.get(name)
+    holder, _, key = name.rpartition(".")
+    return getattr(module.__dict__.get(holder), key, None) if holder else module.__dict__.get(name)
 
 
 def _cover(modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:

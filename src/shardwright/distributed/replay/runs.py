@@ -13,11 +13,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from shardwright.distributed.replay.cuts import Cut
-from shardwright.distributed.replay.local import local_values
 from shardwright.distributed.replay.record import TOLERANCE, FullRun, Idle, Mismatch, RankRun, Recorder, same
 from shardwright.distributed.replay.watch import Touched, bind, listening, reading
 from shardwright.distributed.replay.weightless import WeightlessCopy
 from shardwright.distributed.runtime.local_arguments import ArgumentCut
+from shardwright.distributed.runtime.local_sizes import LocalSizes
 from shardwright.distributed.runtime.local_width import stand_in
 
 
@@ -37,7 +37,7 @@ class Sharding:
         cuts_in: stub -> how its input is cut.
         cuts_out: stub -> how its output is cut.
         parameters: parameter -> how its dim 0 is cut.
-        attributes: (module, attribute) that are divided by the number of ranks; ``config.name`` for a config's.
+        attributes: module -> values of its attributes on a rank; ``config.name`` for a config's.
         arguments: module -> arguments that are cut.
         widths: module -> the argument whose width its code sees divided by the number of ranks.
     """
@@ -45,23 +45,16 @@ class Sharding:
     cuts_in: dict[str, Cut] = field(default_factory=dict)
     cuts_out: dict[str, Cut] = field(default_factory=dict)
     parameters: dict[str, Cut] = field(default_factory=dict)
-    attributes: set[tuple[str, str]] = field(default_factory=set)
+    attributes: dict[str, dict[str, int]] = field(default_factory=dict)
     arguments: dict[str, tuple[ArgumentCut, ...]] = field(default_factory=dict)
     widths: dict[str, str] = field(default_factory=dict)
-
-    def local_values(self, model: nn.Module, size: int) -> dict[str, dict[str, Any]]:
-        """Module -> what its attributes are on a rank."""
-        by_module: dict[str, list[str]] = {}
-        for module, attribute in sorted(self.attributes):
-            by_module.setdefault(module, []).append(attribute)
-        return {m: local_values(model.get_submodule(m), names, size) for m, names in by_module.items()}
 
     def with_(self, other: Sharding) -> Sharding:
         return Sharding(
             self.cuts_in | other.cuts_in,
             self.cuts_out | other.cuts_out,
             self.parameters | other.parameters,
-            self.attributes | other.attributes,
+            {m: self.attributes.get(m, {}) | other.attributes.get(m, {}) for m in self.attributes | other.attributes},
             self.arguments | other.arguments,
             self.widths | other.widths,
         )
@@ -316,10 +309,9 @@ def _sharded(model: nn.Module, sharding: Sharding, run: RankRun) -> Iterator[Non
             local = nn.Parameter(cut.take(param.detach(), 0, rank, size), requires_grad=param.requires_grad)
             stack.callback(parameters.__setitem__, key, param)
             parameters[key] = local
-        for module_name, values in sharding.local_values(model, size).items():
-            own = model.get_submodule(module_name).__dict__
-            stack.callback(own.update, {attribute: own[attribute] for attribute in values})
-            own.update(values)
+        for module_name, values in sharding.attributes.items():
+            module = model.get_submodule(module_name)
+            stack.enter_context(LocalSizes(module, values).on(module))
         for module_name, cuts in sharding.arguments.items():
             module = model.get_submodule(module_name)
             hook = module.register_forward_pre_hook(_argument_hook(cuts, rank, size), with_kwargs=True)

@@ -10,7 +10,7 @@ every rank exact is found by trying.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -223,12 +223,20 @@ def _with_local_sizes(study: Study, group: Group, base: Sharding) -> Iterator[Sh
     arguments = _arguments(study, group, attributes) if study.abilities.arguments else []
     for count in range(MOST_ATTRIBUTES + 1):
         for chosen in itertools.combinations(attributes, count):
-            divided = {place for places in chosen for place in places}
+            divided = _divided(study, chosen)
             if chosen:
                 yield base.with_(Sharding(attributes=divided))
             if count <= 2:
                 for argument in arguments:
                     yield base.with_(Sharding(attributes=divided, arguments=argument))
+
+
+def _divided(study: Study, chosen: Iterable[list[tuple[str, str]]]) -> dict[str, dict[str, int]]:
+    """Module -> a rank's values of the attributes that were chosen."""
+    values: dict[str, dict[str, int]] = {}
+    for module, attribute in (place for places in chosen for place in places):
+        values.setdefault(module, {})[attribute] = study.record.reads[module, attribute] // study.size
+    return values
 
 
 def _cuts(study: Study, group: Group, regions: list[Region], pieces: int) -> Sharding | None:
@@ -333,8 +341,7 @@ def _attributes(study: Study, group: Group) -> list[list[tuple[str, str]]]:
     modules = _modules(study, group)
     together: dict[tuple[type, str], list[tuple[str, str]]] = {}
     for (name, attribute), value in study.record.reads.items():
-        direct = "." not in attribute or attribute.startswith("config.")
-        if direct and name in modules and name not in study.weightless.stubs and value > 1 and value % study.size == 0:
+        if name in modules and name not in study.weightless.stubs and value > 1 and value % study.size == 0:
             cls = type(study.weightless.model.get_submodule(name))
             together.setdefault((cls, attribute), []).append((name, attribute))
     return list(together.values())

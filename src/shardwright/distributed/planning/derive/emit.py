@@ -62,9 +62,9 @@ def region_answers(study: Study) -> Answers:
         found.styles.setdefault(kind(name).rpartition(".")[0], "replicated_with_grad_allreduce")
     for name in finding.partial_outputs:
         found.styles[kind(name)] = "mla_kv_a_proj"
-    for name, attribute in sorted(sharding.attributes):
+    for name, values in sorted(sharding.attributes.items()):
         known = found.attributes.get(kind(name), ())
-        found.attributes[kind(name)] = tuple(dict.fromkeys([*known, attribute]))
+        found.attributes[kind(name)] = tuple(dict.fromkeys([*known, *sorted(values)]))
     for name, cuts in sharding.arguments.items():
         found.arguments[kind(name)] = tuple(map(str, cuts))
     for name, argument in sharding.widths.items():
@@ -184,7 +184,7 @@ def notes(model: nn.Module, study: Study, groups: list[Group], found: Answers) -
 def _how(study: Study, group: Group) -> str:
     assert group.sharding is not None
     parts = []
-    attributes = sorted({attribute for _, attribute in group.sharding.attributes})
+    attributes = sorted({attribute for values in group.sharding.attributes.values() for attribute in values})
     if attributes:
         parts.append(f"its code reads {' and '.join(attributes)}, made rank-local")
     arguments = sorted({cut.argument for cuts in group.sharding.arguments.values() for cut in cuts})

@@ -8,7 +8,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
-    AutoModelForCausalLM,
+    CONFIG_MAPPING,
     Gemma3TextConfig,
     LlamaConfig,
     MixtralConfig,
@@ -18,7 +18,9 @@ from transformers import (
 )
 
 from shardwright import ParallelConfig, parallelize
+from shardwright.distributed.models.build import model_class
 from shardwright.verify.ranks import shared_mesh
+from shardwright.verify.tiny import shrunk_config
 
 TOKENS = (2, 16)
 _COMMON = {
@@ -39,11 +41,14 @@ def config_of(family: str, layers: int = 2) -> PreTrainedConfig:
         return Gemma3TextConfig(**common, head_dim=8)
     if family == "phi3":
         return Phi3Config(**common)
-    assert family == "mixtral"
-    return MixtralConfig(**common, num_local_experts=4, num_experts_per_tok=2)
+    if family == "mixtral":
+        return MixtralConfig(**common, num_local_experts=4, num_experts_per_tok=2)
+    return shrunk_config(CONFIG_MAPPING[family]())
 
 
 FAMILIES = ("llama", "llama one key-value head", "qwen3 tied", "gemma3", "phi3", "mixtral")
+# Tiny copies of types that have the other styles.
+OTHER_FAMILIES = ("longcat_flash", "gpt_oss", "gemma3n_text", "llama4_text")
 
 WHOLE_EXPERTS = {
     "model.layers.*.self_attn.q_proj": "colwise",
@@ -53,6 +58,12 @@ WHOLE_EXPERTS = {
     "model.layers.*.mlp.experts": "ep_dispatch_experts",
     "model.layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
     "model.layers.*.mlp.experts.down_proj": "grouped_gemm",
+}
+
+SUMMED_EXPERTS = WHOLE_EXPERTS | {
+    "model.layers.*.mlp.experts": "all_reduce",
+    "model.layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+    "model.layers.*.mlp.experts.down_proj": "rowwise",
 }
 
 Counts = dict[tuple[str, bool], tuple[int, int]]
@@ -84,7 +95,8 @@ class Counted(TorchDispatchMode):
 
 def sharded(family: str, layers: int, config: ParallelConfig) -> torch.nn.Module:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config_of(family, layers), dtype=torch.float32)
+    made = config_of(family, layers)
+    model = model_class(made)._from_config(made, dtype=torch.float32)
     return parallelize(model, config, shared_mesh(config))
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from math import prod
 
 import pytest
-from estimate_models import FAMILIES, TOKENS, Counts, config_of, real_traffic
+from estimate_models import FAMILIES, OTHER_FAMILIES, TOKENS, Counts, config_of, real_traffic
 
 from shardwright import ParallelConfig
 from shardwright.distributed.styles import STYLES
 from shardwright.estimate import predict
-from shardwright.estimate.traffic import OWN, Collective
+from shardwright.estimate.traffic import Collective
 from shardwright.verify.ranks import RankPool
 
 TP = ParallelConfig(tp=2, dp_shard=1)
@@ -26,7 +26,7 @@ def predicted(family: str, layers: int, config: ParallelConfig) -> Counts:
     return found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHER_FAMILIES])
 def test_equals_real_runs(family: str, ranks2: RankPool) -> None:
     cases = [(family, 2, TP.with_(sequence_parallel=sp)) for sp in (False, True)]
     for case, real in zip(cases, ranks2.run(real_traffic, cases)[0], strict=True):
@@ -54,9 +54,22 @@ def test_blocks_are_units_of_either_engine() -> None:
     assert (first.gathering is None, second.gathering is None) == (False, True)
 
 
-def test_whole_experts_of_a_custom_plan(ranks2: RankPool) -> None:
-    case = ("mixtral", 2, TP.with_(plan="estimate_models.WHOLE_EXPERTS"))
+CUSTOM = ("estimate_models.WHOLE_EXPERTS", "estimate_models.SUMMED_EXPERTS")
+
+
+@pytest.mark.parametrize("plan", CUSTOM)
+def test_experts_of_a_custom_plan(plan: str, ranks2: RankPool) -> None:
+    case = ("mixtral", 2, TP.with_(plan=plan))
     assert predicted(*case) == ranks2.run(real_traffic, [case])[0][0]
+
+
+def test_every_style_is_compared_with_a_real_run() -> None:
+    cases = [
+        (family, TP.with_(sequence_parallel=sp)) for family in (*FAMILIES, *OTHER_FAMILIES) for sp in (False, True)
+    ]
+    cases += [("mixtral", TP.with_(plan=plan)) for plan in CUSTOM]
+    used = {row.style.partition(":")[0] for case in cases for row in predict(config_of(case[0]), case[1]).rows}
+    assert set(STYLES) - {"embedding_slice"} <= used
 
 
 ACTIVATIONS = {
@@ -98,10 +111,6 @@ def test_blocks_that_cannot_be_split_are_told() -> None:
     prediction = predict("zamba", TP.with_(sequence_parallel=True))
     assert any("not in the predicted collectives" in note for note in prediction.notes)
     assert not predict(config_of("llama"), TP.with_(sequence_parallel=True)).notes
-
-
-def test_every_style_is_known() -> None:
-    assert set(STYLES) <= set(OWN)
 
 
 def test_one_rank_sends_nothing() -> None:

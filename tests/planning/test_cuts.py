@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shardwright.distributed.replay.cuts import Cut, contiguous, cut_from_masks, packed
+from shardwright.distributed.planning.derive.masks import cut_from_masks
+from shardwright.distributed.styles.cuts import Cut, contiguous, packed
 
 
 def masks(width: int, *ranks: list[tuple[int, int]]) -> list[torch.Tensor]:

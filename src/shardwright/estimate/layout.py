@@ -11,7 +11,6 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
 
 from shardwright.distributed.planning.resolved import ResolvedPlan
-from shardwright.distributed.styles import make_style
 from shardwright.errors import PlanError
 
 
@@ -88,9 +87,4 @@ def parameter_layouts(model: nn.Module, resolved: ResolvedPlan) -> list[Paramete
 
 
 def _placement(name: str, module: nn.Module, own: str, resolved: ResolvedPlan) -> Placement:
-    if resolved.tp == 1:
-        return Replicate()
-    bare = resolved.parameters.get((name, own))
-    use = resolved.modules[name]
-    style = make_style(bare) if bare is not None else make_style(use.style, **use.options)
-    return style.placement(module, own)
+    return Replicate() if resolved.tp == 1 else resolved.placement(name, module, own)

@@ -23,7 +23,7 @@ class Row:
         pattern: their names, numbers replaced by ``*``.
         block: the glob of the blocks they are in; ``""`` outside.
         style: the style that is applied.
-        source: where the style comes from: the plan's source, ``"sequence parallelism"``, ``"tie"`` or ``"no rule"``.
+        source: where the style comes from: the plan's source, or an :data:`.Origin` that is not the plan.
         rule: the plan's glob, or the reason.
         count: how many modules.
         parameters: in all of them; a tied parameter counts where it comes first.
@@ -105,13 +105,9 @@ def _uses(
 
 
 def _reason(use: StyleUse, plan: ParallelPlan) -> tuple[str, str]:
-    if use.rule in plan.styles:
+    if use.origin == "plan":
         return plan.source, use.rule
-    if use.style in ("sequence_parallel", "replicated_with_grad_allreduce"):
-        return "sequence parallelism", use.rule
-    if use.rule.startswith("tied to "):
-        return "tie", use.rule
-    return "no rule", use.rule or "whole on every rank, because no rule names it"
+    return use.origin, use.rule or "replicated on every rank, because no rule names it"
 
 
 def _rules_of_bare_parameters(

@@ -8,22 +8,18 @@ cross-attention too; sequence-parallel blocks follow one another (:func:`uncount
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
 from shardwright.distributed.models.blocks import block_names, is_norm
-from shardwright.distributed.models.huggingface import head_name, text_config
-from shardwright.distributed.planning.resolved import READERS, WRITERS, ResolvedPlan, StyleUse
-from shardwright.distributed.styles.linear import features, parameter_shape
+from shardwright.distributed.models.huggingface import experts_per_token, head_name
+from shardwright.distributed.planning.resolved import ResolvedPlan
+from shardwright.distributed.styles.linear import ColwiseGatherOutput, ColwiseLogits, features
+from shardwright.distributed.styles.traffic import Site
 
 FLOAT32 = 4
-# What transformers' configs call the number of experts that see a token.
-EXPERTS_PER_TOKEN_KEYS = (
-    "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,12 +87,15 @@ class _Step:
         self.itemsize = itemsize
         self.blocks = set(block_names(model))
         self.head = head_name(model)
+        self.experts_per_token = experts_per_token(model)
         self.widths = {block: width for block in block_names(model) if (width := self.stream_width(block))}
 
     def collectives(self) -> Iterator[tuple[str, Collective]]:
         for name, use in self.resolved.modules.items():
-            for collective in OWN[use.style](self, name, use):
-                yield self.scope(name), collective
+            site = Site(self.modules[name], use.sequence, self.stream(name), self.experts_per_token)
+            for sent in use.made.sent(site):
+                itemsize = FLOAT32 if sent.float32 else self.itemsize
+                yield self.scope(name), Collective(sent.kind, sent.backward, sent.width * itemsize, cause=name)
         for name in self.reading():
             for collective in self.input(name):
                 yield self.scope(name), collective
@@ -121,7 +120,7 @@ class _Step:
         norms = (child for child in self.modules[block].children() if is_norm(child))
         if width := next((param.numel() for norm in norms for param in norm.parameters()), 0):
             return width
-        writers = (name for name, use in self.resolved.modules.items() if use.style in WRITERS)
+        writers = (name for name, use in self.resolved.modules.items() if use.made.writes)
         return next((features(self.modules[name], out=True) for name in writers if self.scope(name) == block), 0)
 
     def forward(self, kind: str, width: int, cause: str) -> Collective:
@@ -135,15 +134,15 @@ class _Step:
         layers: dict[str | None, list[str]] = {}
         for name in self.modules:
             use = self.resolved.modules.get(name)
-            if use is not None and (use.style in READERS | WRITERS or use.style == "colwise_logits"):
+            if use is not None and (use.made.reads or use.made.writes or use.style == ColwiseLogits.name):
                 layers.setdefault(use.region, []).append(name)
         first: dict[tuple[str, int], str] = {}
         for region, names in layers.items():
             for name in names:
-                style = self.resolved.modules[name].style
+                style = self.resolved.modules[name].made
                 # A last layer whose output is gathered is the one that writes the region, from an input of its own.
-                writes = style == "colwise_gather_output" and name == names[-1]
-                if style not in WRITERS:
+                writes = isinstance(style, ColwiseGatherOutput) and name == names[-1]
+                if not style.writes:
                     first.setdefault((name if region is None or writes else region, self.width_in(name)), name)
         return list(first.values())
 
@@ -174,7 +173,7 @@ class _Step:
         for name in lists.values():
             yield "", self.backward("all_gather", self.stream(name), name)
         head = self.resolved.modules.get(self.head) if self.head is not None else None
-        if lists and (head is None or head.style != "colwise_logits"):
+        if lists and (head is None or head.style != ColwiseLogits.name):
             yield "", self.forward("all_gather", self.stream(next(reversed(lists.values()))), self.head or "output")
 
     def gradient_sums(self) -> Iterator[tuple[str, Collective]]:
@@ -212,97 +211,3 @@ class _Step:
             if len(beside) == 1 or order[name] > max(blocks, default=0):
                 found.append(name)
         return found
-
-
-Rule = Callable[[_Step, str, StyleUse], Iterator[Collective]]
-
-
-def _none(step: _Step, name: str, use: StyleUse) -> Iterator[Collective]:
-    return iter(())
-
-
-def _gather_output(step: _Step, name: str, use: StyleUse) -> Iterator[Collective]:
-    yield step.forward("all_gather", features(step.modules[name], out=True), name)
-
-
-def _heads(step: _Step, name: str, use: StyleUse) -> Iterator[Collective]:
-    width = features(step.modules[name], out=True)
-    yield step.forward("all_gather", width, name)
-    yield step.backward("reduce_scatter", width, name)
-
-
-def _loss(step: _Step, name: str, use: StyleUse) -> Iterator[Collective]:
-    """Cross-entropy on shards: the largest logit of every token, then three sums, in float32."""
-    yield Collective("all_reduce", False, FLOAT32, cause="loss")
-    yield Collective("all_reduce", False, 3 * FLOAT32, cause="loss")
-
-
-def _write(step: _Step, name: str, use: StyleUse) -> Iterator[Collective]:
-    width = features(step.modules[name], out=True)
-    if use.sequence:
-        yield step.forward("reduce_scatter", width, name)
-        yield step.backward("all_gather", width, name)
-    else:
-        yield step.forward("all_reduce", width, name)
-
-
-def _write_split(step: _Step, name: str, use: StyleUse) -> Iterator[Collective]:
-    yield step.backward("all_gather", features(step.modules[name], out=False), name)
-    yield from _write(step, name, use)
-
-
-def _vocabulary(step: _Step, name: str, use: StyleUse) -> Iterator[Collective]:
-    yield step.forward("all_reduce", parameter_shape(step.modules[name], "weight")[1], name)
-
-
-def _embedding_features(step: _Step, name: str, use: StyleUse) -> Iterator[Collective]:
-    yield step.forward("all_gather", parameter_shape(step.modules[name], "weight")[1], name)
-
-
-def _experts(step: _Step, name: str, use: StyleUse) -> Iterator[Collective]:
-    """Hidden states (and routing weights) go to every rank's slice of the experts; the outputs are summed."""
-    width, module = step.stream(name), step.modules[name]
-    routed = len(inspect.signature(type(module).forward).parameters) > 2
-    if not routed:  # then every expert is called on every token: [experts * tokens, features]
-        width *= max((param.shape[0] for param in module._parameters.values() if param is not None), default=1)
-    yield step.forward("all_reduce", width, name)
-    yield step.backward("all_reduce", width, name)
-    if routed:
-        yield step.backward("all_reduce", _experts_per_token(step.model), name)
-
-
-def _experts_per_token(model: nn.Module) -> int:
-    config = text_config(model)
-    values = config.to_dict() if config is not None else {}
-    return next((values[key] for key in EXPERTS_PER_TOKEN_KEYS if isinstance(values.get(key), int)), 0)
-
-
-def _rotary_key(step: _Step, name: str, use: StyleUse) -> Iterator[Collective]:
-    yield step.backward("all_reduce", use.options["rope_dim"], name)
-
-
-# What a style does by itself; reading an input is _Step.input.
-OWN: dict[str, Rule] = {
-    "colwise": _none,
-    "packed_colwise": _none,
-    "kv_heads": _none,
-    "colwise_gather_output": _gather_output,
-    "fused_qkv": _heads,
-    "colwise_logits": _loss,
-    "rowwise": _write,
-    "packed_rowwise": _write,
-    "rowwise_split_input": _write_split,
-    "embedding_rowwise": _vocabulary,
-    "embedding_colwise": _embedding_features,
-    "embedding_slice": _none,
-    "sequence_parallel": _none,
-    "replicate": _none,
-    "replicated_with_grad_allreduce": _none,
-    "local_params": _none,
-    "mla_kv_a_proj": _rotary_key,
-    "moe_tp_experts": _experts,
-    "ep_dispatch_experts": _experts,
-    "grouped_gemm": _none,
-    "moe_identity_expert": _none,
-    "all_reduce": _experts,
-}

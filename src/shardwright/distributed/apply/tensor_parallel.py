@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardwright.distributed.models.ties import restore_ties
-from shardwright.distributed.planning.resolved import READERS, WRITERS, ResolvedPlan, StyleUse
+from shardwright.distributed.planning.resolved import ResolvedPlan, StyleUse
 from shardwright.distributed.runtime.forward import wrap_forward
 from shardwright.distributed.runtime.gradient_sum import make_local
 from shardwright.distributed.runtime.local_arguments import LocalArguments
@@ -46,7 +46,7 @@ def apply_tensor_parallel(
         module = model.get_submodule(owner)
         distribute_parameter(module, name, mesh, make_style(style).placement(module, name))
     for name, use in resolved.modules.items():
-        _make(name, use, resolved, shared, lengths)._apply(model.get_submodule(name), mesh)
+        _bound(name, use, resolved, shared, lengths)._apply(model.get_submodule(name), mesh)
     restore_ties(model, resolved.ties)
     for name, values in resolved.attributes.items():
         wrap_forward(model.get_submodule(name), LocalSizes(model.get_submodule(name), values))
@@ -60,20 +60,18 @@ def apply_tensor_parallel(
     wrap_forward(model, PlainOutputs(resolved.heads, mesh))
 
 
-def _make(
+def _bound(
     name: str,
     use: StyleUse,
     resolved: ResolvedPlan,
     shared: dict[str, SharedInput],
     lengths: dict[str, SequenceLength],
 ) -> Style:
-    options = dict(use.options)
-    if use.style in READERS | WRITERS and use.region is not None:
-        options["shared"] = shared[use.region]
-        if use.sequence:
-            # A reader or writer directly below a block is in no region of that block; its parent is the block.
-            options["length"] = lengths[resolved.regions[use.region].block or name.rpartition(".")[0]]
-    return make_style(use.style, **options)
+    if use.region is None:
+        return use.made
+    # A reader or writer directly below a block is in no region of that block; its parent is the block.
+    length = lengths[resolved.regions[use.region].block or name.rpartition(".")[0]] if use.sequence else None
+    return use.made.bound(shared[use.region], length)
 
 
 def _wrap_regions(
@@ -109,7 +107,7 @@ def _make_local(model: nn.Module, mesh: DeviceMesh, resolved: ResolvedPlan, unit
         unit, path = place(name)
         below.setdefault(unit, {})[path] = parameters
     for name, use in resolved.modules.items():
-        if use.style == "embedding_rowwise":
+        if use.made.table:
             unit, path = place(name)
             tables.setdefault(unit, []).append(path)
     for unit in dict.fromkeys([*below, *tables]):

@@ -16,6 +16,25 @@ def text_config(model: nn.Module) -> Any:
     return config.get_text_config() if isinstance(config, PreTrainedConfig) else getattr(config, "text_config", config)
 
 
+def rotary_key_width(model: nn.Module) -> int | None:
+    """Features of the rotary key of multi-head latent attention, as the config states it."""
+    width = getattr(text_config(model), "qk_rope_head_dim", None)
+    return width if isinstance(width, int) else None
+
+
+# What transformers' configs call the number of experts that see a token.
+_EXPERTS_PER_TOKEN = (
+    "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts",
+)  # fmt: skip
+
+
+def experts_per_token(model: nn.Module) -> int:
+    """How many experts see a token, as the config states it; 0 where it does not."""
+    config = text_config(model)
+    values = config.to_dict() if isinstance(config, PreTrainedConfig) else {}
+    return next((values[key] for key in _EXPERTS_PER_TOKEN if isinstance(values.get(key), int)), 0)
+
+
 def text_model(model: PreTrainedModel) -> tuple[str, PreTrainedModel]:
     """The inner text model and its name: the model that owns the input embeddings.
 

@@ -107,7 +107,7 @@ def _layers_without_style(model: nn.Module, plan: ParallelPlan, resolved: Resolv
         if use is None or weight is None or weight.ndim != 2:
             continue
         total += weight.numel()
-        if use.style == "replicate" and use.rule not in plan.styles:
+        if use.style == "replicate" and use.origin != "plan":
             layers.append(name)
             left += weight.numel()
     return layers if left > WORTH_A_LOOK * total else []

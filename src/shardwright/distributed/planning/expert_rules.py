@@ -18,8 +18,12 @@ from transformers import PreTrainedModel
 from shardwright.distributed.models.blocks import block_names
 from shardwright.distributed.models.huggingface import text_config, text_model
 from shardwright.distributed.plan import ParallelPlan, match_names
+from shardwright.distributed.styles import STYLES
 
-EXPERTS = frozenset({"moe_tp_experts", "ep_dispatch_experts"})
+
+def _is_for_experts(style: str) -> bool:
+    cls = STYLES.get(style)  # transformers may know styles that we do not
+    return cls is not None and cls.experts
 
 
 def cuts_layers(model: nn.Module, plan: ParallelPlan) -> bool:
@@ -41,21 +45,25 @@ def with_experts(model: nn.Module, plan: ParallelPlan, tp: int) -> ParallelPlan:
     known = [name for glob in plan.styles for name in match_names(glob, [*modules, *parameters])]
     for rules in (inner._tp_plan, getattr(config, "base_model_ep_plan", None)):
         styles = _expert_rules(rules or {}, f"{prefix}." if prefix else "")
-        owners = [name for glob, style in styles.items() if style in EXPERTS for name in match_names(glob, modules)]
+        owners = [
+            name for glob, style in styles.items() if _is_for_experts(style) for name in match_names(glob, modules)
+        ]
         below = tuple(f"{owner}." for owner in owners)
         if not owners or any(name in owners or name.startswith(below) for name in known):
             continue
         if "ep_dispatch_experts" in styles.values() and not all(_divides(modules[owner], tp) for owner in owners):
             continue
         kept = {glob: style for glob, style in styles.items() if match_names(glob, [*modules, *parameters])}
-        note = f"{', '.join(glob for glob in kept if kept[glob] in EXPERTS)}: experts are cut as transformers says."
+        note = (
+            f"{', '.join(glob for glob in kept if _is_for_experts(kept[glob]))}: experts are cut as transformers says."
+        )
         return replace(plan, styles={**plan.styles, **kept}, notes=(*plan.notes, note))
     return plan
 
 
 def _expert_rules(rules: Mapping[str, str], prefix: str) -> dict[str, str]:
     """The rules of one plan for its batched experts and the parameters below them."""
-    owners = [glob for glob, style in rules.items() if style in EXPERTS]
+    owners = [glob for glob, style in rules.items() if _is_for_experts(style)]
     below = tuple(f"{owner}." for owner in owners)
     found = {glob: style for glob, style in rules.items() if glob in owners or glob.startswith(below)}
     if "grouped_gemm" in found.values():

@@ -10,8 +10,8 @@ from torch import nn
 
 from shardwright.distributed.models.heads import KeyValueShare, head_counts, share_key_value_heads
 from shardwright.distributed.planning.resolved import ResolvedPlan, StyleUse
+from shardwright.distributed.styles.cuts import features_of_rank
 from shardwright.distributed.styles.linear import features
-from shardwright.distributed.styles.written import features_of_rank
 from shardwright.errors import PlanError
 
 

@@ -6,15 +6,11 @@ until it has been replayed, and a layer cut in the wrong place is often not an e
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from shardwright.distributed.planning.resolved import SUMMING, ResolvedPlan, StyleUse
-from shardwright.distributed.replay.cuts import Cut, contiguous, packed
+from shardwright.distributed.planning.resolved import ResolvedPlan
 from shardwright.distributed.replay.inputs import candidate_inputs
 from shardwright.distributed.replay.record import CODE_ERRORS, Mismatch
 from shardwright.distributed.replay.runs import (
@@ -26,23 +22,11 @@ from shardwright.distributed.replay.runs import (
     rank_runs,
     some_ranks_forward,
 )
-from shardwright.distributed.replay.weightless import Stub, WeightlessCopy, weightless_copy
+from shardwright.distributed.replay.weightless import WeightlessCopy, weightless_copy
 from shardwright.distributed.styles import make_style
-
-SUMMED = "replicated_with_grad_allreduce"
-
-
-@dataclass(frozen=True)
-class Picked(Cut):
-    """A cut that lists every rank's features."""
-
-    features: tuple[tuple[int, ...], ...] = ()
-
-    def indices(self, length: int, rank: int, size: int) -> Tensor:
-        return torch.tensor(self.features[rank])
-
-    def take(self, x: Tensor, dim: int, rank: int, size: int) -> Tensor:
-        return x.index_select(dim, self.indices(x.shape[dim], rank, size))
+from shardwright.distributed.styles.base import Style
+from shardwright.distributed.styles.cuts import Cut, contiguous, packed
+from shardwright.distributed.styles.replicated import ReplicatedPartialGradient
 
 
 class NotReplayable(Exception):
@@ -119,12 +103,12 @@ def sharding_of(weightless: WeightlessCopy, resolved: ResolvedPlan) -> Sharding:
         use = resolved.modules.get(names[name])
         if use is None or stub.kind == "opaque" or names[name].startswith(summing):
             continue
-        if (cut := _cut_out(use, stub)) is not None:
+        if (cut := use.made.cut_out(stub.width_out)) is not None:
             sharding.cuts_out[name] = cut
-        if (cut := _cut_in(use, stub)) is not None:
+        if (cut := use.made.cut_in(stub.width_in)) is not None:
             sharding.cuts_in[name] = cut
     for (owner, parameter), style in resolved.parameters.items():
-        if resolved.modules[owner].style in SUMMING:
+        if resolved.modules[owner].made.sums:
             continue
         for name in (name for name, original in names.items() if original == owner):
             param = weightless.model.get_submodule(name)._parameters[parameter]
@@ -146,29 +130,16 @@ def sharding_of(weightless: WeightlessCopy, resolved: ResolvedPlan) -> Sharding:
     return sharding
 
 
-def _cut_out(use: StyleUse, stub: Stub) -> Cut | None:
-    """How the output of a layer with this style is cut; None where it is whole."""
-    if use.style in ("colwise", "embedding_slice"):
-        return contiguous(stub.width_out)
-    if use.style == "packed_colwise":
-        return _pieces(stub.width_out, use.options.get("pieces", 2))
-    if use.style == "fused_qkv":
-        return Picked(features=use.options["heads"])
-    if use.style == "kv_heads":
-        each = stub.width_out // use.options["count"]
-        heads = use.options["heads"]
-        return Picked(features=tuple(tuple(h * each + i for h in mine for i in range(each)) for mine in heads))
-    return None
-
-
-def _cut_in(use: StyleUse, stub: Stub) -> Cut | None:
-    if use.style == "rowwise":
-        return contiguous(stub.width_in)
-    return _pieces(stub.width_in, use.options.get("pieces", 2)) if use.style == "packed_rowwise" else None
-
-
 def _pieces(width: int, pieces: int) -> Cut:
     return contiguous(width) if pieces == 1 else packed(width, pieces)
+
+
+PARTIAL = ReplicatedPartialGradient.name
+
+
+def _declared(style: Style) -> bool:
+    """Whether a plan with this style says that gradients are sums because the module works on slices."""
+    return style.rank_local and style.partial_gradients
 
 
 def _undeclared(weightless: WeightlessCopy, resolved: ResolvedPlan, finding: Finding) -> str | None:
@@ -176,11 +147,12 @@ def _undeclared(weightless: WeightlessCopy, resolved: ResolvedPlan, finding: Fin
     for name in sorted(finding.partial_parameters):
         owner, _, parameter = name.rpartition(".")
         original = weightless.repeats.original_name(owner)
-        if resolved.modules[original].style != SUMMED:
-            return f"{original}.{parameter} works on slices, and its gradient has to be summed ({SUMMED!r})"
+        if not _declared(resolved.modules[original].made):
+            return f"{original}.{parameter} works on slices, and its gradient has to be summed ({PARTIAL!r})"
     for name in sorted(finding.partial_outputs):
         original = weightless.repeats.original_name(name)
-        if resolved.modules[original].style not in (SUMMED, "mla_kv_a_proj"):
+        made = resolved.modules[original].made
+        if not (_declared(made) or made.sums_output_gradient):
             return f"{original} is whole, but what reads it works on slices"
     return None
 
@@ -194,10 +166,10 @@ def _overdeclared(weightless: WeightlessCopy, resolved: ResolvedPlan, record: Re
         owner, _, parameter = name.rpartition(".")
         original = weightless.repeats.original_name(owner)
         use = resolved.modules.get(original)
-        if use is not None and use.style == SUMMED and not original.startswith(inside):
-            return f"the gradient of {original}.{parameter} is whole on every rank, but is summed ({SUMMED!r})"
+        if use is not None and _declared(use.made) and not original.startswith(inside):
+            return f"the gradient of {original}.{parameter} is whole on every rank, but is summed ({PARTIAL!r})"
     return None
 
 
 def _inside_summing(resolved: ResolvedPlan) -> tuple[str, ...]:
-    return tuple(f"{name}." for name, use in resolved.modules.items() if use.style in SUMMING)
+    return tuple(f"{name}." for name, use in resolved.modules.items() if use.made.sums)

@@ -5,7 +5,6 @@ Pure: needs no process group, no GPU and no weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from torch import nn
@@ -13,22 +12,28 @@ from torch.distributed.tensor import DTensor
 
 from shardwright.distributed.models.blocks import block_names, owns_parameters
 from shardwright.distributed.models.heads import check_heads, head_counts
-from shardwright.distributed.models.huggingface import head_name, text_config
+from shardwright.distributed.models.huggingface import head_name, rotary_key_width
 from shardwright.distributed.models.ties import Tie, find_ties
 from shardwright.distributed.plan import ParallelPlan, match_names
 from shardwright.distributed.planning.key_values import share_projections
 from shardwright.distributed.planning.matching import require_match
 from shardwright.distributed.planning.partial_check import layers_on_whole, modules_on_slices
-from shardwright.distributed.planning.resolved import READERS, SHARDED, SUMMING, WRITERS, ResolvedPlan, StyleUse
+from shardwright.distributed.planning.resolved import ResolvedPlan, StyleUse
 from shardwright.distributed.planning.sequence_parallel import find_regions, overlay_sequence_parallel
 from shardwright.distributed.runtime.local_arguments import ArgumentCut
 from shardwright.distributed.runtime.local_width import WIDTH, arguments_of
-from shardwright.distributed.styles import canonical_style, make_style
+from shardwright.distributed.styles import canonical_style
+from shardwright.distributed.styles.base import Place, Style
+from shardwright.distributed.styles.replicated import ReplicatedPartialGradient
 from shardwright.errors import PlanError
 
-# Layers that hand on this rank's slice.
-RANK_LOCAL = frozenset({"colwise", "packed_colwise", "fused_qkv", "kv_heads"})
-SUMMED = ("replicated_with_grad_allreduce", "sequence_parallel", "kv_heads", "packed_colwise")
+
+def hands_on_slices(style: Style) -> bool:
+    return style.output_is_slice
+
+
+def sums(style: Style) -> bool:
+    return style.sums
 
 
 def resolve(model: nn.Module, plan: ParallelPlan, tp: int, *, sequence_parallel: bool = False) -> ResolvedPlan:
@@ -67,7 +72,7 @@ def _check_size(model: nn.Module, plan: ParallelPlan, resolved: ResolvedPlan) ->
         raise PlanError(
             f"The plan ({plan.source}) is for tp={plan.tp}, not for tp={resolved.tp}. Derive it for that size."
         )
-    if plan.tp is None and any(use.style in READERS for use in resolved.modules.values()):
+    if plan.tp is None and any(use.made.reads for use in resolved.modules.values()):
         note = check_heads(model, resolved.tp)
         resolved.notes += [note] if note else []
 
@@ -102,35 +107,15 @@ def _specialise(model: nn.Module, modules: dict[str, nn.Module], resolved: Resol
     """Replace general names by what they mean for the module they are on."""
     head = head_name(model)
     blocks = tuple(f"{block}." for block in block_names(model))
+    rotary_width = rotary_key_width(model)
     for name, use in list(resolved.modules.items()):
         module = modules[name]
-        style, options = use.style, dict(use.options)
-        if style == "sequence_parallel" and not owns_parameters(module):
+        if use.made.parameters_only and not owns_parameters(module):
             del resolved.modules[name]
             continue
-        if isinstance(module, nn.Embedding):
-            style = {
-                "rowwise": "embedding_rowwise",
-                "rowwise_split_input": "embedding_rowwise",
-                "colwise": "embedding_colwise",
-                "colwise_gather_output": "embedding_colwise",
-            }.get(style, style)
-        elif name == head and style == "colwise":
-            style = "colwise_logits"
-        elif style == "colwise_logits" and name.startswith(blocks):
-            style = "colwise"
-        elif style == "sequence_parallel" and not resolved.sequence_parallel:
-            style = "replicate"
-        elif style == "mla_kv_a_proj" and "rope_dim" not in options:
-            options["rope_dim"] = _rope_dim(model, name)
-        resolved.modules[name] = StyleUse(style, options, rule=use.rule)
-
-
-def _rope_dim(model: nn.Module, name: str) -> int:
-    rope_dim = getattr(text_config(model), "qk_rope_head_dim", None)
-    if not isinstance(rope_dim, int):
-        raise PlanError(f"{name} has the style 'mla_kv_a_proj', but the model's config has no qk_rope_head_dim.")
-    return rope_dim
+        place = Place(module, name, name == head, name.startswith(blocks), resolved.sequence_parallel, rotary_width)
+        if (found := use.made.specialised(place)) is not None:
+            resolved.modules[name] = StyleUse(*found, rule=use.rule)
 
 
 def _split_whole_inputs(model: nn.Module, modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
@@ -139,20 +124,25 @@ def _split_whole_inputs(model: nn.Module, modules: dict[str, nn.Module], resolve
     One glob for two kinds of layers (attention and a state-space mixer that both end in ``o_proj``) names readers in
     one of them only. Where the module around a row-parallel layer has no reader, the graph says what its input is.
     """
-    reading = RANK_LOCAL | {"mla_kv_a_proj", "embedding_slice"}
-    sliced = [name for name, use in resolved.modules.items() if use.style in reading]
+    uses = resolved.modules.items()
+    sliced = [name for name, use in uses if use.made.output_is_slice or use.made.sums_output_gradient]
     sliced += [f"{owner}.{parameter}" for owner, parameter in resolved.parameters]
     around = {ancestor for name in sliced for ancestor in _ancestors(name)}
     alone = {
         name
-        for name, use in resolved.modules.items()
-        if use.style == "rowwise" and name.rpartition(".")[0] not in around and isinstance(modules[name], nn.Linear)
+        for name, use in uses
+        if use.made.on_whole_input is not None
+        and name.rpartition(".")[0] not in around
+        and isinstance(modules[name], nn.Linear)
     }
     if not alone:
         return
-    for name in layers_on_whole(model, alone, _styled(resolved, RANK_LOCAL), _styled(resolved, SUMMING)):
+    for name in layers_on_whole(model, alone, resolved.is_styled(hands_on_slices), resolved.is_styled(sums)):
         use = resolved.modules[name]
-        resolved.modules[name] = StyleUse("rowwise_split_input", use.options, rule=f"{use.rule}, on a whole input")
+        assert use.made.on_whole_input is not None
+        resolved.modules[name] = StyleUse(
+            use.made.on_whole_input, use.options, f"{use.rule}, on a whole input", "slices"
+        )
 
 
 def _ancestors(name: str) -> list[str]:
@@ -164,7 +154,11 @@ def _settle_ties(modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
     """Give the other end of a tie the style that keeps it: one tensor can have one layout only."""
     for tie in resolved.ties:
         uses = {name: resolved.modules.get(name) for name, _ in tie.places}
-        sharded = {name: use for name, use in uses.items() if use is not None and use.style in SHARDED}
+        sharded = {
+            name: use
+            for name, own in tie.places
+            if (use := uses[name]) is not None and not use.made.placement(modules[name], own).is_replicate()
+        }
         if not sharded:
             continue
         for name, parameter in tie.places:
@@ -173,23 +167,21 @@ def _settle_ties(modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
             other, use = next(iter(sharded.items()))
             rule = f"tied to {other}"
             if isinstance(modules[name], nn.Linear) and type(modules[name]) is type(modules[other]):
-                resolved.modules[name] = replace(use, rule=rule)
+                resolved.modules[name] = replace(use, rule=rule, origin="tie")
             elif isinstance(modules[name], nn.Embedding):
-                resolved.modules[name] = StyleUse("embedding_rowwise", rule=rule)
+                resolved.modules[name] = StyleUse("embedding_rowwise", rule=rule, origin="tie")
             elif isinstance(modules[name], nn.Linear):
-                resolved.modules[name] = StyleUse("colwise_logits", rule=rule)
+                resolved.modules[name] = StyleUse("colwise_logits", rule=rule, origin="tie")
             else:
                 resolved.parameters[name, parameter] = "colwise"
-                resolved.modules[name] = StyleUse("local_params", rule=rule)
+                resolved.modules[name] = StyleUse("local_params", rule=rule, origin="tie")
         _check_tie(modules, resolved, tie)
 
 
 def _check_tie(modules: dict[str, nn.Module], resolved: ResolvedPlan, tie: Tie) -> None:
     layouts = {}
     for name, parameter in tie.places:
-        use, bare = resolved.modules[name], resolved.parameters.get((name, parameter))
-        style = make_style(bare) if bare else make_style(use.style, **use.options)
-        layouts[name] = style.placement(modules[name], parameter)
+        layouts[name] = resolved.placement(name, modules[name], parameter)
     if len(set(layouts.values())) > 1:
         rows = ", ".join(f"{name} ({resolved.modules[name].style}: {layout})" for name, layout in layouts.items())
         raise PlanError(
@@ -233,7 +225,7 @@ def _localise_arguments(modules: dict[str, nn.Module], plan: ParallelPlan, resol
 
 
 def _width_argument(name: str, widths: list[str], modules: dict[str, nn.Module], resolved: ResolvedPlan) -> str:
-    readers = [other for other, use in resolved.modules.items() if use.style in RANK_LOCAL]
+    readers = [other for other, use in resolved.modules.items() if use.made.output_is_slice]
     if len(widths) > 1 or widths[0] not in arguments_of(modules[name]):
         raise PlanError(f"{name} has no single argument {' or '.join(widths)} whose width can be made rank-local.")
     if not any(other.rpartition(".")[0] == name for other in readers):
@@ -254,68 +246,56 @@ def _cover(modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
     owners = {name for name, _ in resolved.parameters}
     for name, module in modules.items():
         if name in owners and name not in resolved.modules:
-            resolved.modules[name] = StyleUse("local_params", rule="owns parameters with styles")
+            resolved.modules[name] = StyleUse("local_params", rule="owns parameters with styles", origin="no rule")
         elif owns_parameters(module) and name not in resolved.modules:
-            resolved.modules[name] = StyleUse("replicate", rule="")
+            resolved.modules[name] = StyleUse("replicate", origin="no rule")
 
 
 def _declare_partial(model: nn.Module, modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
     """Sum the gradients of whole modules that the plan does not name, but that work on this rank's slice."""
-    readers = [name.rpartition(".")[0] for name, use in resolved.modules.items() if use.style in RANK_LOCAL]
+    readers = [name.rpartition(".")[0] for name, use in resolved.modules.items() if use.made.output_is_slice]
     inside = tuple({f"{region}." for region in readers if region})
     unnamed = {
         name
         for name, use in resolved.modules.items()
-        if use.style == "replicate" and not use.rule and name.startswith(inside)
+        if use.style == "replicate" and use.origin == "no rule" and name.startswith(inside)
     }
     if not inside or not unnamed:
         return
-    sliced = modules_on_slices(model, unnamed, _styled(resolved, RANK_LOCAL), _styled(resolved, SUMMING))
+    sliced = modules_on_slices(model, unnamed, resolved.is_styled(hands_on_slices), resolved.is_styled(sums))
     for name in sliced:
-        resolved.modules[name] = StyleUse("replicated_with_grad_allreduce", rule="works on this rank's slice")
-
-
-def _styled(resolved: ResolvedPlan, styles: frozenset[str]) -> Callable[[str], bool]:
-    def check(name: str) -> bool:
-        use = resolved.modules.get(name)
-        return use is not None and use.style in styles
-
-    return check
+        rule = "works on this rank's slice"
+        resolved.modules[name] = StyleUse(ReplicatedPartialGradient.name, rule=rule, origin="slices")
 
 
 def _collect_replicated(modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
-    """List the parameters that stay whole, and the modules among whose gradients are sums."""
+    """List the parameters that stay replicated, and the modules among whose gradients are sums."""
     for name, use in resolved.modules.items():
-        style = make_style(use.style, **use.options)
-        whole = tuple(
+        replicated = tuple(
             key
             for key, param in modules[name]._parameters.items()
             if param is not None and (name, key) not in resolved.parameters
-            if style.placement(modules[name], key).is_replicate()
+            if use.made.placement(modules[name], key).is_replicate()
         )
-        if not whole or use.options.get("outside"):
+        if not replicated or use.options.get("outside"):
             continue  # norms outside of the blocks see to their own gradients
-        resolved.replicated[name] = whole
-        if use.style in SUMMED or (use.sequence and use.style in WRITERS):
-            resolved.summed[name] = whole
+        resolved.replicated[name] = replicated
+        if use.made.partial_gradients or (use.sequence and use.made.writes):
+            resolved.summed[name] = replicated
 
 
 def _check_styles(modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
     for name, use in resolved.modules.items():
-        make_style(use.style, **use.options).check(modules[name], name, resolved.tp)
+        use.made.check(modules[name], name, resolved.tp)
 
 
 def sharded_fraction(model: nn.Module, resolved: ResolvedPlan) -> float:
     """The share of the model's parameters that tensor parallelism cuts."""
-    modules = dict(model.named_modules())
     counted: dict[int, tuple[int, bool]] = {}
-    for name, module in modules.items():
-        use = resolved.modules.get(name)
+    for name, module in model.named_modules():
         for own, param in module._parameters.items():
-            if param is None or use is None:
-                continue
-            style = resolved.parameters.get((name, own))
-            made = make_style(style) if style else make_style(use.style, **use.options)
-            counted[id(param)] = (param.numel(), made.placement(module, own).is_replicate() is False)
+            if param is not None and name in resolved.modules:
+                cut = not resolved.placement(name, module, own).is_replicate()
+                counted[id(param)] = (param.numel(), cut)
     total = sum(count for count, _ in counted.values())
     return sum(count for count, cut in counted.values() if cut) / total if total else 0.0

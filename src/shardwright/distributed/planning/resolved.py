@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal
+
+from torch import nn
+from torch.distributed.tensor.placement_types import Placement
 
 from shardwright.distributed.models.ties import Tie
 from shardwright.distributed.runtime.local_arguments import ArgumentCut
+from shardwright.distributed.styles import make_style
+from shardwright.distributed.styles.base import Style
 
-READERS = frozenset({"colwise", "packed_colwise", "fused_qkv", "kv_heads", "colwise_gather_output"})
-WRITERS = frozenset({"rowwise", "packed_rowwise", "rowwise_split_input"})
-SHARDED = READERS | WRITERS | {"embedding_rowwise", "embedding_colwise", "colwise_logits"} - {"kv_heads"}
-
-# Modules that sum over the ranks before they return: what goes in and what comes out is whole, whatever is cut inside.
-SUMMING = frozenset({"moe_tp_experts", "ep_dispatch_experts", "all_reduce"})
+Origin = Literal["plan", "tie", "sequence parallelism", "slices", "no rule"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class StyleUse:
         style: a name in :data:`shardwright.distributed.styles.STYLES`.
         options: what the style needs to know beyond its name.
         rule: the glob that gave it, or why it has this style where no glob did.
+        origin: what gave it: a rule of the plan, a tie, the overlay of sequence parallelism, the dataflow (a module
+            that works on slices), or nothing.
         region: name of the region whose input it reads or whose result it writes.
         sequence: under sequence parallelism, a reader directly below a block gathers for itself and a writer leaves its
             output split.
@@ -33,8 +36,14 @@ class StyleUse:
     style: str
     options: Mapping[str, Any] = field(default_factory=dict)
     rule: str = ""
+    origin: Origin = "plan"
     region: str | None = None
     sequence: bool = False
+
+    @cached_property
+    def made(self) -> Style:
+        """The style itself, which states its facts."""
+        return make_style(self.style, **self.options)
 
 
 @dataclass(frozen=True)
@@ -81,3 +90,18 @@ class ResolvedPlan:
     heads: list[int] = field(default_factory=list)
     ties: list[Tie] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def placement(self, name: str, module: nn.Module, own: str) -> Placement:
+        """Where the parameter ``own`` of the module called ``name`` goes on the ``tp`` axis."""
+        bare = self.parameters.get((name, own))
+        style = make_style(bare) if bare is not None else self.modules[name].made
+        return style.placement(module, own)
+
+    def is_styled(self, fact: Callable[[Style], bool]) -> Callable[[str], bool]:
+        """Whether a module of a given name has a style with this fact."""
+
+        def check(name: str) -> bool:
+            use = self.modules.get(name)
+            return use is not None and fact(use.made)
+
+        return check

@@ -13,11 +13,9 @@ from dataclasses import replace
 from torch import nn
 
 from shardwright.distributed.models.blocks import block_names, is_norm, numbers_to_globs, owns_parameters
-from shardwright.distributed.planning.resolved import READERS, WRITERS, RegionUse, ResolvedPlan, StyleUse
+from shardwright.distributed.planning.resolved import RegionUse, ResolvedPlan, StyleUse
 from shardwright.distributed.planning.sequence_check import unsplittable_blocks
-
-# What may stand in a direct region, beside its one writer: work on this rank's share only.
-_RANK_LOCAL = frozenset({"colwise", "packed_colwise", "fused_qkv", "kv_heads", "replicated_with_grad_allreduce"})
+from shardwright.distributed.styles.replicated import LocalParams, ReplicatedPartialGradient, SequenceParallelNorm
 
 
 def _parent(name: str) -> str:
@@ -27,7 +25,7 @@ def _parent(name: str) -> str:
 def find_regions(modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
     """Make the parent of every reader a region, so that its readers share their input's backward."""
     for name, use in list(resolved.modules.items()):
-        if use.style in READERS or use.style in WRITERS:
+        if use.made.reads or use.made.writes:
             region = _parent(name)
             resolved.modules[name] = replace(use, region=region)
             resolved.regions.setdefault(region, RegionUse())
@@ -58,7 +56,7 @@ def _overlay_block(block: str, modules: dict[str, nn.Module], resolved: Resolved
     resolved.blocks.append(block)
     own = resolved.modules.get(block)
     if own is not None and own.style == "replicate":
-        resolved.modules[block] = replace(own, style="replicated_with_grad_allreduce")
+        resolved.modules[block] = replace(own, style=ReplicatedPartialGradient.name, origin="sequence parallelism")
     for child, _ in modules[block].named_children():
         name = f"{block}.{child}"
         kind, use = _child_kind(name, modules, resolved), resolved.modules.get(name)
@@ -67,7 +65,8 @@ def _overlay_block(block: str, modules: dict[str, nn.Module], resolved: Resolved
         elif kind == "layer" and use is not None:
             resolved.modules[name] = replace(use, sequence=True)
         elif kind == "local" and use is not None and use.style == "replicate":
-            resolved.modules[name] = StyleUse("sequence_parallel", rule="on this rank's part of the sequence")
+            rule = "on this rank's part of the sequence"
+            resolved.modules[name] = StyleUse(SequenceParallelNorm.name, rule=rule, origin="sequence parallelism")
 
 
 def _child_kind(name: str, modules: dict[str, nn.Module], resolved: ResolvedPlan) -> str:
@@ -75,7 +74,7 @@ def _child_kind(name: str, modules: dict[str, nn.Module], resolved: ResolvedPlan
     module, use = modules[name], resolved.modules.get(name)
     leaf = not list(module.children())
     if any(_is_tensor_parallel(other, resolved) for other in _below(name, modules)):
-        return "layer" if leaf and use is not None and use.style in READERS | WRITERS else "region"
+        return "layer" if leaf and use is not None and (use.made.reads or use.made.writes) else "region"
     if leaf and (use is None or use.style != "replicate" or is_norm(module) or isinstance(module, nn.Linear)):
         return "local"
     return "region" if any(owns_parameters(modules[other]) for other in _below(name, modules)) else "local"
@@ -86,9 +85,11 @@ def _overlay_norms(modules: dict[str, nn.Module], resolved: ResolvedPlan) -> Non
     lists = {_parent(_parent(block)) for block in resolved.blocks}
     inside = tuple(f"{block}." for block in resolved.blocks)
     for name, use in list(resolved.modules.items()):
-        explicit = use.style == "sequence_parallel" and not name.startswith(inside)
+        explicit = use.style == SequenceParallelNorm.name and not name.startswith(inside)
         if explicit or (use.style == "replicate" and _parent(name) in lists and is_norm(modules[name])):
-            resolved.modules[name] = StyleUse("sequence_parallel", {"outside": True}, "norm of the stream")
+            resolved.modules[name] = StyleUse(
+                SequenceParallelNorm.name, {"outside": True}, "norm of the stream", "sequence parallelism"
+            )
 
 
 def _below(name: str, modules: dict[str, nn.Module]) -> list[str]:
@@ -99,21 +100,28 @@ def _below(name: str, modules: dict[str, nn.Module]) -> list[str]:
 def _is_tensor_parallel(name: str, resolved: ResolvedPlan) -> bool:
     use = resolved.modules.get(name)
     return use is not None and (
-        use.style in READERS | WRITERS | {"moe_tp_experts", "ep_dispatch_experts", "all_reduce", "mla_kv_a_proj"}
+        use.made.reads
+        or use.made.writes
+        or use.made.sums
+        or use.made.sums_output_gradient
         or any(owner == name for owner, _ in resolved.parameters)
     )
 
 
 def _make_region(name: str, names: list[str], block: str, resolved: ResolvedPlan) -> None:
     uses = {other: resolved.modules[other] for other in names if other in resolved.modules}
-    writers = [other for other, use in uses.items() if use.style in ("rowwise", "packed_rowwise")]
-    others = {use.style for other, use in uses.items() if other not in writers}
-    bare = {style for (owner, _), style in resolved.parameters.items() if owner in uses}
+    writers = [other for other, use in uses.items() if use.made.writes and use.made.input_is_slice]
+    owners = {owner for owner, _ in resolved.parameters}
     direct = (
         len(writers) == 1
-        and others <= _RANK_LOCAL | ({"local_params"} if bare else set())
-        and all(_parent(other) == name or use.style not in READERS | WRITERS for other, use in uses.items())
+        # Beside its one writer, all work in a direct region is on this rank's share.
+        and all(_rank_local(use, other in owners) for other, use in uses.items() if other not in writers)
+        and all(_parent(other) == name or not (use.made.reads or use.made.writes) for other, use in uses.items())
     )
     resolved.regions[name] = RegionUse(block, direct)
     if direct:
         resolved.modules[writers[0]] = replace(uses[writers[0]], sequence=True)
+
+
+def _rank_local(use: StyleUse, owns_cut_parameters: bool) -> bool:
+    return use.made.rank_local or (use.style == LocalParams.name and owns_cut_parameters)

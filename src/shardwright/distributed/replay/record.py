@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardwright.distributed.replay.cuts import WHOLE, Cut
+from shardwright.distributed.styles.cuts import WHOLE, Cut
 
 # Slicing changes the order of float32 sums at most, which is about 1e-6. A region that is nearly right (a norm over a
 # slice in place of all features) must not pass, so this is strict; what it rejects by mistake is gathered, and exact.

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from shardwright.distributed.replay.cuts import Cut
 from shardwright.distributed.replay.record import TOLERANCE, FullRun, Idle, Mismatch, RankRun, Recorder, same
 from shardwright.distributed.replay.watch import Touched, bind, listening, reading
 from shardwright.distributed.replay.weightless import WeightlessCopy
 from shardwright.distributed.runtime.local_arguments import ArgumentCut
 from shardwright.distributed.runtime.local_sizes import LocalSizes
 from shardwright.distributed.runtime.local_width import stand_in
+from shardwright.distributed.styles.cuts import Cut
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,11 @@
-"""Every tensor- and sequence-parallel behaviour as a torch ``ParallelStyle``.
+"""What a plan can name: every tensor- and sequence-parallel behaviour, as torch ``ParallelStyle``s.
 
-:func:`make_style` turns a style name from a plan into one. To add a style: a class in the file it belongs to, a name in
+:func:`make_style` turns a style string of a plan into one. To add a style: a class in the file it belongs to, a line in
 ``STYLES``, a test.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from shardwright.distributed.styles.base import Style
@@ -19,7 +18,16 @@ from shardwright.distributed.styles.experts import (
     TensorParallelExperts,
 )
 from shardwright.distributed.styles.key_value_heads import KeyValueHeads
-from shardwright.distributed.styles.linear import Colwise, PackedColwise, PackedRowwise, Rowwise
+from shardwright.distributed.styles.linear import (
+    Colwise,
+    ColwiseGatherOutput,
+    ColwiseLogits,
+    FusedQkv,
+    PackedColwise,
+    PackedRowwise,
+    Rowwise,
+    RowwiseSplitInput,
+)
 from shardwright.distributed.styles.replicated import (
     LocalParams,
     MlaKvA,
@@ -27,35 +35,33 @@ from shardwright.distributed.styles.replicated import (
     ReplicatedPartialGradient,
     SequenceParallelNorm,
 )
-from shardwright.distributed.styles.written import written_options
 from shardwright.errors import PlanError
 
-STYLES: dict[str, Callable[..., Style]] = {
-    "colwise": Colwise,
-    "colwise_gather_output": lambda **options: Colwise(output="gather", **options),
-    "colwise_logits": lambda **options: Colwise(output="logits", **options),
-    "fused_qkv": lambda **options: Colwise(output="heads", **options),
-    "packed_colwise": PackedColwise,
-    "kv_heads": KeyValueHeads,
-    "rowwise": Rowwise,
-    "rowwise_split_input": lambda **options: Rowwise(split_input=True, **options),
-    "packed_rowwise": PackedRowwise,
-    "embedding_rowwise": EmbeddingRowwise,
-    "embedding_colwise": EmbeddingColwise,
-    "embedding_slice": EmbeddingSlice,
-    "sequence_parallel": SequenceParallelNorm,
-    "replicate": Replicated,
-    "replicated_with_grad_allreduce": ReplicatedPartialGradient,
-    "local_params": LocalParams,
-    "mla_kv_a_proj": MlaKvA,
-    "moe_tp_experts": TensorParallelExperts,
-    "moe_identity_expert": IdentityExpert,
-    "all_reduce": SummedOutput,
-    "grouped_gemm": GroupedGemm,
-    "ep_dispatch_experts": ExpertDispatch,
-}
-# Names that plans written for older libraries use.
-ALIASES = {"colwise_rep": "colwise_gather_output", "rowwise_rep": "rowwise_split_input"}
+_CLASSES: tuple[type[Style], ...] = (
+    Colwise,
+    ColwiseGatherOutput,
+    ColwiseLogits,
+    FusedQkv,
+    PackedColwise,
+    KeyValueHeads,
+    Rowwise,
+    RowwiseSplitInput,
+    PackedRowwise,
+    EmbeddingRowwise,
+    EmbeddingColwise,
+    EmbeddingSlice,
+    SequenceParallelNorm,
+    Replicated,
+    ReplicatedPartialGradient,
+    LocalParams,
+    MlaKvA,
+    TensorParallelExperts,
+    IdentityExpert,
+    SummedOutput,
+    GroupedGemm,
+    ExpertDispatch,
+)
+STYLES: dict[str, type[Style]] = {cls.name: cls for cls in _CLASSES}
 
 
 def canonical_style(style: str) -> tuple[str, dict[str, Any]]:
@@ -66,11 +72,12 @@ def canonical_style(style: str) -> tuple[str, dict[str, Any]]:
     """
     if not isinstance(style, str):
         raise PlanError(f"A parallel style must be a string, not {style!r}.")
-    name, _, argument = style.partition(":")
-    name = ALIASES.get(name, name)
-    options = written_options(name, argument)
+    aliases = {alias: cls.name for cls in STYLES.values() for alias in cls.aliases}
+    name, colon, argument = style.partition(":")
+    name = aliases.get(name, name)
+    options = STYLES[name].written_options(argument) if name in STYLES and colon else {}
     if name not in STYLES or options is None:
-        raise PlanError(f"Unknown parallel style: {style!r}. Known styles: {', '.join([*STYLES, *ALIASES])}.")
+        raise PlanError(f"Unknown parallel style: {style!r}. Known styles: {', '.join([*STYLES, *aliases])}.")
     return name, options
 
 

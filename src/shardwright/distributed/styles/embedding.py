@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from shardwright.distributed.runtime.forward import (
     parameters_as,
 )
 from shardwright.distributed.styles.base import LocalParameters, Style
+from shardwright.distributed.styles.cuts import Cut, contiguous
+from shardwright.distributed.styles.linear import parameter_shape
+from shardwright.distributed.styles.traffic import Sent, Site, forward
 from shardwright.errors import PlanError
 
 
@@ -77,6 +80,7 @@ class EmbeddingRowwise(Style, RowwiseParallel):
     """Each rank holds a slice of the vocabulary; the lookups are summed."""
 
     name = "embedding_rowwise"
+    table = True
 
     def __init__(self) -> None:
         RowwiseParallel.__init__(self, input_layouts=Replicate())
@@ -89,10 +93,11 @@ class EmbeddingRowwise(Style, RowwiseParallel):
     def placement(self, module: nn.Module, parameter: str) -> Placement:
         return Shard(0) if parameter == "weight" else Replicate()
 
+    def sent(self, site: Site) -> Iterable[Sent]:
+        return [forward("all_reduce", parameter_shape(site.module, "weight")[1])]
+
     def around(self, module: nn.Module, mesh: DeviceMesh) -> Around:
-        weight = module._parameters["weight"]
-        assert weight is not None
-        return _VocabularyForward(weight.shape[0], mesh)
+        return _VocabularyForward(parameter_shape(module, "weight")[0], mesh)
 
 
 class _FeatureForward(Around):
@@ -120,16 +125,24 @@ class EmbeddingColwise(Style, ColwiseParallel):
     def placement(self, module: nn.Module, parameter: str) -> Placement:
         return Shard(1) if parameter == "weight" else Replicate()
 
+    def sent(self, site: Site) -> Iterable[Sent]:
+        return [forward("all_gather", parameter_shape(site.module, "weight")[1])]
+
     def around(self, module: nn.Module, mesh: DeviceMesh) -> Around:
-        weight = module._parameters["weight"]
-        assert weight is not None
-        return _FeatureForward(weight.shape[1], mesh)
+        return _FeatureForward(parameter_shape(module, "weight")[1], mesh)
 
 
 class EmbeddingSlice(EmbeddingColwise):
     """Each rank holds, and hands on, a slice of every vector: its heads of a table with a feature per head."""
 
     name = "embedding_slice"
+    output_is_slice = True
+
+    def cut_out(self, width: int) -> Cut | None:
+        return contiguous(width)
+
+    def sent(self, site: Site) -> Iterable[Sent]:
+        return []
 
     def around(self, module: nn.Module, mesh: DeviceMesh) -> Around:
         return LocalParameters()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,8 +13,9 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from shardwright.distributed.runtime import collectives as c
-from shardwright.distributed.runtime.forward import Around, Forward, attributes_as
+from shardwright.distributed.runtime.forward import Around, Forward, attributes_as, original_class
 from shardwright.distributed.styles.base import LocalParameters, Style
+from shardwright.distributed.styles.traffic import Sent, Site, backward, forward
 from shardwright.errors import PlanError, sizes_that_work
 
 
@@ -36,6 +39,17 @@ class TensorParallelExperts(Style):
     """Experts in batched parameters that are cut (each has a style of its own): the outputs are summed."""
 
     name = "moe_tp_experts"
+    sums = True
+    experts = True
+
+    def sent(self, site: Site) -> Iterable[Sent]:
+        """Hidden states (and routing weights) go to every rank's slice of the experts; the outputs are summed."""
+        width, module = site.stream, site.module
+        routed = len(inspect.signature(original_class(module).forward).parameters) > 2
+        if not routed:  # then every expert is called on every token: [experts * tokens, features]
+            width *= max((param.shape[0] for param in module._parameters.values() if param is not None), default=1)
+        weights = [backward("all_reduce", site.experts_per_token)] if routed else []
+        return [forward("all_reduce", width), backward("all_reduce", width), *weights]
 
     def around(self, module: nn.Module, mesh: DeviceMesh) -> Around:
         return _ExpertsForward(mesh)
@@ -45,6 +59,7 @@ class SummedOutput(TensorParallelExperts):
     """Any module whose own parameters are cut and whose output is this rank's part of a sum."""
 
     name = "all_reduce"
+    experts = False
 
 
 class GroupedGemm(Style):

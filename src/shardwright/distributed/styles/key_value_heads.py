@@ -10,8 +10,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardwright.distributed.runtime import collectives as c
 from shardwright.distributed.runtime.forward import Around, Forward, local_parameters, parameters_as
-from shardwright.distributed.runtime.regions import SequenceLength, SharedInput
 from shardwright.distributed.styles.base import Style
+from shardwright.distributed.styles.cuts import Cut, Picked
 from shardwright.distributed.styles.linear import reader_input
 
 
@@ -42,23 +42,21 @@ class KeyValueHeads(Style):
     Args:
         count: heads in the weight.
         heads: rank -> the heads it computes, in order; one may be listed several times.
-        shared, length: as for :class:`shardwright.distributed.styles.linear.Colwise`.
     """
 
     name = "kv_heads"
+    reads = True
+    output_is_slice = True
+    rank_local = True
+    partial_gradients = True
 
-    def __init__(
-        self,
-        *,
-        count: int,
-        heads: tuple[tuple[int, ...], ...],
-        shared: SharedInput | None = None,
-        length: SequenceLength | None = None,
-    ) -> None:
+    def __init__(self, *, count: int, heads: tuple[tuple[int, ...], ...]) -> None:
         self.count = count
         self.heads = heads
-        self.shared = shared or SharedInput()
-        self.length = length
+
+    def cut_out(self, width: int) -> Cut | None:
+        each = width // self.count
+        return Picked(features=tuple(tuple(h * each + i for h in mine for i in range(each)) for mine in self.heads))
 
     def around(self, module: nn.Module, mesh: DeviceMesh) -> Around:
         return _KeyValueForward(self, mesh)

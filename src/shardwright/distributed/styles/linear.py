@@ -6,7 +6,9 @@ layer takes such a slice and *writes* the sum over the ranks (Shoeybi et al. 201
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from collections.abc import Iterable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,9 @@ from shardwright.distributed.runtime import collectives as c
 from shardwright.distributed.runtime.forward import Around, Forward, attributes_as, local_parameters, parameters_as
 from shardwright.distributed.runtime.logits import sharded_logits
 from shardwright.distributed.runtime.regions import SEQUENCE_DIM, SequenceLength, SharedInput
-from shardwright.distributed.styles.base import Style
+from shardwright.distributed.styles.base import Place, Style
+from shardwright.distributed.styles.cuts import Cut, Picked, contiguous, packed
+from shardwright.distributed.styles.traffic import Sent, Site, backward, forward
 from shardwright.errors import PlanError
 
 
@@ -81,13 +85,8 @@ class _ColwiseForward(Around):
         self.group = c.Group.of(mesh)
         self.mesh = mesh
         self.width = features(module, out=True)
-        self.style_output = style.output
         self.shared = style.shared
         self.length = style.length
-        self.heads = style.heads
-
-    def _local(self, module: nn.Module) -> dict[str, Tensor]:
-        return local_parameters(module)
 
     def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x, *others = args
@@ -95,15 +94,147 @@ class _ColwiseForward(Around):
         tensors = self._local(module)
         local = {"nf": tensors["weight"].shape[-1]} if is_transposed(module) else {}
         with parameters_as(module, tensors), attributes_as(module, local):
-            y = forward(x, *others, **kwargs)
-        if self.style_output == "logits":
-            return sharded_logits(y, self.width, self.mesh)
-        if self.style_output == "gather":
-            return c.gather(y, y.ndim - 1, self.width, self.group, partial_grad=False)
-        if self.style_output == "heads":
-            whole = c.gather(y, y.ndim - 1, self.width, self.group, partial_grad=True)
-            return whole.index_select(-1, torch.tensor(self.heads[self.group.rank], device=whole.device))
+            return self._output(forward(x, *others, **kwargs))
+
+    def _local(self, module: nn.Module) -> dict[str, Tensor]:
+        return local_parameters(module)
+
+    def _output(self, y: Tensor) -> Tensor:
+        """What becomes of this rank's slice of the output."""
         return y
+
+
+class Colwise(Style, ColwiseParallel):
+    """Cut on the output features; the slice is handed on as it is."""
+
+    name = "colwise"
+    reads = True
+    output_is_slice = True
+    rank_local = True
+
+    def __init__(self) -> None:
+        ColwiseParallel.__init__(self)
+
+    def specialised(self, place: Place) -> tuple[str, dict[str, Any]] | None:
+        if isinstance(place.module, nn.Embedding):
+            return "embedding_colwise", {}
+        return ("colwise_logits", {}) if place.head and type(self) is Colwise else None
+
+    def check(self, module: nn.Module, name: str, size: int) -> None:
+        _require_linear(module, name, self.name)
+
+    def placement(self, module: nn.Module, parameter: str) -> Placement:
+        return Shard(feature_dim(module, parameter, out=True))
+
+    def cut_out(self, width: int) -> Cut | None:
+        return contiguous(width)
+
+    def around(self, module: nn.Module, mesh: DeviceMesh) -> Around:
+        return _ColwiseForward(self, module, mesh)
+
+
+class _GatheredForward(_ColwiseForward):
+    def _output(self, y: Tensor) -> Tensor:
+        return c.gather(y, y.ndim - 1, self.width, self.group, partial_grad=False)
+
+
+class ColwiseGatherOutput(Colwise):
+    """Cut on the output features; the output is gathered."""
+
+    name = "colwise_gather_output"
+    aliases = ("colwise_rep",)
+    output_is_slice = False
+    rank_local = False
+
+    def __init__(self) -> None:
+        ColwiseParallel.__init__(self, output_layouts=Replicate())
+
+    def cut_out(self, width: int) -> Cut | None:
+        return None
+
+    def sent(self, site: Site) -> Iterable[Sent]:
+        return [forward("all_gather", features(site.module, out=True))]
+
+    def around(self, module: nn.Module, mesh: DeviceMesh) -> Around:
+        return _GatheredForward(self, module, mesh)
+
+
+class _LogitsForward(_ColwiseForward):
+    def _output(self, y: Tensor) -> Tensor:
+        return sharded_logits(y, self.width, self.mesh)
+
+
+class ColwiseLogits(Colwise):
+    """The output head: the logits are a DTensor that stays sharded on the vocabulary."""
+
+    name = "colwise_logits"
+    reads = False  # beside the regions: nothing else reads its input
+    output_is_slice = False
+    rank_local = False
+
+    def __init__(self) -> None:
+        ColwiseParallel.__init__(self, output_layouts=Shard(-1), use_local_output=False)
+
+    def specialised(self, place: Place) -> tuple[str, dict[str, Any]] | None:
+        return ("colwise", {}) if place.in_block else None
+
+    def cut_out(self, width: int) -> Cut | None:
+        return None
+
+    def sent(self, site: Site) -> Iterable[Sent]:
+        # Cross-entropy on shards: the largest logit of every token, then three sums.
+        return [Sent("all_reduce", False, 1, float32=True), Sent("all_reduce", False, 3, float32=True)]
+
+    def around(self, module: nn.Module, mesh: DeviceMesh) -> Around:
+        return _LogitsForward(self, module, mesh)
+
+
+class _HeadsForward(_ColwiseForward):
+    def __init__(self, style: FusedQkv, module: nn.Module, mesh: DeviceMesh) -> None:
+        super().__init__(style, module, mesh)
+        self.heads = style.heads
+
+    def _output(self, y: Tensor) -> Tensor:
+        whole = c.gather(y, y.ndim - 1, self.width, self.group, partial_grad=True)
+        return whole.index_select(-1, torch.tensor(self.heads[self.group.rank], device=whole.device))
+
+
+class FusedQkv(Colwise):
+    """Unequal blocks (queries, keys, values) in one layer: the output is gathered, and each rank picks its features.
+
+    Args:
+        blocks: ``(width, parts)`` of every block, as a plan writes them: ``fused_qkv:64,32,32`` are blocks of 64, 32
+            and 32 features, each cut in consecutive parts; in ``fused_qkv:64,32/2`` the second is made of two parts
+            (key-value heads), which more ranks than two share. The planner turns them into ``heads``.
+        heads: rank -> the features it picks.
+    """
+
+    name = "fused_qkv"
+
+    def __init__(self, *, blocks: tuple[tuple[int, int], ...] = (), heads: tuple[tuple[int, ...], ...] = ()) -> None:
+        super().__init__()
+        self.blocks = blocks
+        self.heads = heads
+
+    @classmethod
+    def written_options(cls, argument: str) -> dict[str, Any] | None:
+        if not _BLOCKS.fullmatch(argument):
+            return None
+        pairs = (block.partition("/") for block in argument.split(","))
+        return {"blocks": tuple((int(width), int(parts or 0)) for width, _, parts in pairs)}
+
+    def cut_out(self, width: int) -> Cut | None:
+        return Picked(features=self.heads)
+
+    def sent(self, site: Site) -> Iterable[Sent]:
+        width = features(site.module, out=True)
+        return [forward("all_gather", width), backward("reduce_scatter", width)]
+
+    def around(self, module: nn.Module, mesh: DeviceMesh) -> Around:
+        return _HeadsForward(self, module, mesh)
+
+
+_BLOCKS = re.compile(r"[1-9]\d*(/[1-9]\d*)?(,[1-9]\d*(/[1-9]\d*)?)*")
 
 
 class _PackedColwiseForward(_ColwiseForward):
@@ -119,71 +250,43 @@ class _PackedColwiseForward(_ColwiseForward):
         return tensors
 
 
-class Colwise(Style, ColwiseParallel):
-    """Cut on the output features.
-
-    Args:
-        output: what becomes of this rank's slice of the output. ``"slice"``: handed on as it is; ``"gather"``: made
-            whole; ``"logits"``: a DTensor sharded on the vocabulary; ``"heads"``: made whole, then each rank takes the
-            features listed for it in ``heads``.
-        shared: the region's shared input; None where this layer is the only reader.
-        length: for a layer directly below a sequence-parallel block, that block's sequence length.
-    """
-
-    name = "colwise"
-
-    def __init__(
-        self,
-        *,
-        output: str = "slice",
-        shared: SharedInput | None = None,
-        length: SequenceLength | None = None,
-        heads: tuple[tuple[int, ...], ...] = (),
-    ) -> None:
-        ColwiseParallel.__init__(
-            self,
-            output_layouts=Replicate() if output == "gather" else Shard(-1),
-            use_local_output=output != "logits",
-        )
-        self.output = output
-        self.shared = shared or SharedInput()
-        self.length = length
-        self.heads = heads
-
-    def check(self, module: nn.Module, name: str, size: int) -> None:
-        _require_linear(module, name, self.name)
-
-    def placement(self, module: nn.Module, parameter: str) -> Placement:
-        return Shard(feature_dim(module, parameter, out=True))
-
-    def around(self, module: nn.Module, mesh: DeviceMesh) -> Around:
-        return _ColwiseForward(self, module, mesh)
-
-
 class PackedColwise(Colwise):
     """Column-parallel for a weight that packs ``pieces`` equal ones (gate|up, q|k|v): each piece is cut.
 
-    The bias stays whole and every rank takes its part of it, because FSDP2 cannot cut a vector that is cut in pieces
-    already; its gradient is summed over the ranks.
+    The bias stays replicated and every rank takes its part of it, because FSDP2 cannot cut a vector that is cut in
+    pieces already; its gradient is summed over the ranks. ``packed_colwise:3`` in a plan packs three pieces.
     """
 
     name = "packed_colwise"
+    partial_gradients = True
 
-    def __init__(self, *, pieces: int = 2, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(self, *, pieces: int = 2) -> None:
+        super().__init__()
         self.pieces = pieces
+
+    @classmethod
+    def written_options(cls, argument: str) -> dict[str, Any] | None:
+        return written_number("pieces", argument)
 
     def check(self, module: nn.Module, name: str, size: int) -> None:
         super().check(module, name, size)
         check_pieces(name, features(module, out=True), self.pieces, size)
 
-    def around(self, module: nn.Module, mesh: DeviceMesh) -> Around:
-        return _PackedColwiseForward(self, module, mesh)
-
     def placement(self, module: nn.Module, parameter: str) -> Placement:
         if len(parameter_shape(module, parameter)) == 1:
             return Replicate()
         return _StridedShard(feature_dim(module, parameter, out=True), split_factor=self.pieces)
+
+    def cut_out(self, width: int) -> Cut | None:
+        return packed(width, self.pieces)
+
+    def around(self, module: nn.Module, mesh: DeviceMesh) -> Around:
+        return _PackedColwiseForward(self, module, mesh)
+
+
+def written_number(option: str, argument: str) -> dict[str, Any] | None:
+    """``{option: 3}`` for ``"3"``; None for what is no whole number above 0."""
+    return {option: int(argument)} if argument.isdigit() and int(argument) > 0 else None
 
 
 def check_pieces(name: str, width: int, pieces: int, size: int) -> None:
@@ -201,13 +304,13 @@ def check_pieces(name: str, width: int, pieces: int, size: int) -> None:
 class _RowwiseForward(Around):
     def __init__(self, style: Rowwise, mesh: DeviceMesh) -> None:
         self.group = c.Group.of(mesh)
-        self.split_input = style.split_input
+        self.input_is_slice = style.input_is_slice
         self.length = style.length
         self.shared = style.shared
 
     def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x, *others = args
-        if self.split_input:
+        if not self.input_is_slice:
             x = c.scatter(x, x.ndim - 1, self.group)
         tensors: dict[str, Any] = local_parameters(module)
         bias = tensors.get("bias")
@@ -227,27 +330,18 @@ class _RowwiseForward(Around):
 
 
 class Rowwise(Style, RowwiseParallel):
-    """Cut on the input features; the output is the sum over the ranks, the bias added once.
-
-    Args:
-        split_input: the input is whole and each rank takes its slice of it.
-        length: leave the sum split along the sequence, which is so long in this block (sequence parallelism).
-        shared: the region's shared input, which is told that the region has been written.
-    """
+    """Cut on the input features; the output is the sum over the ranks, the bias added once."""
 
     name = "rowwise"
+    writes = True
+    input_is_slice = True
+    on_whole_input: ClassVar[str | None] = "rowwise_split_input"
 
-    def __init__(
-        self, *, split_input: bool = False, length: SequenceLength | None = None, shared: SharedInput | None = None
-    ) -> None:
-        RowwiseParallel.__init__(
-            self,
-            input_layouts=Replicate() if split_input else Shard(-1),
-            output_layouts=Replicate() if length is None else Shard(SEQUENCE_DIM),
-        )
-        self.split_input = split_input
-        self.length = length
-        self.shared = shared or SharedInput()
+    def __init__(self) -> None:
+        RowwiseParallel.__init__(self, input_layouts=Shard(-1) if self.input_is_slice else Replicate())
+
+    def specialised(self, place: Place) -> tuple[str, dict[str, Any]] | None:
+        return ("embedding_rowwise", {}) if isinstance(place.module, nn.Embedding) else None
 
     def check(self, module: nn.Module, name: str, size: int) -> None:
         _require_linear(module, name, self.name)
@@ -255,23 +349,54 @@ class Rowwise(Style, RowwiseParallel):
     def placement(self, module: nn.Module, parameter: str) -> Placement:
         return Replicate() if parameter == "bias" else Shard(feature_dim(module, parameter, out=False))
 
+    def cut_in(self, width: int) -> Cut | None:
+        return contiguous(width) if self.input_is_slice else None
+
+    def sent(self, site: Site) -> Iterable[Sent]:
+        width = features(site.module, out=True)
+        if site.sequence:
+            return [forward("reduce_scatter", width), backward("all_gather", width)]
+        return [forward("all_reduce", width)]
+
     def around(self, module: nn.Module, mesh: DeviceMesh) -> Around:
         return _RowwiseForward(self, mesh)
+
+
+class RowwiseSplitInput(Rowwise):
+    """Cut on the input features, of an input that is whole: each rank takes its slice of it."""
+
+    name = "rowwise_split_input"
+    aliases = ("rowwise_rep",)
+    input_is_slice = False
+    on_whole_input = None
+
+    def sent(self, site: Site) -> Iterable[Sent]:
+        return [backward("all_gather", features(site.module, out=False)), *super().sent(site)]
 
 
 class PackedRowwise(Rowwise):
     """Row-parallel for a weight whose input features pack ``pieces`` equal ones: each piece is cut."""
 
     name = "packed_rowwise"
+    on_whole_input = None
 
-    def __init__(self, *, pieces: int = 2, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(self, *, pieces: int = 2) -> None:
+        super().__init__()
         self.pieces = pieces
+
+    @classmethod
+    def written_options(cls, argument: str) -> dict[str, Any] | None:
+        return written_number("pieces", argument)
 
     def check(self, module: nn.Module, name: str, size: int) -> None:
         super().check(module, name, size)
         check_pieces(name, features(module, out=False), self.pieces, size)
 
     def placement(self, module: nn.Module, parameter: str) -> Placement:
-        whole = super().placement(module, parameter)
-        return _StridedShard(whole.dim, split_factor=self.pieces) if isinstance(whole, Shard) else whole
+        replicated = super().placement(module, parameter)
+        if not isinstance(replicated, Shard):
+            return replicated
+        return _StridedShard(replicated.dim, split_factor=self.pieces)
+
+    def cut_in(self, width: int) -> Cut | None:
+        return packed(width, self.pieces)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from torch.distributed.tensor.parallel import SequenceParallel
 from shardwright.distributed.runtime import collectives as c
 from shardwright.distributed.runtime.forward import Around, Forward, local_parameters, parameters_as
 from shardwright.distributed.runtime.regions import SEQUENCE_DIM, sequence_sharded
-from shardwright.distributed.styles.base import LocalParameters, Style
+from shardwright.distributed.styles.base import LocalParameters, Place, Style
+from shardwright.distributed.styles.linear import written_number
+from shardwright.distributed.styles.traffic import Sent, Site, backward
 from shardwright.errors import PlanError
 
 
@@ -38,6 +41,8 @@ class ReplicatedPartialGradient(Style):
     """Whole, but its work is this rank's share: its gradient is summed (:mod:`.gradient_sum`)."""
 
     name = "replicated_with_grad_allreduce"
+    rank_local = True
+    partial_gradients = True
 
 
 class LocalParams(Style):
@@ -75,10 +80,15 @@ class SequenceParallelNorm(Style, SequenceParallel):
     """
 
     name = "sequence_parallel"
+    partial_gradients = True
+    parameters_only = True
 
     def __init__(self, *, outside: bool = False) -> None:
         SequenceParallel.__init__(self)
         self.outside = outside
+
+    def specialised(self, place: Place) -> tuple[str, dict[str, Any]] | None:
+        return None if place.sequence_parallel else ("replicate", {})
 
     def around(self, module: nn.Module, mesh: DeviceMesh) -> Around:
         return _SequenceForward(mesh, outside=self.outside)
@@ -106,9 +116,27 @@ class MlaKvA(Style):
     """
 
     name = "mla_kv_a_proj"
+    sums_output_gradient = True
 
     def __init__(self, rope_dim: int | None = None) -> None:
         self.rope_dim = rope_dim
+
+    @classmethod
+    def written_options(cls, argument: str) -> dict[str, Any] | None:
+        return written_number("rope_dim", argument)
+
+    def specialised(self, place: Place) -> tuple[str, dict[str, Any]] | None:
+        if self.rope_dim is not None:
+            return None
+        if place.rotary_width is None:
+            raise PlanError(
+                f"{place.name} has the style {self.name!r}, but the model's config has no qk_rope_head_dim."
+            )
+        return self.name, {"rope_dim": place.rotary_width}
+
+    def sent(self, site: Site) -> Iterable[Sent]:
+        assert self.rope_dim is not None
+        return [backward("all_reduce", self.rope_dim)]
 
     def around(self, module: nn.Module, mesh: DeviceMesh) -> Around:
         if self.rope_dim is None:

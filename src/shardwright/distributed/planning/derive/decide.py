@@ -17,9 +17,8 @@ from functools import cached_property
 from torch import Tensor
 
 from shardwright.distributed.models.huggingface import text_config
-from shardwright.distributed.planning.derive.abilities import AVAILABLE, Abilities
 from shardwright.distributed.planning.derive.connections import Key, Masks, Region, dependencies
-from shardwright.distributed.replay.cuts import Cut, contiguous, cut_from_masks, packed
+from shardwright.distributed.planning.derive.masks import cut_from_masks
 from shardwright.distributed.replay.record import CODE_ERRORS, Mismatch
 from shardwright.distributed.replay.runs import (
     Finding,
@@ -32,6 +31,7 @@ from shardwright.distributed.replay.runs import (
 )
 from shardwright.distributed.replay.weightless import WeightlessCopy
 from shardwright.distributed.runtime.local_arguments import ArgumentCut
+from shardwright.distributed.styles.cuts import Cut, contiguous, packed
 
 # Sets of attributes are tried smallest first, up to this many in a set.
 MOST_ATTRIBUTES = 3
@@ -70,7 +70,6 @@ class Study:
         sharding: all that has been found exact.
         finding: what the last exact rank runs showed.
         error: how the last attempt failed.
-        abilities: what the styles can execute.
     """
 
     weightless: WeightlessCopy
@@ -80,7 +79,6 @@ class Study:
     sharding: Sharding = field(default_factory=Sharding)
     finding: Finding = field(default_factory=Finding)
     error: str = ""
-    abilities: Abilities = AVAILABLE
 
     @cached_property
     def tied(self) -> frozenset[str]:
@@ -220,7 +218,7 @@ def _candidates(study: Study, group: Group) -> Iterator[Sharding]:
 
 def _with_local_sizes(study: Study, group: Group, base: Sharding) -> Iterator[Sharding]:
     attributes = _attributes(study, group)
-    arguments = _arguments(study, group, attributes) if study.abilities.arguments else []
+    arguments = _arguments(study, group, attributes)
     for count in range(MOST_ATTRIBUTES + 1):
         for chosen in itertools.combinations(attributes, count):
             divided = _divided(study, chosen)
@@ -318,7 +316,7 @@ def _from_masks(
             if cut is not None:
                 parameters[study.kind(name)] = cut
     tables = {study.kind(key[0]) for key in readers if study.weightless.stubs[key[0]].kind == "table"}
-    if not all(study.abilities.allow(cut, table=kind in tables) for kind, cut in by_kind.items()):
+    if not all(_has_style(cut, table=kind in tables) for kind, cut in by_kind.items()):
         group.reason = group.reason or "no style cuts its layers in the blocks that its heads need"
         return None
     writer_kinds = {study.kind(name) for name, _ in writers}
@@ -334,6 +332,11 @@ def _from_masks(
         if study.kind(name) in parameters:
             sharding.parameters[name] = parameters[study.kind(name)]
     return sharding
+
+
+def _has_style(cut: Cut, *, table: bool) -> bool:
+    """Whether a layer's output can be cut so: of a table, there are styles for plain slices only."""
+    return not table or (len(cut.blocks) <= 1 and not any(parts for _, parts in cut.blocks))
 
 
 def _attributes(study: Study, group: Group) -> list[list[tuple[str, str]]]:

@@ -12,9 +12,9 @@ from torch import nn
 from shardwright.distributed.models.huggingface import head_name
 from shardwright.distributed.plan import ParallelPlan, match_names
 from shardwright.distributed.planning.derive.decide import Group, Study
-from shardwright.distributed.replay.cuts import Cut
 from shardwright.distributed.replay.repeats import Repeats
 from shardwright.distributed.runtime.local_width import WIDTH
+from shardwright.distributed.styles.cuts import Cut
 
 T = TypeVar("T")
 

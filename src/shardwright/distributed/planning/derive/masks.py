@@ -1,61 +1,14 @@
-"""How the features of a tensor are dealt out to the ranks."""
+"""From what every rank's share depends on to a cut."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from shardwright.distributed.styles.written import features_of_rank
+from shardwright.distributed.styles.cuts import Cut, contiguous, packed
 
-
-@dataclass(frozen=True)
-class Cut:
-    """Blocks of features laid end to end, each dealt out in ``pieces``.
-
-    Attributes:
-        blocks: ``(width, pieces)`` of each block. A rank takes consecutive pieces of every block; where there are
-            fewer pieces than ranks, neighbouring ranks share one (key-value heads). No blocks: everything, whole.
-            ``pieces`` 0: the block is cut in ``torch.chunk``'s sizes, which need not be equal.
-    """
-
-    blocks: tuple[tuple[int, int], ...] = ()
-
-    @property
-    def shared(self) -> bool:
-        """Whether a block is whole, or may be shared between ranks."""
-        return any(pieces for _, pieces in self.blocks)
-
-    def indices(self, length: int, rank: int, size: int) -> Tensor:
-        """The features that ``rank`` of ``size`` holds of ``length``."""
-        if not self.blocks:
-            return torch.arange(length)
-        return torch.tensor(features_of_rank(self.blocks, rank, size))
-
-    def take(self, x: Tensor, dim: int, rank: int, size: int) -> Tensor:
-        """This rank's features of ``x`` along ``dim``."""
-        if not self.blocks:
-            return x
-        return x.index_select(dim, self.indices(x.shape[dim], rank, size))
-
-    def fits(self, length: int) -> bool:
-        return not self.blocks or sum(width for width, _ in self.blocks) == length
-
-
-WHOLE = Cut()
 # Numbers of equal blocks that fused layers are looked at for: q|k|v, gate|up, and those in up to four parts (CodeGen).
 PACKED = (2, 3, 4, 6, 8, 12)
-
-
-def contiguous(width: int) -> Cut:
-    """One slice per rank, in ``torch.chunk``'s sizes."""
-    return Cut(((width, 0),))
-
-
-def packed(width: int, blocks: int) -> Cut:
-    """``blocks`` equal blocks, each cut."""
-    return Cut(((width // blocks, 0),) * blocks)
 
 
 def cut_from_masks(masks: list[Tensor], *, equal_only: bool = False) -> Cut | None:

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from shardwright.distributed.apply.megatron_fsdp import Options
 from shardwright.distributed.config import ParallelConfig, Precision
 from shardwright.distributed.mesh import axis, make_mesh, refuse_context_parallel
+from shardwright.distributed.planning.data import wants_fsdp2
 from shardwright.distributed.steps import parallelize_with_fsdp2, parallelize_with_megatron_fsdp
 
 logger = logging.getLogger(__name__)
@@ -45,11 +46,9 @@ def parallelize(model: nn.Module, config: ParallelConfig, mesh: DeviceMesh | Non
         meta = any(param.is_meta for param in model.parameters())
         parallelize_with_megatron_fsdp(model, mesh, config, Options.from_config(config, meta=meta))
         return model  # the package's wrapper stands behind its forward
-    # One data-parallel rank has nothing to shard, and a settled precision says whether there is anything to cast.
-    needless = axis(mesh, "dp_cp").size() == 1 and config.precision == Precision()
-    return parallelize_with_fsdp2(
-        model, mesh, config, mp_policy=None if needless else mixed_precision(config.precision)
-    )
+    # Without anything to shard, a settled precision says whether there is anything to cast.
+    fsdp2 = wants_fsdp2(config, axis(mesh, "dp_cp").size())
+    return parallelize_with_fsdp2(model, mesh, config, mp_policy=mixed_precision(config.precision) if fsdp2 else None)
 
 
 def mixed_precision(precision: Precision) -> MixedPrecisionPolicy:

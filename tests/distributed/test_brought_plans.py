@@ -13,7 +13,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from shardwright.distributed.parallelizer import _get_parallel_plan, get_hf_tp_shard_plan
-from shardwright.distributed.planning.planning import plan_and_resolve
+from shardwright.distributed.planning.tensor import plan_and_resolve
+from shardwright.distributed.replay.reading import ModelReading
 from shardwright.errors import PlanError
 
 
@@ -59,10 +60,10 @@ def test_plans_of_several_variants_can_be_passed_in_again() -> None:
     model._tp_plan = {**model._tp_plan, "model.layers.*.self_attn.gate_proj": "colwise"}
     for plan in (get_hf_tp_shard_plan(model), _get_parallel_plan(model)):
         assert "model.layers.*.self_attn.gate_proj" in plan
-        resolved = plan_and_resolve(model, plan, 2)[1]
+        resolved = plan_and_resolve(ModelReading(model), plan, 2)[1]
         assert resolved.modules["model.layers.1.mlp.up_proj"].style == "colwise"
     with pytest.raises(PlanError, match=r"'model\..*matches no module"):  # of another model
-        plan_and_resolve(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2)), plan, 2)
+        plan_and_resolve(ModelReading(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2))), plan, 2)
 
 
 @pytest.mark.parametrize("family", ["phi3", "gpt2"])
@@ -70,8 +71,8 @@ def test_what_a_plan_says_beside_its_styles_comes_back_with_them(family: str) ->
     """Automodel's managers take a plan from one function and hand it to the other. These two make sizes rank-local."""
     model = build(family) if family == "phi3" else GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=4))
     returned = {glob: style for glob, style in _get_parallel_plan(model).items()}  # noqa: C416 - a dict of its own
-    expected = plan_and_resolve(model, None, 2)[1]
-    resolved = plan_and_resolve(model, returned, 2)[1]
+    expected = plan_and_resolve(ModelReading(model), None, 2)[1]
+    resolved = plan_and_resolve(ModelReading(model), returned, 2)[1]
     assert resolved.attributes == expected.attributes != {}
     assert {name: use.style for name, use in resolved.modules.items()} == {
         name: use.style for name, use in expected.modules.items()

@@ -21,7 +21,8 @@ from torch.distributed.tensor.parallel import (
 
 from shardwright import ParallelConfig
 from shardwright.distributed.parallelizer import _get_parallel_plan, fsdp2_strategy_parallelize
-from shardwright.distributed.planning.planning import plan_and_resolve
+from shardwright.distributed.planning.tensor import plan_and_resolve
+from shardwright.distributed.replay.reading import ModelReading
 from shardwright.distributed.styles import make_style
 from shardwright.distributed.styles.torch_styles import asks_for_sequence_parallel
 from shardwright.verify.ranks import RankPool, shared_mesh
@@ -170,7 +171,7 @@ def test_a_plan_at_a_dotted_path(ranks2: RankPool, plan_module: str) -> None:
 def test_a_norm_that_is_split_over_heads_is_no_sequence_parallelism() -> None:
     plan = automodel_plan(False) | {f"{BLOCK}.self_attn.{name}_norm": SequenceParallel(sequence_dim=2) for name in "qk"}
     assert not asks_for_sequence_parallel(plan.values())
-    resolved = plan_and_resolve(build("qwen3"), plan, 2)[1]
+    resolved = plan_and_resolve(ModelReading(build("qwen3")), plan, 2)[1]
     assert resolved.summed.keys() == {f"model.layers.{i}.self_attn.{name}_norm" for i in (0, 1) for name in "qk"}
 
 

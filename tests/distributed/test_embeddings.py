@@ -11,8 +11,9 @@ from torch.nn import functional
 
 from shardwright import ParallelConfig
 from shardwright.distributed.parallelizer import fsdp2_strategy_parallelize
-from shardwright.distributed.planning.planning import plan_and_resolve
 from shardwright.distributed.planning.sources import choose_plan
+from shardwright.distributed.planning.tensor import plan_and_resolve
+from shardwright.distributed.replay.reading import ModelReading
 from shardwright.distributed.styles import make_style
 from shardwright.errors import PlanError
 from shardwright.verify.public import case_of
@@ -97,7 +98,7 @@ def test_what_a_cut_table_cannot_do_is_refused(style: str, option: str) -> None:
 def test_a_table_for_every_layer_is_cut_too(ranks4: RankPool, sequence_parallel: bool) -> None:
     config = ParallelConfig(tp=2, dp_shard=2, sequence_parallel=sequence_parallel)
     case = case_of("gemma3n_text", config)
-    _, resolved = plan_and_resolve(case.build(), None, 2)
+    _, resolved = plan_and_resolve(ModelReading(case.build()), None, 2)
     assert resolved.modules["model.embed_tokens_per_layer"].style == "embedding_colwise"
     report = ranks4.run(run_case, case)[0]
     assert report.exact, report
@@ -106,8 +107,8 @@ def test_a_table_for_every_layer_is_cut_too(ranks4: RankPool, sequence_parallel:
 def test_tables_that_are_small_or_tied_stay_whole() -> None:
     model = case_of("gemma3n_text", ParallelConfig(tp=2)).build()
     model.model.embed_tokens_per_layer = nn.Embedding(8, 4)
-    assert "model.embed_tokens_per_layer" not in choose_plan(model).styles
+    assert "model.embed_tokens_per_layer" not in choose_plan(ModelReading(model)).styles
     model.model.embed_tokens_per_layer = nn.Embedding(*model.model.embed_tokens.weight.shape)
-    assert choose_plan(model).styles["model.embed_tokens_per_layer"] == "embedding_colwise"
+    assert choose_plan(ModelReading(model)).styles["model.embed_tokens_per_layer"] == "embedding_colwise"
     model.model.embed_tokens_per_layer.weight = model.lm_head.weight
-    assert "model.embed_tokens_per_layer" not in choose_plan(model).styles
+    assert "model.embed_tokens_per_layer" not in choose_plan(ModelReading(model)).styles

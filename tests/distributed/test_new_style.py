@@ -15,6 +15,7 @@ from shardwright import ParallelConfig, ParallelPlan
 from shardwright.distributed.apply.tensor_parallel import apply_tensor_parallel
 from shardwright.distributed.planning.replay_check import why_not_exact
 from shardwright.distributed.planning.resolve import resolve
+from shardwright.distributed.replay.reading import ModelReading
 from shardwright.distributed.runtime import collectives as c
 from shardwright.distributed.runtime.forward import Around
 from shardwright.distributed.styles import STYLES
@@ -65,7 +66,9 @@ def _worst_error() -> float:
     try:
         model = build("llama")
         reference = copy.deepcopy(model)
-        apply_tensor_parallel(model, shared_mesh(ParallelConfig(tp=2, dp_shard=1))["tp"], resolve(model, PLAN, 2))
+        apply_tensor_parallel(
+            model, shared_mesh(ParallelConfig(tp=2, dp_shard=1))["tp"], resolve(ModelReading(model), PLAN, 2)
+        )
         for each in (model, reference):
             each(**batch(0)).loss.backward()
         expected = dict(reference.named_parameters())
@@ -87,10 +90,11 @@ def test_it_runs(ranks2: RankPool) -> None:
 @pytest.mark.usefixtures("registered")
 def test_it_is_replayed_and_counted() -> None:
     model = build("llama")
-    resolved = resolve(model, PLAN, 2)
-    assert why_not_exact(model, resolved) is None
+    reading = ModelReading(model)
+    resolved = resolve(reading, PLAN, 2)
+    assert why_not_exact(reading, resolved) is None
     assert "model.layers.0.mlp" in resolved.regions
-    calls = predict_traffic(model, resolved, torch.float32.itemsize, units=set())["model.layers.0"]
+    calls = predict_traffic(reading, resolved, torch.float32.itemsize)["model.layers.0"]
     kinds = [(call.kind, call.backward) for call in calls if call.cause == "model.layers.0.mlp.gate_proj"]
     assert ("all_gather", False) in kinds
     assert ("reduce_scatter", True) in kinds
@@ -99,4 +103,5 @@ def test_it_is_replayed_and_counted() -> None:
 @pytest.mark.usefixtures("registered")
 def test_a_wrong_cut_is_found_by_the_replay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Regathered, "cut_out", lambda self, width: None)
-    assert why_not_exact(build("llama"), resolve(build("llama"), PLAN, 2)) is not None
+    reading = ModelReading(build("llama"))
+    assert why_not_exact(reading, resolve(reading, PLAN, 2)) is not None

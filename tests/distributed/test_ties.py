@@ -14,6 +14,7 @@ from torch import nn
 from shardwright import ParallelConfig, parallelize
 from shardwright.distributed.plan import ParallelPlan
 from shardwright.distributed.planning.resolve import resolve
+from shardwright.distributed.replay.reading import ModelReading
 from shardwright.errors import PlanError
 from shardwright.verify.ranks import RankPool, shared_mesh
 from shardwright.verify.run import Case, run_case
@@ -102,6 +103,8 @@ class Halves(nn.Module):
 
 
 def test_the_other_end_of_a_tied_layer_is_cut_alike() -> None:
-    styles = resolve(Halves(), ParallelPlan({"encoder.up": "colwise", "encoder.down": "rowwise"}), 2).modules
+    styles = resolve(
+        ModelReading(Halves()), ParallelPlan({"encoder.up": "colwise", "encoder.down": "rowwise"}), 2
+    ).modules
     assert styles["decoder.up"].style == "colwise"
     assert styles["decoder.down"].style == "rowwise"

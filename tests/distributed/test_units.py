@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM
 from shardwright import ParallelConfig, parallelize
 from shardwright.distributed.apply.megatron_fsdp.units import unit_classes
 from shardwright.distributed.planning.units import unit_names
+from shardwright.distributed.replay.reading import ModelReading
 from shardwright.errors import PlanError
 from shardwright.verify.ranks import RankPool, shared_mesh
 from shardwright.verify.run import Case, run_case
@@ -148,10 +149,10 @@ CONFIGS = {
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_the_units(kind: type[Stack]) -> None:
     model = make(kind)
-    assert unit_names(model) == KINDS[kind]
-    assert unit_names(model.to("meta")) == KINDS[kind]
+    assert unit_names(ModelReading(model)) == KINDS[kind]
+    assert unit_names(ModelReading(model.to("meta"))) == KINDS[kind]
     classes = list({type(model.get_submodule(name)) for name in KINDS[kind]}) or [kind]
-    assert unit_classes(model, None, unit_names(model)) == classes
+    assert unit_classes(model, None, unit_names(ModelReading(model))) == classes
 
 
 def test_frozen_blocks_may_run_without_gradients() -> None:
@@ -161,9 +162,9 @@ def test_frozen_blocks_may_run_without_gradients() -> None:
                 return super().run(x)
 
     model = make(Frozen)
-    assert unit_names(model) == []
+    assert unit_names(ModelReading(model)) == []
     model.layers.requires_grad_(False)
-    assert unit_names(model) == BLOCKS
+    assert unit_names(ModelReading(model)) == BLOCKS
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

@@ -19,6 +19,7 @@ from shardwright import ParallelConfig, parallelize
 from shardwright.distributed.models.heads import head_counts
 from shardwright.distributed.plan import ParallelPlan
 from shardwright.distributed.planning.resolve import resolve
+from shardwright.distributed.replay.reading import ModelReading
 from shardwright.verify.ranks import RankPool, shared_mesh
 from shardwright.verify.run import Case, run_case
 from shardwright.verify.tiny import shrunk_config
@@ -97,7 +98,7 @@ def of_two_kinds() -> nn.Module:
 
 @BOTH
 def test_a_row_parallel_layer_whose_input_is_whole(ranks2: RankPool, config: ParallelConfig) -> None:
-    resolved = resolve(of_two_kinds(), ParallelPlan(HALF_NAMED), 2)
+    resolved = resolve(ModelReading(of_two_kinds()), ParallelPlan(HALF_NAMED), 2)
     assert resolved.modules["model.layers.0.self_attn.o_proj"].style == "rowwise_split_input"
     assert resolved.modules["model.layers.1.self_attn.o_proj"].style == "rowwise"
     named = config.with_(plan="test_unusual_models.HALF_NAMED")
@@ -146,7 +147,7 @@ def test_blocks_that_the_trial_does_not_reach_stay_whole() -> None:
     plan = ParallelPlan(
         {f"{name}.*.mlp.{n}": s for name in ("layers", "tower") for n, s in ((0, "colwise"), (2, "rowwise"))}
     )
-    resolved = resolve(Tower(), plan, 2, sequence_parallel=True)
+    resolved = resolve(ModelReading(Tower()), plan, 2, sequence_parallel=True)
     assert resolved.blocks == ["layers.0", "layers.1"]
     assert resolved.whole_blocks == ["tower.0", "tower.1"]
 

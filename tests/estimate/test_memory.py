@@ -9,9 +9,9 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.placement_types import Shard, _StridedShard
 
 from shardwright import ParallelConfig
+from shardwright.distributed.planning.layout import ParameterLayout
 from shardwright.errors import PlanError
 from shardwright.estimate import predict
-from shardwright.estimate.layout import ParameterLayout
 from shardwright.verify.ranks import RankPool
 
 
@@ -37,20 +37,20 @@ def test_fsdp_alone(ranks2: RankPool) -> None:
 
 
 def layout(shape: tuple[int, ...], placement: object) -> ParameterLayout:
-    return ParameterLayout("m", "weight", shape, torch.float32, placement, True)  # type: ignore[arg-type]
+    return ParameterLayout("m", "weight", shape, torch.float32, placement, 4, True)  # type: ignore[arg-type]
 
 
 def test_uneven_parts_count_the_largest() -> None:
-    assert layout((97, 8), Shard(0)).local_shape(4, 3) == (9, 8)
-    assert layout((8, 97), Shard(1)).local_shape(4, 3) == (3, 25)
-    assert layout((2, 8), Replicate()).local_shape(4, 3) == (1, 8)
+    assert layout((97, 8), Shard(0)).local_shape(3) == (9, 8)
+    assert layout((8, 97), Shard(1)).local_shape(3) == (3, 25)
+    assert layout((2, 8), Replicate()).local_shape(3) == (1, 8)
 
 
 def test_packed_weights_are_cut_along_the_other_dim_by_fsdp() -> None:
     packed = layout((96, 32), _StridedShard(0, split_factor=2))
-    assert packed.local_shape(2, 4) == (48, 8)
+    assert packed.local_shape(4) == (24, 8)
     with pytest.raises(PlanError, match=r"m.weight is packed .* 3 data-parallel"):
-        packed.local_shape(2, 3)
+        packed.local_shape(3)
 
 
 def test_weights_in_bfloat16_take_half() -> None:

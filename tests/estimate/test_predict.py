@@ -14,6 +14,7 @@ from shardwright import ParallelConfig
 from shardwright.distributed.plan import ParallelPlan
 from shardwright.distributed.planning.resolve import resolve, sharded_fraction
 from shardwright.distributed.planning.sources import choose_plan
+from shardwright.distributed.replay.reading import ModelReading
 from shardwright.errors import ConfigError, PlanError, UnsupportedError
 from shardwright.estimate import Prediction, predict
 from shardwright.estimate.command import save_plan
@@ -34,7 +35,7 @@ def test_rows_cover_the_model(family: str) -> None:
     model = AutoModelForCausalLM.from_config(config_of(family))
     assert sum(row.parameters for row in prediction.rows) == sum(param.numel() for param in model.parameters())
     assert sum(row.memory.total for row in prediction.rows) == prediction.memory.total
-    resolved = resolve(model, choose_plan(model), 2, sequence_parallel=True)
+    resolved = resolve(ModelReading(model), choose_plan(ModelReading(model)), 2, sequence_parallel=True)
     assert prediction.cut_share == pytest.approx(sharded_fraction(model, resolved))
     assert sum(row.count for row in prediction.rows) == len(resolved.modules) + len(resolved.parameters)
 

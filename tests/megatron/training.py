@@ -26,6 +26,7 @@ from shardwright.distributed.apply.tensor_parallel import apply_tensor_parallel
 from shardwright.distributed.parallelizer import nvfsdp_strategy_parallelize
 from shardwright.distributed.planning.resolve import resolve
 from shardwright.distributed.planning.sources import choose_plan
+from shardwright.distributed.replay.reading import ModelReading
 
 VOCABULARY, LENGTH, ROWS = 64, 12, 2
 
@@ -174,7 +175,8 @@ def shard(case: Case, model: nn.Module, optimizer: Optimizer | None) -> nn.Modul
     if case.tp > 1 and case.plan == "torch":
         torch_tensor_parallel(model, mesh["tp"])
     elif case.tp > 1:
-        resolved = resolve(model, choose_plan(model, None), case.tp, sequence_parallel=case.plan == "sequence")
+        reading = ModelReading(model)
+        resolved = resolve(reading, choose_plan(reading), case.tp, sequence_parallel=case.plan == "sequence")
         apply_tensor_parallel(model, mesh["tp"], resolved, units=step.unit_names)
     if case.checkpointing != "none":
         apply_activation_checkpointing(model, step.unit_names, selective=case.checkpointing == "selective")

@@ -16,6 +16,7 @@ from shardwright.distributed.planning.expert_rules import with_experts
 from shardwright.distributed.planning.resolve import resolve, sharded_fraction
 from shardwright.distributed.planning.resolved import ResolvedPlan
 from shardwright.distributed.planning.sources import huggingface_plan
+from shardwright.distributed.replay.reading import ModelReading
 from shardwright.estimate.traffic import predict_traffic
 from shardwright.verify.public import case_of
 
@@ -72,12 +73,12 @@ def plans_of(model_type: str) -> tuple[nn.Module, ResolvedPlan, ResolvedPlan]:
     if theirs is None:
         pytest.skip("this version of transformers has no plan for it")
     ours = with_experts(model, derive_plan(model, tp=2), 2)
-    return model, resolve(model, theirs, 2), resolve(model, ours, 2)
+    return model, resolve(ModelReading(model), theirs, 2), resolve(ModelReading(model), ours, 2)
 
 
 def collectives(model: nn.Module, resolved: ResolvedPlan) -> int:
     """In a forward and a backward."""
-    return sum(map(len, predict_traffic(model, resolved, 4, units=set()).values()))
+    return sum(map(len, predict_traffic(ModelReading(model), resolved, 4).values()))
 
 
 @pytest.mark.parametrize("model_type", EQUAL)

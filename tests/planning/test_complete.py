@@ -9,8 +9,9 @@ import pytest
 from shardwright.distributed.config import ParallelConfig
 from shardwright.distributed.plan import ParallelPlan
 from shardwright.distributed.planning.complete import completed
-from shardwright.distributed.planning.planning import plan_and_resolve
 from shardwright.distributed.planning.resolve import resolve
+from shardwright.distributed.planning.tensor import plan_and_resolve
+from shardwright.distributed.replay.reading import ModelReading
 from shardwright.verify.public import case_of
 from shardwright.verify.ranks import RankPool
 from shardwright.verify.run import run_case
@@ -28,7 +29,7 @@ INCOMPLETE = ("deepseek_v3", "qwen2_moe", "mistral4")
 def _completed(model_type: str, styles: dict[str, str]) -> ParallelPlan | None:
     model = build(shrunk_config(load_config(model_type)))
     plan = ParallelPlan(styles, source="huggingface")
-    return completed(model, plan, resolve(model, plan, 2))
+    return completed(ModelReading(model), plan, resolve(ModelReading(model), plan, 2))
 
 
 @pytest.mark.parametrize("left", [HEADS, NEURONS], ids=["attention", "mlp"])
@@ -49,7 +50,7 @@ def test_what_a_plan_names_stays_as_it_says() -> None:
 
 def test_routers_are_not_worth_a_look() -> None:
     model = build(shrunk_config(load_config("qwen3_moe")))
-    assert plan_and_resolve(model, None, 2)[0].source == "huggingface"
+    assert plan_and_resolve(ModelReading(model), None, 2)[0].source == "huggingface"
 
 
 @pytest.mark.parametrize("model_type", INCOMPLETE)
@@ -61,10 +62,10 @@ def test_exact(ranks2: RankPool, model_type: str) -> None:
 
 
 def test_what_stays_whole_is_said() -> None:
-    jetmoe = plan_and_resolve(build(shrunk_config(load_config("jetmoe"))), None, 2)[1]
+    jetmoe = plan_and_resolve(ModelReading(build(shrunk_config(load_config("jetmoe")))), None, 2)[1]
     assert "% of the blocks' matrices are whole" in jetmoe.notes[-1]
     assert "model.layers.*.mlp.input_linear.weight" in jetmoe.notes[-1]
     llama = build(shrunk_config(load_config("llama")))
-    assert not plan_and_resolve(llama, None, 2)[1].notes
+    assert not plan_and_resolve(ModelReading(llama), None, 2)[1].notes
     # Of a block: 4 x 64 x 64 in attention, 3 x 64 x 96 in the MLP.
-    assert plan_and_resolve(llama, HEADS, 2)[1].notes[-1].startswith("53% of the blocks' matrices")
+    assert plan_and_resolve(ModelReading(llama), HEADS, 2)[1].notes[-1].startswith("53% of the blocks' matrices")

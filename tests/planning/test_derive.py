@@ -15,6 +15,7 @@ from shardwright.distributed.plan import ParallelPlan
 from shardwright.distributed.planning.derive import derive_plan
 from shardwright.distributed.planning.resolve import resolve
 from shardwright.distributed.planning.sources import huggingface_plan
+from shardwright.distributed.replay.reading import ModelReading
 from shardwright.verify.source import load_config
 from shardwright.verify.tiny import build, shrunk_config
 
@@ -84,8 +85,8 @@ def test_encoder_decoder_runs_on_slices() -> None:
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text", "glm4", "cohere"])
 def test_as_good_as_the_plan_of_transformers(model_type: str) -> None:
     model = on_meta(model_type, num_hidden_layers=7, vocab_size=512, pad_token_id=0)
-    theirs = resolve(model, huggingface_plan(model), 2)
-    ours = resolve(model, derive_plan(model), 2)
+    theirs = resolve(ModelReading(model), huggingface_plan(model), 2)
+    ours = resolve(ModelReading(model), derive_plan(model), 2)
     differing = {
         name: (ours.modules[name].style, use.style)
         for name, use in theirs.modules.items()
@@ -332,7 +333,7 @@ def test_a_table_that_is_tied_to_the_head_is_not_cut_by_features() -> None:
     model = TiedPieces()
     plan = derive_plan(model, torch.randint(20, (2, 5)))
     assert plan.styles["words"] == "embedding_rowwise"
-    resolve(model, plan, 2)
+    resolve(ModelReading(model), plan, 2)
 
 
 class OnlyTrains(Between):

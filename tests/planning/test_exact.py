@@ -18,6 +18,7 @@ from shardwright.distributed.config import ParallelConfig
 from shardwright.distributed.plan import ParallelPlan
 from shardwright.distributed.planning.derive import derive_plan
 from shardwright.distributed.planning.resolve import resolve
+from shardwright.distributed.replay.reading import ModelReading
 from shardwright.verify.ranks import RankPool, shared_mesh
 from shardwright.verify.step import full
 from shardwright.verify.tiny import randomize, shrunk_config
@@ -136,7 +137,7 @@ def test_a_width_that_code_uses_for_more_than_its_size_is_not_silently_wrong(ran
 def with_a_plan_that_is_wrong() -> float:
     model = nn.Sequential(Residual())
     plan = ParallelPlan({"0.up": "colwise", "0.down": "rowwise"}, local_arguments={"0": ("x:width",)})
-    resolved = resolve(model, plan, 2)
+    resolved = resolve(ModelReading(model), plan, 2)
     apply_tensor_parallel(model, shared_mesh(ParallelConfig(tp=2, dp_shard=1))["tp"], resolved)
     return float(model(torch.randn(2, 3, 8)).sum().detach())
 

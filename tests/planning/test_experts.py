@@ -9,6 +9,7 @@ import pytest
 from shardwright.distributed.config import ParallelConfig
 from shardwright.distributed.planning.resolve import resolve, sharded_fraction
 from shardwright.distributed.planning.sources import choose_plan
+from shardwright.distributed.replay.reading import ModelReading
 from shardwright.verify.public import case_of
 from shardwright.verify.ranks import RankPool
 from shardwright.verify.run import run_case
@@ -24,17 +25,17 @@ def test_experts_and_layers_are_cut(model_type: str) -> None:
     rules = model.config.base_model_ep_plan if STYLES[model_type] == "ep_dispatch_experts" else model.model._tp_plan
     if "layers.*.mlp.experts" not in (rules or {}):
         pytest.skip("this version of transformers has no rule for these experts")
-    plan = choose_plan(model)
+    plan = choose_plan(ModelReading(model))
     assert plan.styles["model.layers.*.mlp.experts"] == STYLES[model_type]
     assert plan.styles["model.layers.*.self_attn.q_proj"] == "colwise"
-    assert sharded_fraction(model, resolve(model, plan, 2)) > 0.98
+    assert sharded_fraction(model, resolve(ModelReading(model), plan, 2)) > 0.98
 
 
 def test_experts_that_the_ranks_do_not_divide_stay_whole() -> None:
     model = case_of("gpt_oss", SP2).build()
     for layer in model.model.layers:
         layer.mlp.experts.num_experts = 7
-    assert "model.layers.*.mlp.experts" not in choose_plan(model).styles
+    assert "model.layers.*.mlp.experts" not in choose_plan(ModelReading(model)).styles
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])

@@ -9,10 +9,11 @@ from torch import nn
 
 from shardwright.distributed.plan import ParallelPlan
 from shardwright.distributed.planning.derive import derive_plan
-from shardwright.distributed.planning.planning import plan_and_resolve
 from shardwright.distributed.planning.replay_check import why_not_exact
 from shardwright.distributed.planning.resolve import resolve
 from shardwright.distributed.planning.sources import choose_plan, huggingface_plan
+from shardwright.distributed.planning.tensor import plan_and_resolve
+from shardwright.distributed.replay.reading import ModelReading
 from shardwright.distributed.replay.record import Call
 from shardwright.errors import PlanError
 from shardwright.verify.source import load_config
@@ -47,7 +48,7 @@ def _tiny(model_type: str, tp: int = 2) -> nn.Module:
 def test_a_mistake_in_a_plan_is_named(mistake: str) -> None:
     model_type, plan, reason = MISTAKES[mistake]
     with pytest.raises(PlanError, match=reason):
-        plan_and_resolve(_tiny(model_type), plan, 2)
+        plan_and_resolve(ModelReading(_tiny(model_type)), plan, 2)
 
 
 @pytest.mark.parametrize("tp", [2, 4])
@@ -56,39 +57,40 @@ def test_a_mistake_in_a_plan_is_named(mistake: str) -> None:
     ["llama", "qwen3", "phi3", "gemma2", "mixtral", "deepseek_v3", "olmo2", "llama4_text", "qwen3_next", "falcon_h1"],
 )
 def test_right_plans_pass(model_type: str, tp: int) -> None:
-    model = _tiny(model_type, tp)
-    plan = choose_plan(model, None, tp)
+    reading = ModelReading(_tiny(model_type, tp))
+    plan = choose_plan(reading, None, tp)
     for sequence_parallel in (False, True):
-        assert why_not_exact(model, resolve(model, plan, tp, sequence_parallel=sequence_parallel)) is None
+        resolved = resolve(reading, plan, tp, sequence_parallel=sequence_parallel)
+        assert why_not_exact(reading, resolved) is None
 
 
 def test_fewer_key_value_heads_than_ranks() -> None:
     config = shrunk_config(load_config("llama"))
     config.num_attention_heads, config.num_key_value_heads = 4, 2
-    assert plan_and_resolve(build(config), HEADS | NEURONS, 4)[0].source == "custom: dict"
+    assert plan_and_resolve(ModelReading(build(config)), HEADS | NEURONS, 4)[0].source == "custom: dict"
 
 
 def test_a_wrong_plan_of_transformers_gives_way_to_the_code() -> None:
     model = _tiny("doge")
     assert huggingface_plan(model) is not None
-    plan, resolved = plan_and_resolve(model, None, 2)
+    plan, resolved = plan_and_resolve(ModelReading(model), None, 2)
     assert plan.source == "dataflow (tp=2)"
     assert "transformers' plan for this model is not exact" in resolved.notes[0]
 
 
 def test_an_edited_plan_is_played_again() -> None:
     model = _tiny("gpt2")
-    derived = choose_plan(model, None, 2)
-    assert plan_and_resolve(model, derived, 2)[0] is derived
+    derived = choose_plan(ModelReading(model), None, 2)
+    assert plan_and_resolve(ModelReading(model), derived, 2)[0] is derived
     edited = ParallelPlan.from_yaml(derived.to_yaml().replace("packed_colwise:3", "colwise"))
     assert edited != derived
     with pytest.raises(PlanError, match="does not compute what GPT2LMHeadModel computes"):
-        plan_and_resolve(model, edited, 2)
+        plan_and_resolve(ModelReading(model), edited, 2)
 
 
 def test_a_play_leaves_nothing_behind() -> None:
     model = _tiny("llama")
-    plan_and_resolve(model, HEADS | NEURONS, 2, sequence_parallel=True)
+    plan_and_resolve(ModelReading(model), HEADS | NEURONS, 2, sequence_parallel=True)
     derive_plan(model, check=True)
     gc.collect()
     assert not [kept for kept in gc.get_objects() if isinstance(kept, Call)]
@@ -104,4 +106,4 @@ def test_a_model_that_cannot_be_replayed_is_not_refuted() -> None:
             box["x"](self.layer)
 
     model = Strange()
-    assert plan_and_resolve(model, {"layer": "colwise"}, 2)[1].modules["layer"].style == "colwise"
+    assert plan_and_resolve(ModelReading(model), {"layer": "colwise"}, 2)[1].modules["layer"].style == "colwise"

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, SequenceParallel
 
 from shardwright.distributed.apply import megatron_fsdp
-from shardwright.distributed.apply.fsdp2 import shard_units
+from shardwright.distributed.apply.fsdp2 import apply_fsdp2
 from shardwright.distributed.apply.megatron_fsdp import Options as MegatronOptions
 from shardwright.distributed.apply.unshard import unshard_fsdp2_model
 from shardwright.distributed.config import ParallelConfig
@@ -23,9 +23,12 @@ from shardwright.distributed.models.blocks import block_names, numbers_to_globs
 from shardwright.distributed.models.heads import check_heads
 from shardwright.distributed.models.imports import import_class_from_path, import_classes_from_paths
 from shardwright.distributed.plan import ParallelPlan
+from shardwright.distributed.planning.data import decide_data
+from shardwright.distributed.planning.layout import parameter_layouts
 from shardwright.distributed.planning.resolve import resolve
-from shardwright.distributed.planning.sources import choose_plan, huggingface_styles
+from shardwright.distributed.planning.sources import brought_plan, choose_plan, huggingface_styles
 from shardwright.distributed.planning.units import unit_names
+from shardwright.distributed.replay.reading import ModelReading
 from shardwright.distributed.steps import Axes, parallelize_with_fsdp2, parallelize_with_megatron_fsdp
 from shardwright.distributed.styles import make_style
 
@@ -92,10 +95,11 @@ def _get_parallel_plan(
     Raises:
         PlanError: ``tp_shard_plan`` is none of these.
     """
-    plan = choose_plan(model, tp_shard_plan)
+    reading = ModelReading(model)
+    plan = choose_plan(reading, None if tp_shard_plan is None else brought_plan(tp_shard_plan))
     styles = _styles_of(plan)
     if sequence_parallel:
-        resolved = resolve(model, plan, tp=1, sequence_parallel=True)
+        resolved = resolve(reading, plan, tp=1, sequence_parallel=True)
         for name, use in resolved.modules.items():
             if use.style == "sequence_parallel":
                 styles.setdefault(numbers_to_globs(name), make_style("sequence_parallel"))
@@ -150,7 +154,11 @@ def apply_fsdp2_sharding_recursively(
         mesh: one-dimensional for FSDP, ``replicate x shard`` for HSDP.
         mp_policy: its ``output_dtype`` is left to the root unit.
     """
-    shard_units(module, unit_names(module), mesh, mp_policy, offload_policy)
+    reading = ModelReading(module)
+    dtype = None if mp_policy is None else mp_policy.param_dtype
+    layouts = parameter_layouts(reading, None)
+    plan = decide_data(reading, unit_names(reading), layouts, ParallelConfig(), compute_dtype=dtype, root=False)
+    apply_fsdp2(module, plan, mesh, mp_policy, offload_policy)
 
 
 def fsdp2_strategy_parallelize(

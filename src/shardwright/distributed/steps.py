@@ -1,13 +1,15 @@
-"""The steps in their order, for a mesh that exists: what each works on is decided and checked before any is taken.
+"""The steps in their order, for a mesh that exists: everything is decided and checked before any is taken.
 
 Tensor (and sequence) parallelism, activation checkpointing, compilation, then FSDP2 or Megatron-FSDP.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
@@ -15,7 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 from shardwright.distributed.apply import megatron_fsdp
 from shardwright.distributed.apply.activation_checkpointing import apply_activation_checkpointing
 from shardwright.distributed.apply.compile import apply_compile, check_backend
-from shardwright.distributed.apply.fsdp2 import set_prefetch, shard_ends, shard_root, shard_units
+from shardwright.distributed.apply.fsdp2 import apply_fsdp2
 from shardwright.distributed.apply.generation import generate_together
 from shardwright.distributed.apply.guards.agreement import check_agreement
 from shardwright.distributed.apply.guards.parameters import check_gradient_hooks, check_scalars
@@ -33,16 +35,13 @@ from shardwright.distributed.mesh import (
     data_parallel_mesh,
     refuse_context_parallel,
 )
-from shardwright.distributed.models.blocks import block_names, by_list, every_nth, shared_parts
-from shardwright.distributed.models.embedding_and_head import embedding_and_head_names
-from shardwright.distributed.planning.planning import plan_and_resolve
-from shardwright.distributed.planning.resolved import ResolvedPlan
-from shardwright.distributed.planning.sources import CustomPlan, styles_of
+from shardwright.distributed.planning.decide import decide
+from shardwright.distributed.planning.decided import DecidedPlan
+from shardwright.distributed.planning.sources import CustomPlan
 from shardwright.distributed.planning.units import unit_names
-from shardwright.distributed.styles.torch_styles import asks_for_sequence_parallel
-from shardwright.errors import ConfigError
+from shardwright.distributed.replay.reading import ModelReading
 
-Plan = CustomPlan | None
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def parallelize_with_fsdp2(
     *,
     mp_policy: MixedPrecisionPolicy | None,
     offload_policy: OffloadPolicy | None = None,
-    plan: Plan = None,
+    plan: CustomPlan | None = None,
     axes: Axes | None = None,
 ) -> nn.Module:
     """All steps, with FSDP2 as the last. The degrees of ``config`` are not read: the mesh has them.
@@ -74,24 +73,23 @@ def parallelize_with_fsdp2(
     check_every_axis_used(device_mesh, (axes.dp_replicate, axes.dp_shard_cp, axes.tp))
     dp_mesh = data_parallel_mesh(device_mesh, axes.dp_replicate, axes.dp_shard_cp)
     tp_mesh = axis_or_none(device_mesh, axes.tp)
-    sharded = mp_policy is not None
-    casts = mp_policy is not None and mp_policy.param_dtype is not None
     tp = 1 if tp_mesh is None else tp_mesh.size()
-    check_quantized(model, tp=tp, engine="fsdp2" if sharded else "", casts=casts)
-    if sharded:
+    casts = mp_policy is not None and mp_policy.param_dtype is not None
+    check_quantized(model, tp=tp, engine="fsdp2" if mp_policy is not None else "", casts=casts)
+    if mp_policy is not None:
         check_gradient_hooks(model)
         check_scalars(model)
-    ends = embedding_and_head_names(model) if sharded and config.shard_ends else []
-    blocks = unit_names(model) if sharded or _one_by_one(config) else []
-    shared = [name for parts in shared_parts(model, blocks) for name in parts]
-    units = [*blocks, *shared, *ends] if sharded else []
-    _before_sharding(model, device_mesh, tp_mesh, config, plan or config.plan, units, blocks)
-    if sharded:
-        reshard, budget = config.reshard_after_forward, config.keep_gathered_gib * 2**30
-        shard_units(model, blocks, dp_mesh, mp_policy, offload_policy, reshard=reshard, budget=budget)
-        shard_ends(model, ends, dp_mesh, mp_policy, offload_policy, reshard=reshard)
-        shard_root(model, dp_mesh, mp_policy, offload_policy)
-        set_prefetch(model, config.prefetch)
+    decided = decide(
+        ModelReading(model),
+        config,
+        tp=tp,
+        fsdp2=mp_policy is not None,
+        compute_dtype=None if mp_policy is None else mp_policy.param_dtype,
+        custom=plan,
+    )
+    _before_sharding(model, device_mesh, tp_mesh, decided)
+    if decided.data is not None:
+        apply_fsdp2(model, decided.data, dp_mesh, mp_policy, offload_policy)
         watch_passes(model)
     return model
 
@@ -102,75 +100,36 @@ def parallelize_with_megatron_fsdp(
     config: ParallelConfig,
     options: MegatronOptions,
     optimizer: torch.optim.Optimizer | None = None,
-    plan: Plan = None,
+    plan: CustomPlan | None = None,
 ) -> tuple[nn.Module, torch.optim.Optimizer | None]:
     """All steps, with Megatron-FSDP as the last. Returns the wrapped model and ``optimizer``."""
     check_quantized(model, tp=1, engine="megatron_fsdp", casts=False)
     check_gradient_hooks(model)
-    blocks = unit_names(model)
-    prepared = megatron_fsdp.prepare(model, device_mesh, optimizer, options, blocks)
+    reading = ModelReading(model)
+    prepared = megatron_fsdp.prepare(model, device_mesh, optimizer, options, unit_names(reading))
     tp_mesh = axis(device_mesh, options.tp_mesh_name)
-    _before_sharding(model, device_mesh, tp_mesh, config, plan or config.plan, prepared.unit_names, blocks)
+    decided = decide(reading, config, tp=tp_mesh.size(), fsdp2=False, custom=plan, own_units=prepared.unit_names)
+    _before_sharding(model, device_mesh, tp_mesh, decided)
     return prepared.shard()
 
 
-def _one_by_one(config: ParallelConfig) -> bool:
-    """Whether blocks are recomputed or compiled one by one."""
-    return config.activation_checkpointing != "none" or config.compile_backend is not None
-
-
-def _before_sharding(
-    model: nn.Module,
-    mesh: DeviceMesh,
-    tp_mesh: DeviceMesh | None,
-    config: ParallelConfig,
-    plan: Plan,
-    units: list[str],
-    blocks: list[str],
-) -> None:
-    """Everything up to the data-parallel sharding: tensor parallelism, activation checkpointing, compilation.
-
-    Args:
-        units: what gathers its parameters for itself.
-        blocks: what is recomputed or compiled, if anything is.
-    """
-    if config.compile_backend is not None:
-        check_backend(config.compile_backend)
-    checkpointed = _checkpointed(by_list(blocks, block_names(model)), config)
-    resolved = None if tp_mesh is None else _resolved(model, tp_mesh, plan, config.sequence_parallel)
-    if resolved is not None:
+def _before_sharding(model: nn.Module, mesh: DeviceMesh, tp_mesh: DeviceMesh | None, decided: DecidedPlan) -> None:
+    """Everything up to the data-parallel sharding: tensor parallelism, activation checkpointing, compilation."""
+    if decided.compile_backend is not None:
+        check_backend(decided.compile_backend)
+    if decided.tensor is not None:
         check_gradient_hooks(model)
-    check_agreement(model, mesh, repr(resolved))
-    if resolved is not None and tp_mesh is not None:
-        # What gathers its parameters, or runs twice, sees to its whole parameters by itself.
-        apply_tensor_parallel(model, tp_mesh, resolved, units=[*units, *checkpointed])
+    check_agreement(model, mesh, repr(decided))
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        for warning in decided.warnings:
+            logger.warning("%s", warning)
+    if decided.tensor is not None and tp_mesh is not None:
+        apply_tensor_parallel(model, tp_mesh, decided.tensor, units=decided.summing)
         generate_together(model, tp_mesh)
         compare_first_calls(model, tp_mesh)
-    if checkpointed:
-        apply_activation_checkpointing(model, checkpointed, selective=config.activation_checkpointing == "selective")
-    if config.compile_backend is not None:
-        apply_compile(model, blocks, config.compile_backend)
+    if decided.recomputed:
+        selective = decided.activation_checkpointing == "selective"
+        apply_activation_checkpointing(model, decided.recomputed, selective=selective)
+    if decided.compile_backend is not None:
+        apply_compile(model, decided.compiled, decided.compile_backend)
     refuse_partial_saves(model)
-
-
-def _checkpointed(lists: dict[str, list[str]], config: ParallelConfig) -> list[str]:
-    """The blocks that are recomputed."""
-    n = config.checkpointed_every
-    chosen = every_nth(lists, n)
-    if n > 1 and not chosen:
-        longest = max(map(len, lists.values()), default=0)
-        raise ConfigError(
-            f"activation_checkpointing is {config.activation_checkpointing!r}, but the model's longest list of blocks "
-            f"has {longest}: nothing would be recomputed. Choose a smaller number, or none."
-        )
-    return chosen
-
-
-def _resolved(
-    model: nn.Module, tp_mesh: DeviceMesh, tp_shard_plan: Plan, sequence_parallel: bool
-) -> ResolvedPlan | None:
-    """The plan for this model and mesh, checked (heads too); None where there is one tensor-parallel rank."""
-    if tp_mesh.size() == 1:
-        return None
-    sequence_parallel |= asks_for_sequence_parallel(styles_of(tp_shard_plan).values())
-    return plan_and_resolve(model, tp_shard_plan, tp_mesh.size(), sequence_parallel=sequence_parallel)[1]

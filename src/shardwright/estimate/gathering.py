@@ -8,13 +8,10 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import nn
 
 from shardwright.distributed.config import ParallelConfig, Precision
-from shardwright.distributed.models.blocks import block_names, by_list, kept_gathered, shared_parts
-from shardwright.distributed.models.embedding_and_head import embedding_and_head_names
-from shardwright.distributed.planning.units import unit_names
-from shardwright.estimate.layout import ParameterLayout
+from shardwright.distributed.planning.decided import DecidedPlan, innermost
+from shardwright.distributed.planning.layout import ParameterLayout
 
 
 @dataclass(frozen=True)
@@ -52,61 +49,41 @@ class _Unit:
     reduce: int = 0  # bytes of the gradients that are reduced, padded too
 
 
-def uses_fsdp2(config: ParallelConfig) -> bool:
-    """Whether ``shardwright.parallelize`` makes units: it does not where there is nothing to shard and to cast."""
-    sharded = config.dp_shard * config.dp_replicate > 1 or config.precision != Precision()
-    return config.engine == "fsdp2" and sharded
-
-
-def predict_gathering(model: nn.Module, layouts: Iterable[ParameterLayout], config: ParallelConfig) -> Gathering | None:
-    """The gathers of ``model`` under ``config``; None where FSDP2 has no part in it.
+def predict_gathering(
+    layouts: Iterable[ParameterLayout], decided: DecidedPlan, config: ParallelConfig
+) -> Gathering | None:
+    """The gathers of FSDP2's units under ``config``; None where FSDP2 has no part in it.
 
     Parameters of one dtype per unit are taken for granted; FSDP2 gathers others apart.
     """
-    if not uses_fsdp2(config):
+    plan = decided.data
+    if plan is None:
         return None
-    blocks = unit_names(model)
-    shared = [name for parts in shared_parts(model, blocks) for name in parts]
-    ends = embedding_and_head_names(model) if config.shard_ends else []
-    units: dict[str, _Unit] = {}
-    sizes = dict.fromkeys(blocks, 0)
+    units = {unit.modules[0]: _Unit() for unit in plan.units}
+    unit_of = {name: unit.modules[0] for unit in plan.units for name in unit.modules}
     for layout in layouts:
-        size = _add(layout, units.setdefault(_innermost(layout.module, [*shared, *ends, *blocks]), _Unit()), config)
-        if block := _innermost(layout.module, blocks):
-            sizes[block] += size
-    budget = config.keep_gathered_gib * 2**30
-    chosen = kept_gathered(by_list(blocks, block_names(model)), sizes, config.reshard_after_forward, budget)
-    if config.reshard_after_forward == "never":
-        chosen |= {*shared, *ends}
-    elif config.reshard_after_forward == "default":
-        chosen |= set(ends[-1:])  # the head, with which backward begins
-    kept = [name for name in units if name in chosen]
-    stay = {*kept, ""} & set(units)  # the root always does
-    sent = sum(unit.reduce + unit.gather * (1 if name in stay else 2) for name, unit in units.items())
+        _add(layout, units[unit_of[innermost(layout.module, unit_of)]], config)
+    used = {name: unit for name, unit in units.items() if unit.gathered}
+    stay = {unit.modules[0] for unit in plan.units if not unit.reshard_after_forward} & set(used)
+    sent = sum(unit.reduce + unit.gather * (1 if name in stay else 2) for name, unit in used.items())
     return Gathering(
-        units=len(units),
-        kept=len(set(kept) & set(blocks)),
-        kept_bytes=sum(units[name].gathered for name in stay),
-        largest_bytes=max((unit.gathered for unit in units.values()), default=0),
-        forward_gathers=len(units),
-        backward_gathers=len(units) - len(stay),
-        reduces=sum(unit.reduce > 0 for unit in units.values()),
+        units=len(used),
+        kept=len(stay & set(decided.blocks)),
+        kept_bytes=sum(used[name].gathered for name in stay),
+        largest_bytes=max((unit.gathered for unit in used.values()), default=0),
+        forward_gathers=len(used),
+        backward_gathers=len(used) - len(stay),
+        reduces=sum(unit.reduce > 0 for unit in used.values()),
         sent=sent * (config.dp_shard - 1) / config.dp_shard,
     )
 
 
-def _add(layout: ParameterLayout, unit: _Unit, config: ParallelConfig) -> int:
-    """Add a parameter to its unit; returns the bytes that it takes when it is gathered."""
+def _add(layout: ParameterLayout, unit: _Unit, config: ParallelConfig) -> None:
+    """Add a parameter to its unit."""
     casts = config.precision != Precision()
     compute = getattr(torch, config.precision.param) if casts else layout.dtype
     reduce = getattr(torch, config.precision.reduce) if casts else layout.dtype
-    padded = prod(layout.local_shape(config.tp, config.dp_shard)) * config.dp_shard
-    gathered = prod(layout.local_shape(config.tp, 1)) * compute.itemsize
-    unit.gathered += gathered
+    padded = prod(layout.local_shape(config.dp_shard)) * config.dp_shard
+    unit.gathered += layout.gathered_numel * compute.itemsize
     unit.gather += padded * compute.itemsize
     unit.reduce += padded * reduce.itemsize if layout.trained else 0
-    return gathered
-
-
-def _innermost(module: str, units: list[str]) -> str:
-    return max((unit for unit in units if module == unit or module.startswith(f"{unit}.")), key=len, default="")

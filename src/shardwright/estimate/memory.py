@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
-from shardwright.estimate.layout import ParameterLayout
+from shardwright.distributed.planning.layout import ParameterLayout
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Memory:
         }
 
 
-def memory_per_rank(layouts: Iterable[ParameterLayout], tp: int, dp_shard: int) -> Memory:
+def memory_per_rank(layouts: Iterable[ParameterLayout], dp_shard: int) -> Memory:
     """The memory of these parameters under FSDP2, which keeps gradients and AdamW's state in a parameter's own dtype.
 
     Raises:
@@ -41,7 +41,7 @@ def memory_per_rank(layouts: Iterable[ParameterLayout], tp: int, dp_shard: int) 
     """
     parameters = trained = 0
     for layout in layouts:
-        size = prod(layout.local_shape(tp, dp_shard)) * layout.dtype.itemsize
+        size = prod(layout.local_shape(dp_shard)) * layout.dtype.itemsize
         parameters += size
         trained += size if layout.trained else 0
     return Memory(parameters, trained, 2 * trained)

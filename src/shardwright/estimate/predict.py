@@ -13,14 +13,18 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from shardwright.distributed.config import DTYPES, ParallelConfig, Precision
-from shardwright.distributed.models.blocks import block_names, by_list, every_nth, numbers_to_globs
+from shardwright.distributed.models.blocks import numbers_to_globs
 from shardwright.distributed.models.build import build_on_meta, load_config
 from shardwright.distributed.plan import ParallelPlan
-from shardwright.distributed.planning.planning import plan_and_resolve
+from shardwright.distributed.planning.data import wants_fsdp2
+from shardwright.distributed.planning.decide import decide
+from shardwright.distributed.planning.decided import DecidedPlan
+from shardwright.distributed.planning.layout import ParameterLayout, parameter_layouts
 from shardwright.distributed.planning.resolved import ResolvedPlan
+from shardwright.distributed.planning.units import unit_names
+from shardwright.distributed.replay.reading import ModelReading
 from shardwright.errors import ConfigError, UnsupportedError
-from shardwright.estimate.gathering import Gathering, predict_gathering, uses_fsdp2
-from shardwright.estimate.layout import ParameterLayout, parameter_layouts
+from shardwright.estimate.gathering import Gathering, predict_gathering
 from shardwright.estimate.memory import Memory, memory_per_rank
 from shardwright.estimate.rows import Row, module_rows
 from shardwright.estimate.traffic import Collective, predict_traffic, uncounted
@@ -127,24 +131,29 @@ def predict(model: Model, config: ParallelConfig, *, weights: str = "float32") -
         raise UnsupportedError(f"cp is {config.cp}: context parallelism is not supported yet. Use cp=1.")
     config = config.with_(dp_shard=max(config.dp_shard, 1))
     built = model if isinstance(model, nn.Module) else build_on_meta(load_config(model), dtype=getattr(torch, weights))
-    plan, resolved = plan_and_resolve(built, config.plan, config.tp, sequence_parallel=config.sequence_parallel)
-    layouts = parameter_layouts(built, resolved)
-    settled = config.with_(precision=config.precision.settled(_dtypes(layouts)))
+    reading = ModelReading(built)
+    weights_of = parameter_layouts(reading, None).values()
+    settled = config.with_(precision=config.precision.settled(_dtypes(weights_of)))
+    decided = _decided(reading, settled)
+    plan, resolved = decided.plan, decided.tensor
+    assert plan is not None, "one was asked for"
+    assert resolved is not None
+    layouts = list(parameter_layouts(reading, resolved).values())
     return Prediction(
         model=type(built).__name__,
         plan=plan,
         config=config,
         weights=", ".join(_dtypes(layouts)),
-        blocks=dict(Counter(numbers_to_globs(name) for name in block_names(built))),
+        blocks=dict(Counter(numbers_to_globs(name) for name in reading.blocks)),
         rows=tuple(module_rows(built, plan, resolved, layouts, config.dp_shard)),
         parameters=sum(layout.numel for layout in layouts),
         cut=sum(layout.numel for layout in layouts if layout.cut),
         attributes=_attributes(resolved),
-        memory=memory_per_rank(layouts, config.tp, config.dp_shard),
-        unsharded=memory_per_rank([replace(layout, placement=_WHOLE) for layout in layouts], 1, 1),
-        traffic=tuple(_traffic(built, resolved, settled, _compute_dtype(layouts, settled))),
-        gathering=predict_gathering(built, layouts, settled),
-        notes=tuple(dict.fromkeys(filter(None, [*resolved.notes, uncounted(built, resolved)]))),
+        memory=memory_per_rank(layouts, config.dp_shard),
+        unsharded=memory_per_rank([replace(layout, placement=_WHOLE) for layout in layouts], 1),
+        traffic=tuple(_traffic(reading, decided, resolved, _compute_dtype(layouts, settled))),
+        gathering=predict_gathering(layouts, decided, settled),
+        notes=tuple(dict.fromkeys(filter(None, [*decided.notes, uncounted(reading, resolved)]))),
     )
 
 
@@ -171,17 +180,24 @@ def _compute_dtype(layouts: Iterable[ParameterLayout], config: ParallelConfig) -
     return getattr(torch, _dtypes(layouts)[0] if config.precision == Precision() else config.precision.param)
 
 
-def _traffic(model: nn.Module, resolved: ResolvedPlan, config: ParallelConfig, dtype: torch.dtype) -> Iterable[Traffic]:
+def _decided(reading: ModelReading, config: ParallelConfig) -> DecidedPlan:
+    """What ``shardwright.parallelize`` would decide on so many ranks."""
+    fsdp2 = wants_fsdp2(config, config.dp_replicate * config.dp_shard * config.cp)
+    dtype = None if config.precision == Precision() else getattr(torch, config.precision.param)
+    own = unit_names(reading) if config.engine == "megatron_fsdp" else []
+    return decide(reading, config, tp=config.tp, fsdp2=fsdp2, compute_dtype=dtype, always_plan=True, own_units=own)
+
+
+def _traffic(
+    reading: ModelReading, decided: DecidedPlan, resolved: ResolvedPlan, dtype: torch.dtype
+) -> Iterable[Traffic]:
     """Blocks that send the same are one line, in the model's order; what lies outside comes last.
 
     Args:
         dtype: that activations are sent in.
     """
-    blocks = block_names(model)
-    # What gathers its parameters, or runs twice, sums gradients for itself.
-    gathering = config.engine != "fsdp2" or uses_fsdp2(config)
-    units = set(blocks if gathering else every_nth(by_list(blocks, blocks), config.checkpointed_every))
-    traffic = predict_traffic(model, resolved, dtype.itemsize, units=units)
+    blocks = reading.blocks
+    traffic = predict_traffic(reading, resolved, dtype.itemsize, summing=decided.summing)
     outside = traffic.pop("")
     kinds: dict[Any, list[tuple[Collective, ...]]] = {}
     for name in blocks:

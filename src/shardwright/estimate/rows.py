@@ -10,8 +10,8 @@ from torch import nn
 
 from shardwright.distributed.models.blocks import block_names, numbers_to_globs
 from shardwright.distributed.plan import ParallelPlan, match_names
+from shardwright.distributed.planning.layout import ParameterLayout
 from shardwright.distributed.planning.resolved import ResolvedPlan, StyleUse
-from shardwright.estimate.layout import ParameterLayout
 from shardwright.estimate.memory import Memory, memory_per_rank
 
 
@@ -77,17 +77,17 @@ def module_rows(
     for name, style, source, rule in _uses(model, plan, resolved, rules):
         row = Row(numbers_to_globs(name), numbers_to_globs(_block_of(name, blocks)), style, source, rule)
         rows.setdefault(row, []).append(of_module.get(name, []))
-    return [_filled(row, found, resolved.tp, dp_shard) for row, found in rows.items()]
+    return [_filled(row, found, dp_shard) for row, found in rows.items()]
 
 
-def _filled(row: Row, found: list[list[ParameterLayout]], tp: int, dp_shard: int) -> Row:
+def _filled(row: Row, found: list[list[ParameterLayout]], dp_shard: int) -> Row:
     layouts = [layout for each in found for layout in each]
     return replace(
         row,
         count=len(found),
         parameters=sum(layout.numel for layout in layouts),
         cut=sum(layout.numel for layout in layouts if layout.cut),
-        memory=memory_per_rank(layouts, tp, dp_shard),
+        memory=memory_per_rank(layouts, dp_shard),
     )
 
 

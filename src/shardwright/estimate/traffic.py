@@ -8,14 +8,14 @@ cross-attention too; sequence-parallel blocks follow one another (:func:`uncount
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from torch import nn
-
-from shardwright.distributed.models.blocks import block_names, is_norm
-from shardwright.distributed.models.huggingface import experts_per_token, head_name
+from shardwright.distributed.models.blocks import is_norm
+from shardwright.distributed.models.huggingface import experts_per_token
+from shardwright.distributed.planning.decided import innermost
 from shardwright.distributed.planning.resolved import ResolvedPlan
+from shardwright.distributed.replay.reading import ModelReading
 from shardwright.distributed.styles.linear import ColwiseGatherOutput, ColwiseLogits, features
 from shardwright.distributed.styles.traffic import Site
 
@@ -46,28 +46,28 @@ class Collective:
 
 
 def predict_traffic(
-    model: nn.Module, resolved: ResolvedPlan, itemsize: int, *, units: set[str]
+    reading: ModelReading, resolved: ResolvedPlan, itemsize: int, *, summing: Sequence[str] = ()
 ) -> dict[str, list[Collective]]:
     """The collectives of every block, by name; those outside of the blocks under ``""``.
 
     Args:
         itemsize: bytes of the dtype that the model computes in.
-        units: the blocks that sum gradients of whole parameters each for itself.
+        summing: the modules that sum gradients of replicated parameters each for itself.
     """
     traffic: dict[str, list[Collective]] = {"": []}
     if resolved.tp == 1:
         return traffic
-    step = _Step(model, resolved, itemsize, units=units)
+    step = _Step(reading, resolved, itemsize, summing)
     for scope, collective in step.collectives():
         traffic.setdefault(scope, []).append(collective)
     return traffic
 
 
-def uncounted(model: nn.Module, resolved: ResolvedPlan) -> str | None:
+def uncounted(reading: ModelReading, resolved: ResolvedPlan) -> str | None:
     """A sentence where whole blocks stand between sequence-parallel ones: what that moves is not predicted."""
     lists = {name.rpartition(".")[0] for name in resolved.blocks}
     split = set(resolved.blocks)
-    whole = [name for name in block_names(model) if name.rpartition(".")[0] in lists and name not in split]
+    whole = [name for name in reading.blocks if name.rpartition(".")[0] in lists and name not in split]
     if not whole:
         return None
     return (
@@ -79,16 +79,15 @@ def uncounted(model: nn.Module, resolved: ResolvedPlan) -> str | None:
 class _Step:
     """Goes through a resolved plan; every method yields the collectives of one kind of place."""
 
-    def __init__(self, model: nn.Module, resolved: ResolvedPlan, itemsize: int, *, units: set[str]) -> None:
-        self.model = model
-        self.units = units
-        self.modules = dict(model.named_modules())
+    def __init__(self, reading: ModelReading, resolved: ResolvedPlan, itemsize: int, summing: Sequence[str]) -> None:
+        self.summing = summing
+        self.modules = reading.modules
         self.resolved = resolved
         self.itemsize = itemsize
-        self.blocks = set(block_names(model))
-        self.head = head_name(model)
-        self.experts_per_token = experts_per_token(model)
-        self.widths = {block: width for block in block_names(model) if (width := self.stream_width(block))}
+        self.blocks = set(reading.blocks)
+        self.head = reading.head
+        self.experts_per_token = experts_per_token(reading.model)
+        self.widths = {block: width for block in reading.blocks if (width := self.stream_width(block))}
 
     def collectives(self) -> Iterator[tuple[str, Collective]]:
         for name, use in self.resolved.modules.items():
@@ -180,11 +179,12 @@ class _Step:
         """Gradients of whole parameters that see a share of the work: summed together in float32, unit by unit."""
         sizes: dict[str, int] = {}
         for name, parameters in self.resolved.summed.items():
-            unit = scope if (scope := self.scope(name)) in self.units else ""
+            unit = innermost(name, self.summing)
             sizes[unit] = sizes.get(unit, 0) + self.gradient_size(name, parameters)
+        cause = "gradients of replicated parameters"
         for unit, size in sizes.items():
             if size:
-                yield unit, Collective("all_reduce", True, fixed_bytes=size, cause="gradients of whole parameters")
+                yield self.scope(unit), Collective("all_reduce", True, fixed_bytes=size, cause=cause)
         for name in self.norms_behind_blocks():
             if size := self.gradient_size(name, self.modules[name]._parameters):
                 yield "", Collective("all_reduce", True, fixed_bytes=size, cause=name)

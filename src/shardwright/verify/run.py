@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_map_only
 
 from shardwright import api
 from shardwright.distributed.config import ParallelConfig
-from shardwright.distributed.planning.planning import plan_and_resolve
+from shardwright.distributed.planning.tensor import plan_and_resolve
+from shardwright.distributed.replay.reading import ModelReading
 from shardwright.errors import UnsupportedError
 from shardwright.verify.compare import EXACT, Difference, Report, compare
 from shardwright.verify.locate import first_module_that_differs
@@ -154,6 +155,6 @@ def _plan_source(case: Case) -> str:
         return f"custom: {case.parallelize.__name__}"
     source = [""]
     if dist.get_rank() == 0:
-        source = [plan_and_resolve(case.build(), case.config.plan, case.config.tp)[0].source]
+        source = [plan_and_resolve(ModelReading(case.build()), case.config.plan, case.config.tp)[0].source]
     dist.broadcast_object_list(source)
     return str(source[0])

@@ -20,7 +20,8 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from shardwright.distributed.config import ParallelConfig
-from shardwright.distributed.planning.planning import plan_and_resolve
+from shardwright.distributed.planning.tensor import plan_and_resolve
+from shardwright.distributed.replay.reading import ModelReading
 from shardwright.errors import ConfigError, ShardwrightError
 from shardwright.verify.page import write_page
 from shardwright.verify.public import case_of, run
@@ -105,7 +106,7 @@ def plan_of(model_type: str) -> Entry:
         with Stage(ShrinkError, "The tiny model cannot be built"):
             model = _case(model_type).build()
         with Stage(CrashError, "Planning failed"):
-            plan, _ = plan_and_resolve(model, None, 2, sequence_parallel=True)
+            plan, _ = plan_and_resolve(ModelReading(model), None, 2, sequence_parallel=True)
         entry.plan_source = plan.source
     return entry
 

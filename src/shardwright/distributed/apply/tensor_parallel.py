@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardwright.distributed.models.ties import restore_ties
+from shardwright.distributed.planning.decided import innermost
 from shardwright.distributed.planning.resolved import ResolvedPlan, StyleUse
 from shardwright.distributed.runtime.forward import wrap_forward
 from shardwright.distributed.runtime.gradient_sum import make_local
@@ -98,7 +99,7 @@ def _make_local(model: nn.Module, mesh: DeviceMesh, resolved: ResolvedPlan, unit
     """Give every unit its whole parameters as local tensors; a parameter belongs to the innermost unit around it."""
 
     def place(name: str) -> tuple[str, str]:
-        unit = max((unit for unit in units if name == unit or name.startswith(f"{unit}.")), key=len, default="")
+        unit = innermost(name, units)
         return unit, name[len(unit) :].lstrip(".")
 
     below: dict[str, dict[str, tuple[str, ...]]] = {}

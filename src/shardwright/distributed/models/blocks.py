@@ -71,30 +71,6 @@ def every_nth(lists: Mapping[str, list[str]], n: int) -> list[str]:
     return [name for names in lists.values() for name in names[n - 1 :: n]] if n else []
 
 
-def kept_gathered(lists: Mapping[str, list[str]], sizes: Mapping[str, int], policy: str, budget: float) -> set[str]:
-    """The units whose parameters stay gathered between forward and backward.
-
-    The last ones come first: backward needs them soonest, so they take memory for the shortest time.
-
-    Args:
-        lists: the units of every list of blocks.
-        sizes: unit -> bytes of its gathered parameters, in the model's order.
-        policy: ``ParallelConfig.reshard_after_forward``.
-        budget: bytes that the kept units may take together; the last of a list stays in any case.
-    """
-    if policy != "default":
-        return set(sizes) if policy == "never" else set()
-    kept = {names[-1] for names in lists.values()}
-    left = budget - sum(sizes[name] for name in kept)
-    for name in reversed(list(sizes)):
-        if name not in kept:
-            left -= sizes[name]
-            if left < 0:
-                break
-            kept.add(name)
-    return kept
-
-
 def _collect(module: nn.Module, path: str, names: list[str], seen: set[int]) -> None:
     repeated = _repeated_classes(module)
     for name, child in module.named_children():

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
-from torch import nn
 from transformers import PreTrainedModel
 
-from shardwright.distributed.models.blocks import block_names, numbers_to_globs
+from shardwright.distributed.models.blocks import numbers_to_globs
 from shardwright.distributed.models.huggingface import text_model
 from shardwright.distributed.plan import ParallelPlan
 from shardwright.distributed.planning.derive.connections import Region, find_regions
@@ -20,6 +19,7 @@ from shardwright.distributed.planning.derive.decide import Study, decide
 from shardwright.distributed.planning.derive.emit import globs, notes, region_answers
 from shardwright.distributed.planning.replay_check import NotReplayable, replayable, sharding_of
 from shardwright.distributed.planning.resolved import ResolvedPlan
+from shardwright.distributed.replay.reading import ModelReading
 
 # Layers without a style that hold less than this share of the blocks' linear layers are not worth a look (routers).
 WORTH_A_LOOK = 1 / 20
@@ -27,22 +27,23 @@ WORTH_A_LOOK = 1 / 20
 WORTH_A_WORD = 1 / 20
 
 
-def completed(model: nn.Module, plan: ParallelPlan, resolved: ResolvedPlan) -> ParallelPlan | None:
+def completed(reading: ModelReading, plan: ParallelPlan, resolved: ResolvedPlan) -> ParallelPlan | None:
     """``plan`` with the regions cut that it does not mention; None where there is nothing to add.
 
     Args:
-        resolved: what ``plan``, which is exact, means for ``model``.
+        resolved: what ``plan``, which is exact, means for the model.
 
     Returns:
         A plan for the size of ``resolved`` only. That it is exact has been replayed, but for what is not looked into.
     """
-    free = _layers_without_style(model, plan, resolved)
+    model = reading.model
+    free = _layers_without_style(reading, resolved)
     if not free:
         return None
-    replayed = replayable(model, resolved)
-    if replayed is None:
+    recording = replayable(reading, resolved)
+    if recording is None:
         return None
-    weightless, inputs, record = replayed
+    weightless, inputs, record = recording.weightless, recording.inputs, recording.record
     try:
         study = Study(weightless, record, inputs, resolved.tp, sharding=sharding_of(weightless, resolved))
     except NotReplayable:
@@ -70,10 +71,10 @@ def completed(model: nn.Module, plan: ParallelPlan, resolved: ResolvedPlan) -> P
     )
 
 
-def left_replicated(model: nn.Module, resolved: ResolvedPlan) -> list[str]:
+def left_replicated(reading: ModelReading, resolved: ResolvedPlan) -> list[str]:
     """A sentence about the matrices in the text model's blocks that every rank keeps whole, where they are many."""
-    blocks, whole, total = _text_blocks(model), Counter[str](), 0
-    for name, module in model.named_modules():
+    blocks, whole, total = _text_blocks(reading), Counter[str](), 0
+    for name, module in reading.modules.items():
         if not name.startswith(blocks):
             continue
         for own, param in module._parameters.items():
@@ -91,16 +92,16 @@ def left_replicated(model: nn.Module, resolved: ResolvedPlan) -> list[str]:
     return [f"{share:.0%} of the blocks' matrices are whole on every rank, since the plan does not cut {names}."]
 
 
-def _text_blocks(model: nn.Module) -> tuple[str, ...]:
+def _text_blocks(reading: ModelReading) -> tuple[str, ...]:
     """The names of the text model's blocks, with a dot behind."""
-    prefix = text_model(model)[0] if isinstance(model, PreTrainedModel) else ""
-    return tuple(f"{name}." for name in block_names(model) if name.startswith(prefix))
+    prefix = text_model(reading.model)[0] if isinstance(reading.model, PreTrainedModel) else ""
+    return tuple(f"{name}." for name in reading.blocks if name.startswith(prefix))
 
 
-def _layers_without_style(model: nn.Module, plan: ParallelPlan, resolved: ResolvedPlan) -> list[str]:
+def _layers_without_style(reading: ModelReading, resolved: ResolvedPlan) -> list[str]:
     """The linear layers in the text model's blocks that no rule names; none where they hold too little to matter."""
-    blocks, layers, left, total = _text_blocks(model), [], 0, 0
-    for name, module in model.named_modules():
+    blocks, layers, left, total = _text_blocks(reading), [], 0, 0
+    for name, module in reading.modules.items():
         if not name.startswith(blocks):
             continue
         use, weight = resolved.modules.get(name), module._parameters.get("weight")

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 from torch import nn
 
-from shardwright.distributed.models.heads import KeyValueShare, head_counts, share_key_value_heads
+from shardwright.distributed.models.heads import KeyValueShare, share_key_value_heads
 from shardwright.distributed.planning.resolved import ResolvedPlan, StyleUse
+from shardwright.distributed.replay.reading import ModelReading
 from shardwright.distributed.styles.cuts import features_of_rank
 from shardwright.distributed.styles.linear import features
 from shardwright.errors import PlanError
 
 
-def share_projections(model: nn.Module, modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
+def share_projections(reading: ModelReading, resolved: ResolvedPlan) -> None:
     """Say which heads each rank computes, where a plain cut of the projections does not."""
-    for name in modules:
-        _separate(name, modules, resolved)
+    for name in reading.modules:
+        _separate(name, reading.modules, resolved)
     for name, use in list(resolved.modules.items()):
         if use.style == "fused_qkv":
-            _fused(name, model, modules, resolved)
+            _fused(name, reading, resolved)
 
 
 def _separate(name: str, modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
@@ -41,14 +42,14 @@ def _separate(name: str, modules: dict[str, nn.Module], resolved: ResolvedPlan) 
     resolved.attributes[name] = {"num_key_value_groups": share.groups}
 
 
-def _fused(name: str, model: nn.Module, modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
+def _fused(name: str, reading: ModelReading, resolved: ResolvedPlan) -> None:
     """Blocks q|k|v in one layer: cut piece by piece where they are equal, else gathered and picked by head."""
-    counts, tp, use = head_counts(model), resolved.tp, resolved.modules[name]
+    counts, tp, use = reading.heads, resolved.tp, resolved.modules[name]
     if blocks := use.options.get("blocks"):
         heads = tuple(features_of_rank(blocks, rank, tp) for rank in range(tp))
         resolved.modules[name] = StyleUse("fused_qkv", {"heads": heads}, rule=use.rule)
         return
-    width = features(modules[name], out=True)
+    width = features(reading.modules[name], out=True)
     if counts is None or len(counts.layers) != 1 or width % (counts.layers[0][0] + 2 * counts.layers[0][1]):
         raise PlanError(
             f"{name} has the style 'fused_qkv', but its width {width} is not (query + 2 x key-value heads) x head size "

@@ -1,137 +1,93 @@
-"""What a plan forgot to say about slices: found in the autograd graph.
+"""What a plan forgot to say about slices: found in the autograd graph of a recorded run.
 
-A copy of the model without its weights runs once. A module whose input can be traced back to the output of a
-column-parallel layer, with no row-parallel or gathering layer in between, works on this rank's slice: the gradient of
-its whole parameters is then a sum over the ranks, whatever the plan says. And a row-parallel layer whose input cannot
-be traced back to such a layer gets it whole, as where a plan's glob means one kind of attention and matches another.
+A module whose input can be traced back to the output of a column-parallel layer, with no row-parallel or gathering
+layer in between, works on this rank's slice: the gradient of its replicated parameters is then a sum over the ranks,
+whatever the plan says. And a row-parallel layer whose input cannot be traced back to such a layer gets it whole, as
+where a plan's glob means one kind of attention and matches another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from shardwright.distributed.replay.reading import ModelReading, Recording
+from shardwright.distributed.replay.record import FullRun
 
-from shardwright.distributed.replay.inputs import candidate_inputs
-from shardwright.distributed.replay.record import CODE_ERRORS, Mismatch
-from shardwright.distributed.replay.runs import forward_run
-from shardwright.distributed.replay.weightless import WeightlessCopy, weightless_copy
+Fact = Callable[[str], bool]
 
 
-class _Boundary(torch.autograd.Function):
-    """Marks the output of a module that makes its result whole for itself."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
-
-
-def modules_on_slices(
-    model: nn.Module, candidates: set[str], is_sliced: Callable[[str], bool], is_summed: Callable[[str], bool]
-) -> set[str]:
+def modules_on_slices(reading: ModelReading, candidates: set[str], is_sliced: Fact, is_summed: Fact) -> set[str]:
     """Those among ``candidates`` whose input is this rank's slice of something.
 
     Args:
-        candidates: names of modules with whole parameters.
+        candidates: names of modules with replicated parameters.
         is_sliced: whether a linear layer of this name hands on a slice.
         is_summed: whether a module of this name sums its ranks' results before it returns.
     """
-    seen: dict[str, list[Any]] = {}
+    recording = reading.recording()
+    if recording is None:
+        return set()
+    inputs = _inputs(recording, candidates)
+    graph = _Graph(recording, is_sliced, is_summed)
+    sliced = {
+        kind
+        for kind, nodes in inputs.items()
+        if any(graph.comes_from_slices(node) for name, node in nodes if name not in recording.weightless.stubs)
+    }
+    return {name for name in candidates if recording.weightless.repeats.kind_of(name) in sliced}
 
-    def listen(weightless: WeightlessCopy, name: str, kind: str) -> None:
-        if name not in weightless.stubs:
-            weightless.model.get_submodule(name).register_forward_hook(_noting(seen.setdefault(kind, [])))
 
-    for weightless in _runs(model, candidates, is_summed, listen):
-        sliced = {
-            found for found, nodes in seen.items() if any(_reaches(weightless, node, is_sliced) for node in nodes)
-        }
-        return {name for name in candidates if weightless.repeats.kind_of(name) in sliced}
-    return set()
-
-
-def layers_on_whole(
-    model: nn.Module, candidates: set[str], is_sliced: Callable[[str], bool], is_summed: Callable[[str], bool]
-) -> set[str]:
+def layers_on_whole(reading: ModelReading, candidates: set[str], is_sliced: Fact, is_summed: Fact) -> set[str]:
     """Those linear layers among ``candidates`` that run, and whose input is no slice of anything.
 
     Args:
         is_sliced, is_summed: as for :func:`modules_on_slices`.
     """
-    seen: dict[str, list[Any]] = {}
-
-    def listen(weightless: WeightlessCopy, name: str, kind: str) -> None:
-        inputs = seen.setdefault(kind, [])
-        weightless.model.get_submodule(name).register_forward_pre_hook(
-            lambda module, args: inputs.append(args[0].grad_fn)
-        )
-
-    for weightless in _runs(model, candidates, is_summed, listen):
-        whole = {
-            kind for kind, nodes in seen.items() if nodes and not any(_reaches(weightless, n, is_sliced) for n in nodes)
-        }
-        return {name for name in candidates if weightless.repeats.kind_of(name) in whole}
-    return set()
+    recording = reading.recording()
+    if recording is None:
+        return set()
+    graph = _Graph(recording, is_sliced, is_summed)
+    whole = {
+        kind
+        for kind, nodes in _inputs(recording, candidates).items()
+        if nodes and not any(graph.comes_from_slices(node) for _, node in nodes)
+    }
+    return {name for name in candidates if recording.weightless.repeats.kind_of(name) in whole}
 
 
-def _runs(
-    model: nn.Module,
-    candidates: set[str],
-    is_summed: Callable[[str], bool],
-    listen: Callable[[WeightlessCopy, str, str], None],
-) -> Iterator[WeightlessCopy]:
-    """Copies that have run, with ``listen`` called before for every copied name (and kind) of a candidate."""
-    for inputs in candidate_inputs(model):
-        weightless = weightless_copy(model)
-        kind = weightless.repeats.kind_of
-        kinds = {kind(name) for name in candidates}
-        for name, module in weightless.model.named_modules():
-            original = weightless.repeats.original_name(name)
-            if is_summed(original):
-                module.register_forward_hook(_mark)
-            if kind(original) in kinds:
-                listen(weightless, name, kind(original))
-        try:
-            forward_run(weightless, inputs)
-        except (Mismatch, *CODE_ERRORS):
-            continue
-        yield weightless
+def _inputs(recording: Recording, candidates: Collection[str]) -> dict[str, list[tuple[str, Any]]]:
+    """Kind of module -> copied names of its modules that are candidates, with where in the graph each input is from."""
+    repeats = recording.weightless.repeats
+    kinds = {repeats.kind_of(name) for name in candidates}
+    found: dict[str, list[tuple[str, Any]]] = {}
+    for name, nodes in recording.record.calls.inputs.items():
+        if (kind := repeats.kind_of(repeats.original_name(name))) in kinds:
+            found.setdefault(kind, []).extend((name, node) for node in nodes)
+    return found
 
 
-def _mark(module: nn.Module, args: Any, output: Any) -> Any:
-    if isinstance(output, Tensor):
-        return _Boundary.apply(output)
-    if isinstance(output, tuple):
-        return tuple(_Boundary.apply(x) if isinstance(x, Tensor) and x.requires_grad else x for x in output)
-    return output
+class _Graph:
+    """The graph of a recorded run, as a plan cuts it."""
 
+    def __init__(self, recording: Recording, is_sliced: Fact, is_summed: Fact) -> None:
+        self.original = recording.weightless.repeats.original_name
+        self.is_sliced = is_sliced
+        outputs = recording.record.calls.outputs
+        # What such modules return is whole, whatever is cut inside of them.
+        self.ends = {node for name in outputs if is_summed(self.original(name)) for node in outputs[name]}
 
-def _noting(nodes: list[Any]) -> Callable[..., None]:
-    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        nodes.extend(x.grad_fn for x in args if isinstance(x, Tensor) and x.grad_fn is not None)
-
-    return note
-
-
-def _reaches(weightless: WeightlessCopy, start: Any, is_sliced: Callable[[str], bool]) -> bool:
-    """Whether the graph behind ``start`` comes to a sliced layer before any other layer."""
-    seen, open_ends = set(), [start]
-    while open_ends:
-        node = open_ends.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        kind = type(node).__name__  # not its name(), which torch 2.11 does not have for functions written in Python
-        call = node.call if kind == "_FullStubBackward" else None
-        if call is not None:
-            if is_sliced(weightless.repeats.original_name(call.name)):
+    def comes_from_slices(self, start: Any) -> bool:
+        """Whether the graph behind ``start`` comes to a sliced layer before any other layer."""
+        seen, open_ends = set(), [start]
+        while open_ends:
+            node = open_ends.pop()
+            if node is None or node in seen or node in self.ends:
+                continue
+            seen.add(node)
+            call = FullRun.call_of(node)
+            if call is None:
+                open_ends += [before for before, _ in node.next_functions]
+            elif self.is_sliced(self.original(call.name)):
                 return True
-        elif kind != "_BoundaryBackward":
-            open_ends += [before for before, _ in node.next_functions]
-    return False
+        return False

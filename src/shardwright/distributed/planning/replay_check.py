@@ -6,23 +6,20 @@ until it has been replayed, and a layer cut in the wrong place is often not an e
 
 from __future__ import annotations
 
-from torch import nn
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from shardwright.distributed.planning.resolved import ResolvedPlan
-from shardwright.distributed.replay.inputs import candidate_inputs
+from shardwright.distributed.replay.reading import ModelReading, Recording
 from shardwright.distributed.replay.record import CODE_ERRORS, Mismatch
 from shardwright.distributed.replay.runs import (
     Finding,
-    Inputs,
     Record,
     Sharding,
-    full_run,
     rank_runs,
     some_ranks_forward,
 )
-from shardwright.distributed.replay.weightless import WeightlessCopy, weightless_copy
+from shardwright.distributed.replay.weightless import WeightlessCopy
 from shardwright.distributed.styles import make_style
 from shardwright.distributed.styles.base import Style
 from shardwright.distributed.styles.cuts import Cut, contiguous, packed
@@ -33,15 +30,15 @@ class NotReplayable(Exception):
     """The plan has something in it that cannot be replayed."""
 
 
-def why_not_exact(model: nn.Module, resolved: ResolvedPlan) -> str | None:
-    """What goes wrong when ``model`` runs on slices as ``resolved`` says; None where nothing does.
+def why_not_exact(reading: ModelReading, resolved: ResolvedPlan) -> str | None:
+    """What goes wrong when the model runs on slices as ``resolved`` says; None where nothing does.
 
     None as well where the model cannot be replayed: its inputs cannot be guessed, or its code is not deterministic.
     """
-    replayed = replayable(model, resolved)
-    if replayed is None:
+    recording = replayable(reading, resolved)
+    if recording is None:
         return None
-    weightless, inputs, record = replayed
+    weightless, inputs, record = recording.weightless, recording.inputs, recording.record
     try:
         sharding = sharding_of(weightless, resolved)
     except NotReplayable:
@@ -56,19 +53,12 @@ def why_not_exact(model: nn.Module, resolved: ResolvedPlan) -> str | None:
     return _undeclared(weightless, resolved, finding) or _overdeclared(weightless, resolved, record, finding)
 
 
-def replayable(model: nn.Module, resolved: ResolvedPlan) -> tuple[WeightlessCopy, Inputs, Record] | None:
-    """A run that comes out the same when it is replayed again with nothing cut."""
-    for inputs in candidate_inputs(model):
-        weightless = weightless_copy(model)
-        if not _uniform(weightless, resolved):
-            weightless = weightless_copy(model, whole=True)
-        try:
-            record = full_run(weightless, inputs)
-            rank_runs(weightless, record, inputs, Sharding(), 1)
-        except (Mismatch, *CODE_ERRORS):
-            continue
-        return weightless, inputs, record
-    return None
+def replayable(reading: ModelReading, resolved: ResolvedPlan) -> Recording | None:
+    """A recorded run that comes out the same when it is replayed with nothing cut."""
+    recording = reading.recording()
+    if recording is not None and not _uniform(recording.weightless, resolved):
+        recording = reading.recording(every_block=True)
+    return recording if recording is not None and recording.repeatable else None
 
 
 def _uniform(weightless: WeightlessCopy, resolved: ResolvedPlan) -> bool:

@@ -10,16 +10,17 @@ from dataclasses import replace
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from shardwright.distributed.models.blocks import block_names, owns_parameters
-from shardwright.distributed.models.heads import check_heads, head_counts
-from shardwright.distributed.models.huggingface import head_name, rotary_key_width
-from shardwright.distributed.models.ties import Tie, find_ties
+from shardwright.distributed.models.blocks import owns_parameters
+from shardwright.distributed.models.heads import check_heads
+from shardwright.distributed.models.huggingface import rotary_key_width
+from shardwright.distributed.models.ties import Tie
 from shardwright.distributed.plan import ParallelPlan, match_names
 from shardwright.distributed.planning.key_values import share_projections
 from shardwright.distributed.planning.matching import require_match
 from shardwright.distributed.planning.partial_check import layers_on_whole, modules_on_slices
 from shardwright.distributed.planning.resolved import ResolvedPlan, StyleUse
 from shardwright.distributed.planning.sequence_parallel import find_regions, overlay_sequence_parallel
+from shardwright.distributed.replay.reading import ModelReading
 from shardwright.distributed.runtime.local_arguments import ArgumentCut
 from shardwright.distributed.runtime.local_width import WIDTH, arguments_of
 from shardwright.distributed.styles import canonical_style
@@ -36,44 +37,43 @@ def sums(style: Style) -> bool:
     return style.sums
 
 
-def resolve(model: nn.Module, plan: ParallelPlan, tp: int, *, sequence_parallel: bool = False) -> ResolvedPlan:
-    """What ``plan`` means for ``model`` on ``tp`` ranks.
+def resolve(reading: ModelReading, plan: ParallelPlan, tp: int, *, sequence_parallel: bool = False) -> ResolvedPlan:
+    """What ``plan`` means for the model on ``tp`` ranks.
 
     Raises:
         PlanError: a glob that matches nothing, an unknown style, a style that does not fit its module, heads or widths
             that ``tp`` does not divide, tied parameters with styles that contradict each other.
     """
-    resolved = ResolvedPlan(plan.source, tp, sequence_parallel, ties=find_ties(model), notes=list(plan.notes))
-    counts = head_counts(model)
-    resolved.heads = sorted({query for query, _ in counts.layers}) if counts is not None else []
-    modules = dict(model.named_modules())
-    _check_plain(model)
-    _match(model, modules, plan, resolved)
-    _specialise(model, modules, resolved)
-    _split_whole_inputs(model, modules, resolved)
+    resolved = ResolvedPlan(plan.source, tp, sequence_parallel, ties=reading.ties, notes=list(plan.notes))
+    resolved.heads = sorted({query for query, _ in reading.heads.layers}) if reading.heads is not None else []
+    modules = reading.modules
+    _check_plain(reading.model)
+    _match(reading, plan, resolved)
+    _specialise(reading, resolved)
+    _split_whole_inputs(reading, resolved)
     _settle_ties(modules, resolved)
-    _check_size(model, plan, resolved)
-    share_projections(model, modules, resolved)
+    _check_size(reading, plan, resolved)
+    share_projections(reading, resolved)
     _localise_attributes(modules, plan, resolved)
     _localise_arguments(modules, plan, resolved)
     _cover(modules, resolved)
-    _declare_partial(model, modules, resolved)
-    find_regions(modules, resolved)
+    _declare_partial(reading, resolved)
+    find_regions(resolved)
     if sequence_parallel:
-        overlay_sequence_parallel(model, modules, resolved)
+        overlay_sequence_parallel(reading, resolved)
     _collect_replicated(modules, resolved)
     _check_styles(modules, resolved)
     return resolved
 
 
-def _check_size(model: nn.Module, plan: ParallelPlan, resolved: ResolvedPlan) -> None:
+def _check_size(reading: ModelReading, plan: ParallelPlan, resolved: ResolvedPlan) -> None:
     """Whether the plan is for so many ranks. One that was derived for a size has tried that size's heads."""
     if plan.tp not in (None, resolved.tp, 1) and resolved.tp > 1:
         raise PlanError(
             f"The plan ({plan.source}) is for tp={plan.tp}, not for tp={resolved.tp}. Derive it for that size."
         )
     if plan.tp is None and any(use.made.reads for use in resolved.modules.values()):
-        note = check_heads(model, resolved.tp)
+        note = check_heads(reading.model, resolved.tp)
         resolved.notes += [note] if note else []
 
 
@@ -83,7 +83,8 @@ def _check_plain(model: nn.Module) -> None:
             raise PlanError(f"{name} is a DTensor already: the model has been parallelized. Start from a plain model.")
 
 
-def _match(model: nn.Module, modules: dict[str, nn.Module], plan: ParallelPlan, resolved: ResolvedPlan) -> None:
+def _match(reading: ModelReading, plan: ParallelPlan, resolved: ResolvedPlan) -> None:
+    modules = reading.modules
     parameters = {
         f"{name}.{own}" if name else own: (name, own)
         for name, module in modules.items()
@@ -95,7 +96,7 @@ def _match(model: nn.Module, modules: dict[str, nn.Module], plan: ParallelPlan, 
         found = match_names(glob, modules)
         bare = match_names(glob, parameters)
         if glob not in plan.optional:
-            require_match(glob, [*found, *bare], model, plan.source)
+            require_match(glob, [*found, *bare], reading.model, plan.source)
         name, options = canonical_style(style)
         for module in found:
             resolved.modules[module] = StyleUse(name, options, rule=glob)
@@ -103,22 +104,23 @@ def _match(model: nn.Module, modules: dict[str, nn.Module], plan: ParallelPlan, 
             resolved.parameters[parameters[parameter]] = style
 
 
-def _specialise(model: nn.Module, modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
+def _specialise(reading: ModelReading, resolved: ResolvedPlan) -> None:
     """Replace general names by what they mean for the module they are on."""
-    head = head_name(model)
-    blocks = tuple(f"{block}." for block in block_names(model))
-    rotary_width = rotary_key_width(model)
+    blocks = tuple(f"{block}." for block in reading.blocks)
+    rotary_width = rotary_key_width(reading.model)
     for name, use in list(resolved.modules.items()):
-        module = modules[name]
+        module = reading.modules[name]
         if use.made.parameters_only and not owns_parameters(module):
             del resolved.modules[name]
             continue
-        place = Place(module, name, name == head, name.startswith(blocks), resolved.sequence_parallel, rotary_width)
+        place = Place(
+            module, name, name == reading.head, name.startswith(blocks), resolved.sequence_parallel, rotary_width
+        )
         if (found := use.made.specialised(place)) is not None:
             resolved.modules[name] = StyleUse(*found, rule=use.rule)
 
 
-def _split_whole_inputs(model: nn.Module, modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
+def _split_whole_inputs(reading: ModelReading, resolved: ResolvedPlan) -> None:
     """Let row-parallel layers whose input is whole take their slice of it.
 
     One glob for two kinds of layers (attention and a state-space mixer that both end in ``o_proj``) names readers in
@@ -133,11 +135,11 @@ def _split_whole_inputs(model: nn.Module, modules: dict[str, nn.Module], resolve
         for name, use in uses
         if use.made.on_whole_input is not None
         and name.rpartition(".")[0] not in around
-        and isinstance(modules[name], nn.Linear)
+        and isinstance(reading.modules[name], nn.Linear)
     }
     if not alone:
         return
-    for name in layers_on_whole(model, alone, resolved.is_styled(hands_on_slices), resolved.is_styled(sums)):
+    for name in layers_on_whole(reading, alone, resolved.is_styled(hands_on_slices), resolved.is_styled(sums)):
         use = resolved.modules[name]
         assert use.made.on_whole_input is not None
         resolved.modules[name] = StyleUse(
@@ -251,7 +253,7 @@ def _cover(modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
             resolved.modules[name] = StyleUse("replicate", origin="no rule")
 
 
-def _declare_partial(model: nn.Module, modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
+def _declare_partial(reading: ModelReading, resolved: ResolvedPlan) -> None:
     """Sum the gradients of whole modules that the plan does not name, but that work on this rank's slice."""
     readers = [name.rpartition(".")[0] for name, use in resolved.modules.items() if use.made.output_is_slice]
     inside = tuple({f"{region}." for region in readers if region})
@@ -262,7 +264,7 @@ def _declare_partial(model: nn.Module, modules: dict[str, nn.Module], resolved: 
     }
     if not inside or not unnamed:
         return
-    sliced = modules_on_slices(model, unnamed, resolved.is_styled(hands_on_slices), resolved.is_styled(sums))
+    sliced = modules_on_slices(reading, unnamed, resolved.is_styled(hands_on_slices), resolved.is_styled(sums))
     for name in sliced:
         rule = "works on this rank's slice"
         resolved.modules[name] = StyleUse(ReplicatedPartialGradient.name, rule=rule, origin="slices")

@@ -12,9 +12,10 @@ from dataclasses import replace
 
 from torch import nn
 
-from shardwright.distributed.models.blocks import block_names, is_norm, numbers_to_globs, owns_parameters
+from shardwright.distributed.models.blocks import is_norm, numbers_to_globs, owns_parameters
 from shardwright.distributed.planning.resolved import RegionUse, ResolvedPlan, StyleUse
 from shardwright.distributed.planning.sequence_check import unsplittable_blocks
+from shardwright.distributed.replay.reading import ModelReading
 from shardwright.distributed.styles.replicated import LocalParams, ReplicatedPartialGradient, SequenceParallelNorm
 
 
@@ -22,7 +23,7 @@ def _parent(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def find_regions(modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
+def find_regions(resolved: ResolvedPlan) -> None:
     """Make the parent of every reader a region, so that its readers share their input's backward."""
     for name, use in list(resolved.modules.items()):
         if use.made.reads or use.made.writes:
@@ -31,17 +32,16 @@ def find_regions(modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
             resolved.regions.setdefault(region, RegionUse())
 
 
-def overlay_sequence_parallel(model: nn.Module, modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
+def overlay_sequence_parallel(reading: ModelReading, resolved: ResolvedPlan) -> None:
     """Split the residual stream of every block that has tensor-parallel layers and can run on a part of it."""
+    modules = reading.modules
     blocks = [
-        name
-        for name in block_names(model)
-        if any(_is_tensor_parallel(other, resolved) for other in _below(name, modules))
+        name for name in reading.blocks if any(_is_tensor_parallel(other, resolved) for other in _below(name, modules))
     ]
     if not blocks:
         resolved.notes.append("Sequence parallelism does nothing: no block has tensor-parallel layers under this plan.")
         return
-    whole = unsplittable_blocks(model, blocks, lambda name: _child_kind(name, modules, resolved) == "region")
+    whole = unsplittable_blocks(reading, blocks, lambda name: _child_kind(name, modules, resolved) == "region")
     for reason in dict.fromkeys(whole.values()):
         names = sorted({numbers_to_globs(name) for name, why in whole.items() if why == reason})
         resolved.notes.append(f"{', '.join(names)} stays on the whole sequence: {reason}.")

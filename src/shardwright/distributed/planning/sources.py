@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ from shardwright.distributed.planning.expert_rules import cuts_layers, with_expe
 from shardwright.distributed.planning.matching import require_match
 from shardwright.distributed.planning.not_cut import NOT_CUT
 from shardwright.distributed.plans import optimized_plans
+from shardwright.distributed.replay.reading import ModelReading
 from shardwright.distributed.styles.base import Style
-from shardwright.distributed.styles.torch_styles import LAYOUT_ONLY, style_name
+from shardwright.distributed.styles.torch_styles import LAYOUT_ONLY, asks_for_sequence_parallel, style_name
 from shardwright.errors import PlanError
 
 logger = logging.getLogger(__name__)
@@ -40,22 +42,24 @@ logger = logging.getLogger(__name__)
 PLAN_FILES = (".yaml", ".yml", ".json")
 GATHERED = ("colwise_gather_output", "colwise_rep")
 
+# Globs to styles (torch's objects, or names), a plan, a path to one in YAML or JSON, or a dotted path to a dict or to a
+# function that returns one.
 CustomPlan = Mapping[str, ParallelStyle | str] | ParallelPlan | str
 
 
-def choose_plan(model: nn.Module, custom: CustomPlan | None = None, tp: int = 2) -> ParallelPlan:
-    """The tensor-parallel plan of ``model``; says on rank 0 which source it is from and why.
+def choose_plan(reading: ModelReading, brought: Brought | None = None, tp: int = 2) -> ParallelPlan:
+    """The tensor-parallel plan of a model; says on rank 0 which source it is from and why.
 
     Args:
-        custom: a dict of globs to styles (torch ``ParallelStyle`` objects or style names), a :class:`ParallelPlan`, a
-            path to a plan in YAML or JSON, or a dotted path to a dict or to a function that returns one.
+        brought: what the user passed.
         tp: the size that a plan read off the dataflow will be for; the other sources' plans suit any.
 
     Raises:
-        PlanError: ``custom`` is none of these or cannot be read.
+        PlanError: a style in the user's plan has no meaning here.
     """
-    if custom is not None:
-        plan, why = custom_plan(model, custom), "it was passed in"
+    model = reading.model
+    if brought is not None:
+        plan, why = brought.for_model(model), "it was passed in"
     elif (reason := NOT_CUT.get(_model_type(model))) is not None:
         notes = (f"no tensor parallelism: {reason}.",)
         plan, why = ParallelPlan({}, source="none", notes=notes), "no plan for this model type is exact"
@@ -66,7 +70,7 @@ def choose_plan(model: nn.Module, custom: CustomPlan | None = None, tp: int = 2)
     else:
         from shardwright.distributed.planning.derive import derive_plan  # not needed by models that have a plan
 
-        plan = with_experts(model, derive_plan(model, tp=tp), tp)
+        plan = with_experts(model, derive_plan(reading, tp=tp), tp)
         why = "neither Shardwright nor transformers has a plan for the layers of this model's blocks"
     if not dist.is_initialized() or dist.get_rank() == 0:
         logger.info("Tensor-parallel plan of %s: %s, because %s.", type(model).__name__, plan.source, why)
@@ -77,33 +81,50 @@ def _model_type(model: nn.Module) -> str:
     return text_config(model).model_type if isinstance(model, PreTrainedModel) else ""
 
 
-def custom_plan(model: nn.Module, custom: CustomPlan) -> ParallelPlan:
-    """A plan the user passed, in any of its forms."""
+def brought_plan(custom: CustomPlan) -> Brought:
+    """A plan the user passed, in any of its forms: read, and where it is a function, called, once.
+
+    Raises:
+        PlanError: it is none of these or cannot be read.
+    """
     if isinstance(custom, ParallelPlan):
-        return custom
-    if isinstance(custom, str):
-        return _named_plan(model, custom)
-    if not isinstance(custom, Mapping):
+        return Brought(custom)
+    if isinstance(custom, Mapping):
+        return Brought(custom, "custom: dict")
+    if not isinstance(custom, str):
         raise PlanError(f"A plan must be a dict of globs to styles, or a path to one, not a {type(custom).__name__}.")
-    return _plan_from_mapping(model, custom, "custom: dict")
-
-
-def _named_plan(model: nn.Module, name: str) -> ParallelPlan:
-    path = Path(name)
+    path = Path(custom)
     if path.suffix in PLAN_FILES:
         if not path.is_file():
-            raise PlanError(f"There is no plan file {name!r}.")
+            raise PlanError(f"There is no plan file {custom!r}.")
         text = path.read_text()
-        return ParallelPlan.from_json(text) if path.suffix == ".json" else ParallelPlan.from_yaml(text)
-    found = _at_path(name)
-    if isinstance(found, ParallelPlan):
-        return found
-    if not isinstance(found, Mapping):
+        return Brought(ParallelPlan.from_json(text) if path.suffix == ".json" else ParallelPlan.from_yaml(text))
+    found = _at_path(custom)
+    if not isinstance(found, (ParallelPlan, Mapping)):
         raise PlanError(
-            f"Custom parallel plan {name!r} is not valid: it is a {type(found).__name__}, and must be a dict of globs "
-            "to styles, or a function that returns one."
+            f"Custom parallel plan {custom!r} is not valid: it is a {type(found).__name__}, and must be a dict of "
+            "globs to styles, or a function that returns one."
         )
-    return _plan_from_mapping(model, found, f"custom: {name}")
+    return Brought(found, f"custom: {custom}")
+
+
+@dataclass(frozen=True)
+class Brought:
+    """What a user passed as a plan: a :class:`ParallelPlan`, or a mapping of globs to styles and where it is from."""
+
+    plan: ParallelPlan | Mapping[str, Any]
+    source: str = ""
+
+    @property
+    def asks_for_sequence_parallel(self) -> bool:
+        """Whether there are torch styles in it that split the residual stream along the sequence."""
+        return not isinstance(self.plan, ParallelPlan) and asks_for_sequence_parallel(self.plan.values())
+
+    def for_model(self, model: nn.Module) -> ParallelPlan:
+        """The plan itself."""
+        if isinstance(self.plan, ParallelPlan):
+            return self.plan
+        return _plan_from_mapping(model, self.plan, self.source)
 
 
 def _at_path(name: str) -> Any:
@@ -113,13 +134,6 @@ def _at_path(name: str) -> Any:
     except PathError as error:
         raise PathError(f"Custom parallel plan {name!r} is not valid: {error}") from error
     return found() if callable(found) else found
-
-
-def styles_of(custom: CustomPlan | None) -> Mapping[str, Any]:
-    """The styles of a plan that the user passed as they are written there, objects too; of a file and of None: none."""
-    if isinstance(custom, str):
-        custom = None if Path(custom).suffix in PLAN_FILES else _at_path(custom)
-    return custom if isinstance(custom, Mapping) else {}
 
 
 def _plan_from_mapping(model: nn.Module, styles: Mapping[str, Any], source: str) -> ParallelPlan:

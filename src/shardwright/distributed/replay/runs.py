@@ -12,7 +12,18 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from shardwright.distributed.replay.record import TOLERANCE, FullRun, Idle, Mismatch, RankRun, Recorder, same
+from shardwright.distributed.replay.idle_use import IdleUse
+from shardwright.distributed.replay.module_calls import ModuleCalls, recorded_calls
+from shardwright.distributed.replay.record import (
+    CODE_ERRORS,
+    TOLERANCE,
+    FullRun,
+    Idle,
+    Mismatch,
+    RankRun,
+    Recorder,
+    same,
+)
 from shardwright.distributed.replay.watch import Touched, bind, listening, reading
 from shardwright.distributed.replay.weightless import WeightlessCopy
 from shardwright.distributed.runtime.local_arguments import ArgumentCut
@@ -74,6 +85,10 @@ class Record:
         first: module -> name and width of the first of its tensor arguments that needs one.
         input_grad: gradient of the first floating-point input; None where there is none.
         exposed: stubs whose weight is used by other code than their own forward, too.
+        idle: kinds of modules in the blocks of which a parameter was used while they did not run.
+        without_gradient: kinds of modules in the blocks that ran with gradients switched off.
+        calls: what every module was called with.
+        backward_failure: why the backward could not be run; then there are no gradients in here.
     """
 
     run: FullRun
@@ -84,7 +99,11 @@ class Record:
     arguments: dict[str, dict[str, torch.Size]]
     first: dict[str, tuple[str, int]]
     exposed: frozenset[str]
+    idle: frozenset[str]
+    without_gradient: frozenset[str]
+    calls: ModuleCalls
     input_grad: Tensor | None
+    backward_failure: str
 
 
 @dataclass
@@ -106,20 +125,33 @@ def full_run(weightless: WeightlessCopy, inputs: Inputs, seed: int = 0) -> Recor
     reads: dict[tuple[str, str], int] = {}
     arguments: dict[str, dict[str, torch.Size]] = {}
     first: dict[str, tuple[str, int]] = {}
-    touched = Touched({name: weightless.model.get_submodule(name) for name in weightless.stubs})
-    with reading(weightless.model, reads), listening(weightless.model, arguments, first), touched:
+    model, idle = weightless.model, IdleUse(weightless)
+    touched = Touched({name: model.get_submodule(name) for name in weightless.stubs})
+    with recorded_calls(model) as calls, idle, reading(model, reads), listening(model, arguments, first), touched:
         outputs, leaf = _forward(weightless, run, inputs)
     generator = torch.Generator().manual_seed(seed + 2)
     grads = [torch.randn(o.shape, generator=generator).to(o.dtype) if o.requires_grad else None for o in outputs]
     _clear_grads(weightless.model)
-    _backward(outputs, grads, retain=True)
-    exposed = frozenset(touched.names)
-    return Record(run, outputs, grads, _param_grads(weightless), reads, arguments, first, exposed, _grad(leaf))
-
-
-def forward_run(weightless: WeightlessCopy, inputs: Inputs, seed: int = 0) -> None:
-    """Run the model in full, forward only, for what hooks on its modules see."""
-    _forward(weightless, FullRun(seed), inputs)
+    try:
+        _backward(outputs, grads, retain=True)
+        failure = ""
+    except CODE_ERRORS as error:  # a backward that is written by hand and calls modules (a reversible network)
+        failure = f"{type(error).__name__}: {error}".partition("\n")[0]
+    return Record(
+        run=run,
+        outputs=outputs,
+        output_grads=grads,
+        param_grads=_param_grads(weightless),
+        reads=reads,
+        arguments=arguments,
+        first=first,
+        exposed=frozenset(touched.names),
+        idle=frozenset(idle.outside),
+        without_gradient=frozenset(idle.without_gradient),
+        calls=calls,
+        input_grad=_grad(leaf),
+        backward_failure=failure,
+    )
 
 
 def some_ranks_forward(

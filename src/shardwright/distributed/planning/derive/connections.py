@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardwright.distributed.replay.record import Call
+from shardwright.distributed.replay.record import Call, FullRun
 from shardwright.distributed.replay.runs import Record
 from shardwright.distributed.replay.weightless import WeightlessCopy
 
@@ -169,8 +169,7 @@ class _Walker:
         return self._memo[start]
 
     def _leaf(self, node: Any) -> tuple[frozenset[Key], frozenset[str]] | None:
-        call = getattr(node, "call", None)  # the context of a stub's autograd function
-        if isinstance(call, Call):
+        if (call := FullRun.call_of(node)) is not None:
             return frozenset({call.key}), frozenset()
         variable = getattr(node, "variable", None)
         if variable is not None:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
-from torch import nn
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
 
 from shardwright.distributed.planning.resolved import ResolvedPlan
-from shardwright.errors import PlanError
+from shardwright.distributed.replay.reading import ModelReading
+from shardwright.distributed.runtime.shard_dim import data_parallel_dim
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class ParameterLayout:
         own: its name in that module.
         shape: of the whole parameter.
         placement: on the ``tp`` axis.
+        tp: number of tensor-parallel ranks.
         trained: whether it gets a gradient.
     """
 
@@ -31,6 +32,7 @@ class ParameterLayout:
     shape: tuple[int, ...]
     dtype: torch.dtype
     placement: Placement
+    tp: int
     trained: bool
 
     @property
@@ -46,7 +48,12 @@ class ParameterLayout:
         """Whether tensor parallelism cuts it."""
         return isinstance(self.placement, (Shard, _StridedShard))
 
-    def local_shape(self, tp: int, dp_shard: int) -> tuple[int, ...]:
+    @property
+    def gathered_numel(self) -> int:
+        """Elements on the first rank when FSDP2 has gathered it: its tensor-parallel part."""
+        return prod(self.local_shape(1))
+
+    def local_shape(self, dp_shard: int) -> tuple[int, ...]:
         """The shape of the first rank's part: the largest, where the ranks' parts differ.
 
         Raises:
@@ -54,37 +61,26 @@ class ParameterLayout:
         """
         shape = list(self.shape)
         if isinstance(self.placement, (Shard, _StridedShard)):
-            shape[self.placement.dim] = -(-shape[self.placement.dim] // tp)
+            shape[self.placement.dim] = -(-shape[self.placement.dim] // self.tp)
         if shape and dp_shard > 1:
-            dim = self._data_parallel_dim(shape, dp_shard)
+            dim = data_parallel_dim(self.name, shape, [self.placement], dp_shard)
             shape[dim] = -(-shape[dim] // dp_shard)
         return tuple(shape)
 
-    def _data_parallel_dim(self, shape: list[int], dp_shard: int) -> int:
-        """FSDP2 cuts dim 0; of a packed weight, whose dim 0 is cut piece by piece, the other (``apply.fsdp2``)."""
-        if not isinstance(self.placement, _StridedShard) or self.placement.dim != 0:
-            return 0
-        if len(shape) < 2 or shape[1] % dp_shard:
-            raise PlanError(
-                f"{self.name} is packed and has shape {self.shape}: FSDP2 cannot cut it over {dp_shard} data-parallel "
-                "ranks beside its tensor-parallel cut, because its second dim must be a multiple of that. Choose "
-                "another dp_shard, or use dp_replicate."
-            )
-        return 1
 
+def parameter_layouts(reading: ModelReading, resolved: ResolvedPlan | None) -> dict[int, ParameterLayout]:
+    """The layout of every parameter by its identity, in the model's order. Without a plan, or with one rank, whole.
 
-def parameter_layouts(model: nn.Module, resolved: ResolvedPlan) -> list[ParameterLayout]:
-    """The layout of every parameter, in the model's order. With one tensor-parallel rank all are whole."""
+    Of a parameter that is a DTensor already, this rank's part is taken for the whole.
+    """
     layouts: dict[int, ParameterLayout] = {}
-    for name, module in model.named_modules():
+    for name, module in reading.modules.items():
         for own, param in module._parameters.items():
             if param is None or id(param) in layouts:
                 continue
-            layouts[id(param)] = ParameterLayout(
-                name, own, tuple(param.shape), param.dtype, _placement(name, module, own, resolved), param.requires_grad
-            )
-    return list(layouts.values())
-
-
-def _placement(name: str, module: nn.Module, own: str, resolved: ResolvedPlan) -> Placement:
-    return Replicate() if resolved.tp == 1 else resolved.placement(name, module, own)
+            shape = tuple((param.to_local() if isinstance(param, DTensor) else param).shape)
+            cut = resolved is not None and resolved.tp > 1
+            placement = resolved.placement(name, module, own) if resolved is not None and cut else Replicate()
+            tp = resolved.tp if resolved is not None else 1
+            layouts[id(param)] = ParameterLayout(name, own, shape, param.dtype, placement, tp, param.requires_grad)
+    return layouts

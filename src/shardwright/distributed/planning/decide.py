@@ -1,0 +1,83 @@
+"""``decide``: from a model that has been read, and a config, to everything that will be done to the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from shardwright.distributed.config import ParallelConfig
+from shardwright.distributed.models.blocks import by_list, every_nth
+from shardwright.distributed.planning.data import decide_data
+from shardwright.distributed.planning.decided import DecidedPlan
+from shardwright.distributed.planning.layout import parameter_layouts
+from shardwright.distributed.planning.sources import CustomPlan
+from shardwright.distributed.planning.tensor import plan_and_resolve
+from shardwright.distributed.planning.units import blocks_in_use, unit_names
+from shardwright.distributed.replay.reading import ModelReading
+from shardwright.errors import ConfigError
+
+
+def decide(
+    reading: ModelReading,
+    config: ParallelConfig,
+    *,
+    tp: int,
+    fsdp2: bool,
+    compute_dtype: torch.dtype | None = None,
+    custom: CustomPlan | None = None,
+    always_plan: bool = False,
+    own_units: Sequence[str] = (),
+) -> DecidedPlan:
+    """All decisions, in the order in which they are executed. Nothing is changed, sent or allocated.
+
+    Args:
+        tp: tensor-parallel ranks. The degrees in ``config`` are not read: a mesh has them.
+        fsdp2: whether FSDP2 shards the model.
+        compute_dtype: in which FSDP2 gathers parameters; None where each is gathered in its own.
+        custom: a tensor-parallel plan, instead of the one that ``config`` names or that would be chosen.
+        always_plan: choose a tensor-parallel plan with one rank, too, for a report.
+        own_units: modules that another engine gathers by itself.
+
+    Raises:
+        PlanError: a plan that does not fit the model or ``tp``, or is not exact; units that FSDP2 cannot make.
+        ConfigError: settings that would do nothing.
+    """
+    plan = resolved = None
+    if tp > 1 or always_plan:
+        custom = custom if custom is not None else config.plan
+        plan, resolved = plan_and_resolve(reading, custom, tp, sequence_parallel=config.sequence_parallel)
+    one_by_one = config.activation_checkpointing != "none" or config.compile_backend is not None
+    blocks = unit_names(reading) if fsdp2 or own_units or one_by_one else []
+    recomputed = _recomputed(reading, blocks, config)
+    data = None
+    if fsdp2:
+        layouts = parameter_layouts(reading, resolved)
+        data = decide_data(reading, blocks, layouts, config, compute_dtype=compute_dtype)
+    return DecidedPlan(
+        plan=plan,
+        tensor=resolved,
+        data=data,
+        blocks=tuple(blocks),
+        recomputed=tuple(recomputed),
+        activation_checkpointing=config.activation_checkpointing,
+        compiled=tuple(blocks) if config.compile_backend is not None else (),
+        compile_backend=config.compile_backend,
+        # What gathers its parameters, or runs twice, sees to its replicated parameters by itself.
+        summing=(*(data.names if data is not None else own_units), *recomputed),
+        notes=tuple(resolved.notes) if resolved is not None else (),
+        warnings=tuple(filter(None, [blocks_in_use(reading, blocks) if blocks else None])),
+    )
+
+
+def _recomputed(reading: ModelReading, blocks: list[str], config: ParallelConfig) -> list[str]:
+    """The blocks that are recomputed in backward."""
+    lists, n = by_list(blocks, reading.blocks), config.checkpointed_every
+    chosen = every_nth(lists, n)
+    if n > 1 and not chosen:
+        longest = max(map(len, lists.values()), default=0)
+        raise ConfigError(
+            f"activation_checkpointing is {config.activation_checkpointing!r}, but the model's longest list of blocks "
+            f"has {longest}: nothing would be recomputed. Choose a smaller number, or none."
+        )
+    return chosen

@@ -1,0 +1,85 @@
+"""``DecidedPlan``: everything that is decided about how a model is sharded, as data.
+
+The executors in :mod:`shardwright.distributed.apply` do what it says, a part each; ranks compare it before anything is
+cut; the estimate, ``verify`` and reports read it. None of them decides anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from shardwright.distributed.plan import ParallelPlan
+from shardwright.distributed.planning.resolved import ResolvedPlan
+
+ROOT = ""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one ``fully_shard`` call owns.
+
+    Attributes:
+        modules: names; several where they hold the same parameters. :data:`ROOT` is the model itself.
+        reshard_after_forward: whether its parameters are freed after forward, and gathered again in backward.
+        apart: modules inside that are sharded by themselves first, because their parameters have another dtype.
+    """
+
+    modules: tuple[str, ...]
+    reshard_after_forward: bool
+    apart: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """FSDP2's units, in the order in which they are made: inner ones first, the root last.
+
+    Attributes:
+        prefetch: block -> the blocks that it gathers ahead in forward, and in backward. Empty where torch's own way,
+            the next one, is wanted.
+    """
+
+    units: tuple[Unit, ...]
+    prefetch: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all modules in units, without the root."""
+        return [name for unit in self.units for name in unit.modules if name != ROOT]
+
+
+def innermost(name: str, units: Iterable[str]) -> str:
+    """The innermost of ``units`` that the module called ``name`` is in or is; :data:`ROOT` where it is in none."""
+    return max((unit for unit in units if name == unit or name.startswith(f"{unit}.")), key=len, default=ROOT)
+
+
+@dataclass(frozen=True)
+class DecidedPlan:
+    """The decisions.
+
+    Attributes:
+        plan: the tensor-parallel plan that applies, as a user can read, save and edit it; None where none is needed.
+        tensor: what it means for this model; None with one tensor-parallel rank.
+        data: FSDP2's units; None where FSDP2 has no part in it.
+        blocks: the modules that can be gathered, recomputed or compiled one by one.
+        recomputed: those that are recomputed in backward, ``activation_checkpointing`` says how.
+        activation_checkpointing: ``ParallelConfig.activation_checkpointing``.
+        compiled: those that are compiled.
+        compile_backend: of ``torch.compile``; None where nothing is compiled.
+        summing: the modules that sum gradients of their replicated parameters by themselves, because they gather or
+            repeat by themselves. All other parameters are summed together, once.
+        notes: sentences for a reader.
+        warnings: those among them that a user should act on.
+    """
+
+    plan: ParallelPlan | None
+    tensor: ResolvedPlan | None
+    data: DataPlan | None
+    blocks: tuple[str, ...] = ()
+    recomputed: tuple[str, ...] = ()
+    activation_checkpointing: str = "none"
+    compiled: tuple[str, ...] = ()
+    compile_backend: str | None = None
+    summing: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()

@@ -1,0 +1,73 @@
+"""From a model to a plan that is matched, checked and replayed: what everything that shards or predicts begins with."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+from shardwright.distributed.plan import ParallelPlan
+from shardwright.distributed.planning.complete import completed, left_replicated
+from shardwright.distributed.planning.replay_check import why_not_exact
+from shardwright.distributed.planning.resolve import resolve
+from shardwright.distributed.planning.resolved import ResolvedPlan
+from shardwright.distributed.planning.sources import Brought, CustomPlan, brought_plan, choose_plan
+from shardwright.distributed.replay.reading import ModelReading
+from shardwright.errors import PlanError
+
+logger = logging.getLogger(__name__)
+
+
+def plan_and_resolve(
+    reading: ModelReading, custom: CustomPlan | None, tp: int, *, sequence_parallel: bool = False
+) -> tuple[ParallelPlan, ResolvedPlan]:
+    """The plan that applies, and what it means for the model on ``tp`` ranks; exact, as far as it can be replayed.
+
+    A plan of transformers that turns out not to be exact gives way to one that is read off the model's dataflow; one
+    that is, but leaves whole what could be cut, is completed from it.
+
+    Args:
+        custom: a plan to use instead of one that is chosen.
+        sequence_parallel: split the residual stream along the sequence; torch styles in ``custom`` may ask for it too.
+
+    Raises:
+        PlanError: the plan cannot be read, does not fit the model or ``tp``, or is not exact.
+    """
+    brought = None if custom is None else brought_plan(custom)
+    split = sequence_parallel or (brought is not None and brought.asks_for_sequence_parallel)
+    plan, resolved = _exact(reading, brought, tp, sequence_parallel=split)
+    if tp > 1:
+        resolved.notes += left_replicated(reading, resolved)
+    return plan, resolved
+
+
+def _exact(
+    reading: ModelReading, brought: Brought | None, tp: int, *, sequence_parallel: bool
+) -> tuple[ParallelPlan, ResolvedPlan]:
+    plan = choose_plan(reading, brought, tp)
+    resolved = resolve(reading, plan, tp, sequence_parallel=sequence_parallel)
+    if tp == 1 or (brought is None and plan.tp == tp):  # one that was derived just now has been replayed
+        return plan, resolved
+    reason = why_not_exact(reading, resolved)
+    if reason is None:
+        return _completed(reading, plan, resolved) if plan.source == "huggingface" else (plan, resolved)
+    if plan.source != "huggingface":
+        raise PlanError(
+            f"The plan ({plan.source}) does not compute what {type(reading.model).__name__} computes: replayed on "
+            f"{tp} ranks, {reason}. Mend the plan, or pass none and let one be read off the model's code."
+        )
+    from shardwright.distributed.planning.derive import derive_plan  # not needed by models whose plan is exact
+
+    note = f"transformers' plan for this model is not exact ({reason}), so one was read off its code"
+    logger.warning("%s: %s.", type(reading.model).__name__, note)
+    derived = derive_plan(reading, tp=tp)
+    derived = replace(derived, notes=(f"{note}.", *derived.notes))
+    return derived, resolve(reading, derived, tp, sequence_parallel=sequence_parallel)
+
+
+def _completed(reading: ModelReading, plan: ParallelPlan, resolved: ResolvedPlan) -> tuple[ParallelPlan, ResolvedPlan]:
+    """A plan of transformers with what it does not mention, where all of it together is exact."""
+    more = completed(reading, plan, resolved)
+    if more is None:
+        return plan, resolved
+    both = resolve(reading, more, resolved.tp, sequence_parallel=resolved.sequence_parallel)
+    return (plan, resolved) if why_not_exact(reading, both) else (more, both)

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from shardwright.distributed.apply.megatron_fsdp import Options
+from shardwright.distributed.axes import AVERAGED
 from shardwright.distributed.config import ParallelConfig, Precision
 from shardwright.distributed.mesh import axis, make_mesh, refuse_context_parallel
 from shardwright.distributed.planning.data import wants_fsdp2
@@ -47,7 +48,7 @@ def parallelize(model: nn.Module, config: ParallelConfig, mesh: DeviceMesh | Non
         parallelize_with_megatron_fsdp(model, mesh, config, Options.from_config(config, meta=meta))
         return model  # the package's wrapper stands behind its forward
     # Without anything to shard, a settled precision says whether there is anything to cast.
-    fsdp2 = wants_fsdp2(config, axis(mesh, "dp_cp").size())
+    fsdp2 = wants_fsdp2(config, axis(mesh, AVERAGED).size())
     return parallelize_with_fsdp2(model, mesh, config, mp_policy=mixed_precision(config.precision) if fsdp2 else None)
 
 

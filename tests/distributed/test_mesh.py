@@ -17,8 +17,9 @@ from torch.distributed.tensor.debug import CommDebugMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from shardwright import ParallelConfig, make_mesh, parallelize
+from shardwright.distributed.axes import NAMES
 from shardwright.distributed.config import Degrees
-from shardwright.distributed.mesh import AXES, axis, data_parallel_mesh
+from shardwright.distributed.mesh import axis, data_parallel_mesh
 from shardwright.distributed.parallelizer import fsdp2_strategy_parallelize
 from shardwright.errors import ConfigError, UnsupportedError
 from shardwright.verify.ranks import RankPool, shared_mesh
@@ -31,9 +32,9 @@ FLATTENED = {"dp": (0, 1), "dp_shard_cp": (1, 2), "dp_cp": (0, 1, 2)}
 def test_axes_of_256_ranks(fake_world: Callable[..., None], sizes: tuple[int, int, int, int], rank: int) -> None:
     fake_world(256, rank)
     mesh = make_mesh(Degrees(*sizes), "cpu")
-    assert mesh.mesh_dim_names == AXES
+    assert mesh.mesh_dim_names == NAMES
     assert tuple(mesh.shape) == sizes
-    assert [mesh[name].size() for name in AXES] == list(sizes)
+    assert [mesh[name].size() for name in NAMES] == list(sizes)
     everyone = torch.arange(256).view(sizes)
     here = (everyone == rank).nonzero()[0].tolist()
     assert list(mesh.get_coordinate() or ()) == here
@@ -54,7 +55,7 @@ def test_neighbouring_ranks_share_a_tensor_parallel_group(fake_world: Callable[.
 def test_a_world_of_one(fake_world: Callable[..., None]) -> None:
     fake_world(1)
     mesh = make_mesh(ParallelConfig(), "cpu")
-    assert [mesh[name].size() for name in (*AXES, *FLATTENED)] == [1] * 7
+    assert [mesh[name].size() for name in (*NAMES, *FLATTENED)] == [1] * 7
     model = build("llama")
     names = [name for name, _ in model.named_parameters()]
     assert parallelize(model, ParallelConfig(), mesh) is model

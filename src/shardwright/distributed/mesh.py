@@ -9,16 +9,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from shardwright.distributed.axes import EVERY_SHARD, FLATTENED, NAMES
 from shardwright.distributed.config import Degrees, ParallelConfig
 from shardwright.errors import ConfigError, UnsupportedError
-
-AXES = ("dp_replicate", "dp_shard", "cp", "tp")
-# Name of a flattened axis -> the axes it is made of.
-FLATTENED = {
-    "dp": ("dp_replicate", "dp_shard"),
-    "dp_shard_cp": ("dp_shard", "cp"),
-    "dp_cp": ("dp_replicate", "dp_shard", "cp"),
-}
 
 
 def default_device_type() -> str:
@@ -49,12 +42,12 @@ def make_mesh(config: ParallelConfig | Degrees, device_type: str | None = None) 
     degrees = config.degrees(world_size) if isinstance(config, ParallelConfig) else config
     if degrees.world_size != world_size:
         raise ConfigError(f"{degrees} multiply to {degrees.world_size}, but the world size is {world_size}.")
-    sizes = tuple(getattr(degrees, axis) for axis in AXES)
-    mesh = init_device_mesh(device_type or _device_type_of_ranks(), sizes, mesh_dim_names=AXES)
+    sizes = tuple(getattr(degrees, name) for name in NAMES)
+    mesh = init_device_mesh(device_type or _device_type_of_ranks(), sizes, mesh_dim_names=NAMES)
     flattened = dict(FLATTENED)
     if degrees.tp > 1 and degrees.dp_shard * degrees.cp > 1:
-        # Nobody asks for this one, but DTensor finds it: a norm over all shards is then one all-reduce instead of two.
-        flattened["dp_shard_cp_tp"] = ("dp_shard", "cp", "tp")
+        name, axes = EVERY_SHARD
+        flattened[name] = axes
     for name, axes in flattened.items():
         mesh[axes]._flatten(mesh_dim_name=name)  # the only way torch 2.11 to 2.13 has; the original module's way too
     return mesh

@@ -22,7 +22,7 @@ import shardwright
 from shardwright.checkpoint.state import RunState
 from shardwright.checkpoint.store import CheckpointStore, latest_checkpoint, load_checkpoint
 from shardwright.checkpoint.together import from_all
-from shardwright.distributed.mesh import AXES
+from shardwright.distributed.axes import NAMES
 from shardwright.errors import ConfigError, PreemptedError, ShardwrightError
 from shardwright.train.config import TrainConfig
 from shardwright.train.loop import Trainer
@@ -46,7 +46,7 @@ class Checkpoints:
         self._config = config
         self._state = RunState(trainer.model, trainer.optimizer, trainer.schedule)
         self._device = device
-        self._degrees = " x ".join(f"{axis}={mesh[axis].size()}" for axis in AXES)
+        self._degrees = " x ".join(f"{axis}={mesh[axis].size()}" for axis in NAMES)
         self._folder = Path(config.output.dir) / CHECKPOINTS
         self._asked_to_stop = False
         self._saved_step = 0

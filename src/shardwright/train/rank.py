@@ -16,7 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedConfig
 
 from shardwright.checkpoint.save import save_pretrained
-from shardwright.distributed.mesh import AXES, axis, default_device_type
+from shardwright.distributed.axes import NAMES
+from shardwright.distributed.mesh import axis, default_device_type
 from shardwright.distributed.runtime.layout import whole
 from shardwright.errors import RunError
 from shardwright.train.check import checked_step, reference_step
@@ -142,7 +143,7 @@ def _trainer(
 def _headline(trainer: Trainer, mesh: DeviceMesh, device: torch.device, sequence_parallel: bool) -> str:
     parameters = sum(p.numel() for p in trainer.model.parameters())
     size = f"{parameters / 1e6:,.1f}M" if parameters >= 1e6 else f"{parameters:,}"
-    axes = " x ".join(f"{name}={mesh[name].size()}" for name in AXES if mesh[name].size() > 1) or "nothing sharded"
+    axes = " x ".join(f"{name}={mesh[name].size()}" for name in NAMES if mesh[name].size() > 1) or "nothing sharded"
     name = type(trainer.model).__name__.removeprefix("FSDP")  # FSDP2 renames the class of what it shards
     return (
         f"{name}, {size} parameters, on {mesh.size()} {device.type} rank{'s' * (mesh.size() > 1)}: "

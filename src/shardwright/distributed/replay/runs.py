@@ -154,6 +154,15 @@ def full_run(weightless: WeightlessCopy, inputs: Inputs, seed: int = 0) -> Recor
     )
 
 
+def compare_forward(weightless: WeightlessCopy, record: Record, inputs: Inputs) -> None:
+    """Replay the forward with nothing cut, without gradients.
+
+    Raises:
+        as :func:`rank_runs`.
+    """
+    _rank_forward(weightless, record, inputs, RankRun(record.run, 0, 1, {}, {}), gradients=False)
+
+
 def some_ranks_forward(
     weightless: WeightlessCopy, record: Record, inputs: Inputs, sharding: Sharding, size: int
 ) -> None:
@@ -189,9 +198,9 @@ def rank_runs(weightless: WeightlessCopy, record: Record, inputs: Inputs, shardi
 
 
 def _rank_forward(
-    weightless: WeightlessCopy, record: Record, inputs: Inputs, run: RankRun
+    weightless: WeightlessCopy, record: Record, inputs: Inputs, run: RankRun, *, gradients: bool = True
 ) -> tuple[list[Tensor], Tensor | None]:
-    outputs, leaf = _forward(weightless, run, inputs)
+    outputs, leaf = _forward(weightless, run, inputs, gradients=gradients)
     if len(outputs) != len(record.outputs):
         raise Mismatch("output")
     for mine, whole in zip(outputs, record.outputs, strict=True):
@@ -265,7 +274,9 @@ def _error(x: Tensor, expected: Tensor) -> Tensor:
     return (x - expected).abs().flatten(0, -2).amax(0)
 
 
-def _forward(weightless: WeightlessCopy, recorder: Recorder, inputs: Inputs) -> tuple[list[Tensor], Tensor | None]:
+def _forward(
+    weightless: WeightlessCopy, recorder: Recorder, inputs: Inputs, *, gradients: bool = True
+) -> tuple[list[Tensor], Tensor | None]:
     """The model's floating-point outputs, and the first floating-point input, which gets a gradient."""
     args, kwargs = _fresh(inputs.args), _fresh(dict(inputs.kwargs))
     leaf = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()), None)
@@ -276,7 +287,7 @@ def _forward(weightless: WeightlessCopy, recorder: Recorder, inputs: Inputs) -> 
         kwargs = {key: x.clone() if x is leaf else x for key, x in kwargs.items()}
     weightless.recorder = recorder
     try:
-        with torch.enable_grad(), _SomeHeads(), torch.random.fork_rng(devices=[]):
+        with torch.set_grad_enabled(gradients), _SomeHeads(), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)  # the same numbers for every replay; the caller's are left alone
             output = weightless.model(*args, **kwargs)
     finally:

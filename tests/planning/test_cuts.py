@@ -36,7 +36,7 @@ def masks(width: int, *ranks: list[tuple[int, int]]) -> list[torch.Tensor]:
     ],
 )
 def test_cut_from_masks(width: int, ranks: list[list[tuple[int, int]]], expected: Cut | None) -> None:
-    assert cut_from_masks(masks(width, *ranks)) == expected
+    assert cut_from_masks(dict(enumerate(masks(width, *ranks))), len(ranks)) == expected
 
 
 def test_the_parts_of_all_ranks_cover_everything_once() -> None:

@@ -67,7 +67,7 @@ def _replay(recording: Recording, block: str, call: ModuleCall, rank: int, is_re
     length = stream.shape[SEQUENCE_DIM] if stream.ndim == 3 else 0
     if length < RANKS:
         raise Unsplit(f"its input has shape {tuple(stream.shape)}, not [batch, sequence, features]")
-    with ExitStack() as stack, torch.no_grad():
+    with ExitStack() as stack, torch.no_grad(), weightless.chunks.shortened():
         for child, part in module.named_children():
             path = f"{block}.{child}"
             region = is_region(weightless.repeats.original_name(path))

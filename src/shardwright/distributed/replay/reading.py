@@ -21,8 +21,8 @@ from shardwright.distributed.models.huggingface import embedding_name, head_name
 from shardwright.distributed.models.ties import Tie, find_ties
 from shardwright.distributed.replay.inputs import candidate_inputs
 from shardwright.distributed.replay.record import CODE_ERRORS, Mismatch
-from shardwright.distributed.replay.runs import Inputs, Record, Sharding, compare_forward, full_run, rank_runs
-from shardwright.distributed.replay.short_chunks import chunked_modules, chunks_of, set_chunks, short
+from shardwright.distributed.replay.runs import Inputs, Record, Sharding, check_chunks, full_run, rank_runs
+from shardwright.distributed.replay.short_chunks import Chunks
 from shardwright.distributed.replay.weightless import WeightlessCopy, weightless_copy
 
 logger = logging.getLogger(__name__)
@@ -114,12 +114,10 @@ class ModelReading:
     def _record(self, every_block: bool) -> Recording | str:
         """The first run that works, of those that can be replayed before those that cannot."""
         reason, kept = "its inputs could not be guessed", None
-        for weightless, inputs, chunks in self._trials(every_block):
+        for weightless, inputs in self._trials(every_block):
             try:
                 found = Recording(weightless, inputs, full_run(weightless, inputs))
-                if chunks:
-                    with chunks_of(chunks):
-                        compare_forward(weightless, found.record, inputs)
+                check_chunks(weightless, found.record, inputs)
             except (Mismatch, *CODE_ERRORS) as error:
                 reason = f"it did not run ({type(error).__name__}: {error})".partition("\n")[0]
                 logger.debug("%s: %s", type(self.model).__name__, reason)
@@ -129,8 +127,8 @@ class ModelReading:
             kept = kept or found
         return kept or reason
 
-    def _trials(self, every_block: bool) -> Iterator[tuple[WeightlessCopy, Inputs, dict[nn.Module, int]]]:
-        """Copies and inputs to try, with the chunks that were shortened: two blocks of a kind, evaluation mode first.
+    def _trials(self, every_block: bool) -> Iterator[tuple[WeightlessCopy, Inputs]]:
+        """Copies and inputs to try: two blocks of each kind, evaluation mode and short chunks first.
 
         Some models change their weights for inference (RWKV), or keep back a part of their code in it: they run in
         training mode, with nothing dropped.
@@ -139,11 +137,11 @@ class ModelReading:
             weightless = weightless_copy(self.model, whole=every)
             if training:
                 _train_without_dropout(weightless.model)
-            chunks = chunked_modules(weightless.model)
-            for shortened in (chunks, {}) if chunks else ({},):
-                set_chunks(short(chunks) if shortened else chunks)
+            chunks = Chunks.of(weightless.model)
+            for shortened in (chunks, Chunks()) if chunks else (chunks,):
+                weightless.chunks = shortened
                 for inputs in candidate_inputs(self.model, self.example_inputs):
-                    yield weightless, inputs, shortened
+                    yield weightless, inputs
 
 
 def _train_without_dropout(model: nn.Module) -> None:

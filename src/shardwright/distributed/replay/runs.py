@@ -24,6 +24,7 @@ from shardwright.distributed.replay.record import (
     Recorder,
     same,
 )
+from shardwright.distributed.replay.short_chunks import Chunks
 from shardwright.distributed.replay.watch import Touched, bind, listening, reading
 from shardwright.distributed.replay.weightless import WeightlessCopy
 from shardwright.distributed.runtime.local_arguments import ArgumentCut
@@ -154,13 +155,18 @@ def full_run(weightless: WeightlessCopy, inputs: Inputs, seed: int = 0) -> Recor
     )
 
 
-def compare_forward(weightless: WeightlessCopy, record: Record, inputs: Inputs) -> None:
-    """Replay the forward with nothing cut, without gradients.
+def check_chunks(weightless: WeightlessCopy, record: Record, inputs: Inputs) -> None:
+    """Replay the forward once with the model's own chunks: they must not matter.
 
     Raises:
         as :func:`rank_runs`.
     """
-    _rank_forward(weightless, record, inputs, RankRun(record.run, 0, 1, {}, {}), gradients=False)
+    chunks, weightless.chunks = weightless.chunks, Chunks()
+    try:
+        if chunks:
+            _rank_forward(weightless, record, inputs, RankRun(record.run, 0, 1, {}, {}), gradients=False)
+    finally:
+        weightless.chunks = chunks
 
 
 def some_ranks_forward(
@@ -287,7 +293,8 @@ def _forward(
         kwargs = {key: x.clone() if x is leaf else x for key, x in kwargs.items()}
     weightless.recorder = recorder
     try:
-        with torch.set_grad_enabled(gradients), _SomeHeads(), torch.random.fork_rng(devices=[]):
+        fork = torch.random.fork_rng(devices=[])
+        with torch.set_grad_enabled(gradients), _SomeHeads(), fork, weightless.chunks.shortened():
             torch.default_generator.manual_seed(0)  # the same numbers for every replay; the caller's are left alone
             output = weightless.model(*args, **kwargs)
     finally:

@@ -1,42 +1,74 @@
-"""Reference code of state-space layers works on the sequence in chunks, and pads it to a multiple of them.
+"""Reference code of state-space layers and of linear attention works on the sequence in chunks, and pads it to them.
 
-A trial has a handful of tokens. Chunks of 256 make its tensors thousands of times larger than they need to be, and
-planning Falcon-H1 takes minutes. The size of a chunk changes no result: that it does not is checked, not believed.
+A trial has a handful of tokens. Chunks of 64 or 256 make its tensors thousands of times larger than they need to be,
+and planning Falcon-H1 or Kimi Linear takes minutes. The size of a chunk changes no result: that it does not is checked
+for every model, not believed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import inspect
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
-ATTRIBUTE = "chunk_size"
+NAME = "chunk_size"  # of a module's attribute, or of an argument of a function beside its class
 SHORT = 4  # shorter than a trial's sequence, so that more than one chunk takes part
 
 
-def chunked_modules(model: nn.Module) -> dict[nn.Module, int]:
-    """The modules that state the size of a chunk which is larger than a trial needs, with that size."""
-    sizes = {module: module.__dict__.get(ATTRIBUTE) for module in model.modules()}
-    return {module: size for module, size in sizes.items() if type(size) is int and size > SHORT}
+@dataclass
+class Chunks:
+    """The chunks that a model's code works in.
+
+    Attributes:
+        modules: modules that state a size as an attribute, with that size.
+        functions: functions that take one and have a default, with all of their defaults.
+    """
+
+    modules: dict[nn.Module, int] = field(default_factory=dict)
+    functions: dict[Callable[..., Any], tuple[Any, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Chunks:
+        """The chunks in ``model`` that are longer than a trial needs."""
+        sizes = {module: module.__dict__.get(NAME) for module in model.modules()}
+        modules = {module: size for module, size in sizes.items() if type(size) is int and size > SHORT}
+        homes = {cls.__module__ for module in model.modules() for cls in type(module).__mro__}
+        values = [value for home in homes for value in vars(sys.modules[home]).values() if home != nn.__name__]
+        functions = {inspect.unwrap(value) for value in values if inspect.isfunction(value)}
+        return cls(modules, {each: each.__defaults__ for each in functions if _default(each) > SHORT})
+
+    def __bool__(self) -> bool:
+        return bool(self.modules or self.functions)
+
+    @contextmanager
+    def shortened(self) -> Iterator[None]:
+        """All of them are short inside. Defaults of functions are those of the process: planning is not for threads."""
+        for module in self.modules:
+            module.__dict__[NAME] = SHORT
+        for function, defaults in self.functions.items():
+            function.__defaults__ = _with_default(function, defaults)
+        try:
+            yield
+        finally:
+            for module, size in self.modules.items():
+                module.__dict__[NAME] = size
+            for function, defaults in self.functions.items():
+                function.__defaults__ = defaults
 
 
-def set_chunks(sizes: Mapping[nn.Module, int]) -> None:
-    """Give these modules chunks of these sizes, in place."""
-    for module, size in sizes.items():
-        module.__dict__[ATTRIBUTE] = size
+def _default(function: Callable[..., Any]) -> int:
+    parameter = inspect.signature(function).parameters.get(NAME)
+    if parameter is None or parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:
+        return 0
+    return parameter.default if type(parameter.default) is int else 0
 
 
-def short(sizes: Mapping[nn.Module, int]) -> dict[nn.Module, int]:
-    """The same modules, with short chunks."""
-    return dict.fromkeys(sizes, SHORT)
-
-
-@contextmanager
-def chunks_of(sizes: Mapping[nn.Module, int]) -> Iterator[None]:
-    """The modules have these sizes inside, and short chunks again behind."""
-    set_chunks(sizes)
-    try:
-        yield
-    finally:
-        set_chunks(short(sizes))
+def _with_default(function: Callable[..., Any], defaults: tuple[Any, ...]) -> tuple[Any, ...]:
+    parameters = inspect.signature(function).parameters.values()
+    names = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD][-len(defaults) :]
+    return tuple(SHORT if name == NAME else value for name, value in zip(names, defaults, strict=True))

@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig
 
 from shardwright.distributed.replay.record import CODE_ERRORS, Idle, Recorder
 from shardwright.distributed.replay.repeats import Repeats, find_repeats
+from shardwright.distributed.replay.short_chunks import Chunks
 from shardwright.distributed.styles.linear import is_transposed
 
 # Parameters above this size, outside of linear layers and tables, are not given values: their module becomes a stub.
@@ -51,12 +52,14 @@ class WeightlessCopy:
         repeats: which entries of its module lists stand for which entries of the original.
         stubs: copied module name -> its stub.
         recorder: what the stubs ask; set for each run.
+        chunks: the chunks of the sequence that are shortened in runs.
     """
 
     model: nn.Module
     repeats: Repeats
     stubs: dict[str, Stub]
     recorder: Recorder = field(default_factory=Idle)
+    chunks: Chunks = field(default_factory=Chunks)
 
 
 def weightless_copy(model: nn.Module, *, whole: bool = False) -> WeightlessCopy:

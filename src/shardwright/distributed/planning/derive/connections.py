@@ -7,6 +7,7 @@ the second without passing another stub. The connected sets are the regions: ``{
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,22 +79,22 @@ def find_regions(weightless: WeightlessCopy, record: Record) -> list[Region]:
 
 
 def dependencies(
-    weightless: WeightlessCopy, record: Record, region: Region, writers: list[Key], shares: list[Any]
-) -> list[Masks]:
+    weightless: WeightlessCopy, record: Record, region: Region, writers: list[Key], shares: Mapping[int, Any]
+) -> dict[int, Masks]:
     """What every rank's share of the writers' inputs depends on.
 
     Args:
-        shares: per rank, a function from a writer's key to the features of its input that the rank holds.
+        shares: rank -> a function from a writer's key to the features of its input that the rank holds.
 
     Returns:
-        Per rank: call key or parameter name -> bool tensor, True where a change would change the share.
+        Rank -> call key or parameter name -> bool tensor, True where a change would change the share.
     """
     calls, run = record.run.calls, record.run
     generator = torch.Generator().manual_seed(4)
     named = {name: weightless.model.get_parameter(name) for name in region.parameters}
-    result = []
+    result: dict[int, Masks] = {}
     run.tracing = True
-    for share in shares:
+    for rank, share in shares.items():
         for call in calls.values():
             call.partial = None
         for param in named.values():
@@ -114,7 +115,7 @@ def dependencies(
             masks[key] = _touched(call)
         for name, param in named.items():
             masks[name] = torch.zeros_like(param, dtype=torch.bool) if param.grad is None else param.grad != 0
-        result.append(masks)
+        result[rank] = masks
     run.tracing = False
     return result
 

@@ -266,7 +266,8 @@ def _cuts(study: Study, group: Group, regions: list[Region], pieces: int) -> Sha
         group.reason = group.reason or "its width is not divisible"
         return None
     cut = _writer_cut(study, pieces)
-    shares = [_share(cut, rank, study) for rank in range(study.size)]
+    # What is guessed from a few ranks is replayed on all.
+    shares = {rank: _share(cut, rank, study) for rank in sorted({0, 1, study.size // 2, study.size - 1})}
     masks = dependencies(study.weightless, study.record, region, writers, shares)
     return _from_masks(study, group, regions, masks, writers, readers, cut)
 
@@ -292,14 +293,14 @@ def _from_masks(
     study: Study,
     group: Group,
     regions: list[Region],
-    masks: list[Masks],
+    masks: dict[int, Masks],
     writers: list[Key],
     readers: list[Key],
     writer_cut: Callable[[str], Cut],
 ) -> Sharding | None:
     by_kind: dict[str, Cut] = {}
     for key in readers:
-        cut = cut_from_masks([m[key] for m in masks])
+        cut = cut_from_masks({rank: m[key] for rank, m in masks.items()}, study.size)
         if cut is None:
             group.reason = group.reason or f"features of {key[0].rpartition('.')[2]} mix across slices"
             return None
@@ -309,10 +310,10 @@ def _from_masks(
         return None
     parameters: dict[str, Cut] = {}
     for name in regions[0].parameters:
-        per_entry = [m[name].reshape(m[name].shape[0], -1).any(1) if m[name].ndim else m[name] for m in masks]
+        per_entry = {rank: m[name].flatten(1).any(1) if m[name].ndim > 1 else m[name] for rank, m in masks.items()}
         # The style of a bare parameter of three dims or more cuts another dim (batched experts): not this one.
         if masks[0][name].ndim in (1, 2) and per_entry[0].numel() >= study.size:
-            cut = cut_from_masks(per_entry, equal_only=True)
+            cut = cut_from_masks(per_entry, study.size, equal_only=True)
             if cut is not None:
                 parameters[study.kind(name)] = cut
     tables = {study.kind(key[0]) for key in readers if study.weightless.stubs[key[0]].kind == "table"}

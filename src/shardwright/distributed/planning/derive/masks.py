@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -11,22 +13,23 @@ from shardwright.distributed.styles.cuts import Cut, contiguous, packed
 PACKED = (2, 3, 4, 6, 8, 12)
 
 
-def cut_from_masks(masks: list[Tensor], *, equal_only: bool = False) -> Cut | None:
+def cut_from_masks(masks: Mapping[int, Tensor], size: int, *, equal_only: bool = False) -> Cut | None:
     """The cut under which each rank holds all that it depends on, or None.
 
     Args:
-        masks: per rank, a bool vector: which features this rank's share of the result depends on.
+        masks: rank -> a bool vector: which features this rank's share of the result depends on. The first rank is among
+            them; of the others, a sample will do for a guess that is replayed on all.
+        size: number of ranks.
         equal_only: only contiguous and equally packed cuts.
     """
     width = masks[0].numel()
-    size = len(masks)
-    if not any(bool(mask.any()) for mask in masks):
+    if not any(bool(mask.any()) for mask in masks.values()):
         return None
     guesses = [contiguous(width)] + [packed(width, n) for n in PACKED if width % n == 0 and (width // n) % size == 0]
     if not equal_only:
-        guesses += _unequal(masks)
+        guesses += _unequal(masks[0], size)
     for cut in guesses:
-        if all(_covers(cut, mask, rank, size) for rank, mask in enumerate(masks)):
+        if all(_covers(cut, mask, rank, size) for rank, mask in masks.items()):
             return cut
     return None
 
@@ -38,10 +41,9 @@ def _covers(cut: Cut, mask: Tensor, rank: int, size: int) -> bool:
     return not bool((mask & ~held).any())
 
 
-def _unequal(masks: list[Tensor]) -> list[Cut]:
+def _unequal(first: Tensor, size: int) -> list[Cut]:
     """Blocks of different widths: one begins wherever a run of the first rank's features begins."""
-    width, size = masks[0].numel(), len(masks)
-    runs = _runs(masks[0])
+    width, runs = first.numel(), _runs(first)
     starts = [start for start, _ in runs]
     if not starts or starts[0] != 0 or len(starts) > 6:
         return []

@@ -16,8 +16,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardwright import ParallelConfig, parallelize
-from shardwright.distributed.models.blocks import by_list, every_nth, kept_gathered
+from shardwright.distributed.models.blocks import by_list, every_nth
 from shardwright.distributed.parallelizer import unshard_fsdp2_model
+from shardwright.distributed.planning.data import kept_gathered
 from shardwright.errors import ConfigError
 from shardwright.verify.ranks import RankPool, shared_mesh
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.optim.optimizer import _foreach_supported_types
 
 __all__ = [
     "FSDPParamGroup",
@@ -34,6 +35,7 @@ __all__ = [
     "register_shards",
     "root_of",
     "states_of",
+    "take_in_groups",
     "written_versions",
 ]
 
@@ -49,6 +51,15 @@ def in_backward() -> bool:
 def after_backward(function: Callable[[], None]) -> None:
     """Call ``function`` when the backward that runs has ended, after those that asked before (torch 2.11 to 2.14)."""
     torch.autograd.Variable._execution_engine.queue_callback(function)
+
+
+# Optimizers
+
+
+def take_in_groups(cls: type[torch.Tensor]) -> None:
+    """Let optimizers update parameters of this class together with others, as they do DTensors (torch 2.11 to 2.14)."""
+    if cls not in _foreach_supported_types:
+        _foreach_supported_types.append(cls)
 
 
 # FSDP2

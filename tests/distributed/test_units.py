@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from steps import assert_same
 from tiny_models import assert_exact, batch, build
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -189,11 +190,14 @@ def test_tensor_parallelism_before_them_does_not_hide_the_units(ranks4: RankPool
 
 
 def _past_the_root() -> None:
+    """What is in the root's unit can be called alone; what is in a block's cannot."""
     config = ParallelConfig(dp_shard=2, tp=2)
-    model = parallelize(build("llama"), config, shared_mesh(config))
+    model, whole = parallelize(build("llama"), config, shared_mesh(config)), build("llama")
     assert isinstance(model, LlamaForCausalLM)
-    with pytest.raises(PlanError, match=r"LlamaRMSNorm.*not gathered"):
-        model.model.norm(torch.zeros(1, 4, 32))
+    x = torch.linspace(-1, 1, 4 * 32).view(1, 4, 32)
+    assert_same(model.model.norm(x), whole.model.norm(x), "norm")
+    with pytest.raises(PlanError, match=r"Linear.*not gathered"):
+        model.model.layers[0].mlp.up_proj(x)
 
 
 def test_parameters_that_are_not_gathered_are_refused(ranks4: RankPool) -> None:

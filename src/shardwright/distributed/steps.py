@@ -23,6 +23,7 @@ from shardwright.distributed.apply.guards.agreement import check_agreement
 from shardwright.distributed.apply.guards.parameters import check_gradient_hooks, check_scalars
 from shardwright.distributed.apply.guards.same_calls import compare_first_calls
 from shardwright.distributed.apply.megatron_fsdp import Options as MegatronOptions
+from shardwright.distributed.apply.parts import open_to_losses
 from shardwright.distributed.apply.passes import watch_passes
 from shardwright.distributed.apply.quantized import check_quantized
 from shardwright.distributed.apply.saving import refuse_partial_saves
@@ -91,6 +92,7 @@ def parallelize_with_fsdp2(
     if decided.data is not None:
         apply_fsdp2(model, decided.data, dp_mesh, mp_policy, offload_policy)
         watch_passes(model)
+    open_to_losses(model, decided.readable, axes.tp, fsdp2=decided.data is not None)
     return model
 
 

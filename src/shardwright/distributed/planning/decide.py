@@ -65,6 +65,7 @@ def decide(
         compile_backend=config.compile_backend,
         # What gathers its parameters, or runs twice, sees to its replicated parameters by itself.
         summing=(*(data.names if data is not None else own_units), *recomputed),
+        readable=tuple(name for name in (reading.embedding, reading.head) if name is not None),
         notes=tuple(resolved.notes) if resolved is not None else (),
         warnings=tuple(filter(None, [blocks_in_use(reading, blocks) if blocks else None])),
     )

@@ -68,6 +68,7 @@ class DecidedPlan:
         compile_backend: of ``torch.compile``; None where nothing is compiled.
         summing: the modules that sum gradients of their replicated parameters by themselves, because they gather or
             repeat by themselves. All other parameters are summed together, once.
+        readable: the modules whose weights losses read by themselves: the embedding and the head.
         notes: sentences for a reader.
         warnings: those among them that a user should act on.
     """
@@ -81,5 +82,6 @@ class DecidedPlan:
     compiled: tuple[str, ...] = ()
     compile_backend: str | None = None
     summing: tuple[str, ...] = ()
+    readable: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()

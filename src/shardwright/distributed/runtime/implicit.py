@@ -20,8 +20,15 @@ from torch.distributed.tensor import DTensor, Replicate
 from shardwright.distributed.runtime.dtypes import HALF, result_dtype
 from shardwright.distributed.runtime.operations import DRAWS, REDUCED_IN_FLOAT32, is_known, writes
 from shardwright.distributed.runtime.random_states import drawing_alike
+from shardwright.errors import UnsupportedError
 
 T = TypeVar("T", bound="ImplicitDTensor")
+
+
+class OwnRules(DTensor):
+    """A DTensor whose class is asked before any :class:`ImplicitDTensor` that it is mixed with."""
+
+    __slots__ = ()
 
 
 class ImplicitDTensor(DTensor):
@@ -39,13 +46,16 @@ class ImplicitDTensor(DTensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        refuse_address(func, args)
+        if not issubclass(cls, OwnRules) and any(issubclass(kind, OwnRules) for kind in types):
+            return NotImplemented  # torch asks that class next
         if func is Tensor.__setitem__:
             return _set_items(*args)
         if not is_known(func):
             return _on_whole(func, args, kwargs)
         if func.__name__ in REDUCED_IN_FLOAT32 and args[0].dtype in HALF and kwargs.get("dtype") is None:
             return func(args[0].float(), *args[1:], **kwargs).to(result_dtype(func, args[0]))
-        tensors = _tensors((args, kwargs))
+        tensors = tensors_in((args, kwargs))
         mesh = next(x.device_mesh for x in tensors if isinstance(x, ImplicitDTensor))
         with torch._C.DisableTorchFunctionSubclass():
             try:
@@ -66,6 +76,17 @@ class ImplicitDTensor(DTensor):
         return value
 
 
+def refuse_address(func: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """Raise UnsupportedError where ``func`` asks for the memory of a tensor of which this rank has a part."""
+    if func is Tensor.data_ptr and isinstance(args[0], DTensor):
+        raise UnsupportedError(
+            f"A kernel asks for the memory of a tensor of shape {tuple(args[0].shape)}. This rank has a part of it, "
+            "and kernels that are written by hand (those of Liger or cut_cross_entropy) know of one rank's memory. For "
+            "a loss that never makes whole logits, set loss_tiles in ParallelConfig, or call "
+            "shardwright.losses.linear_cross_entropy; out.logits.full_tensor() are whole logits."
+        )
+
+
 def mark(x: DTensor, cls: type[T]) -> T:
     """``x`` itself as one of ``cls``.
 
@@ -79,7 +100,7 @@ def mark(x: DTensor, cls: type[T]) -> T:
 def _on_whole(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``func`` on whole tensors, which every rank computes alike; what it writes goes back into the shards."""
     if func.__name__ in DRAWS:
-        mesh = next(x.device_mesh for x in _tensors((args, kwargs)) if isinstance(x, ImplicitDTensor))
+        mesh = next(x.device_mesh for x in tensors_in((args, kwargs)) if isinstance(x, ImplicitDTensor))
         with drawing_alike(mesh):
             return _same_on_whole(func, args, kwargs)
     return _same_on_whole(func, args, kwargs)
@@ -122,14 +143,15 @@ def joined(value: Any) -> Any:
     return type(value)(joined(item) for item in value) if type(value) in (tuple, list) else value
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in an argument of a function, or in its arguments."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, dict):
         value = value.values()
     elif not isinstance(value, (tuple, list)):
         return []
-    return [x for item in value for x in _tensors(item)]
+    return [x for item in value for x in tensors_in(item)]
 
 
 def _distributed(value: Any, mesh: DeviceMesh) -> Any:

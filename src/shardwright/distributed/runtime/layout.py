@@ -39,7 +39,7 @@ def whole(tensor: Tensor) -> Tensor:
             continue
         dim, group = placement.dim, c.Group.of(mesh[names[axis]])
         if axis < mesh.ndim - 1:
-            local = c.all_gather(local, dim, _length_here(tensor, axis, dim), group)
+            local = c.all_gather(local, dim, length_here(tensor, axis, dim), group)
             continue
         local = c.all_gather(local, dim, tensor.shape[dim], group)
         if isinstance(placement, _StridedShard):
@@ -48,7 +48,7 @@ def whole(tensor: Tensor) -> Tensor:
     return local
 
 
-def _length_here(tensor: DTensor, axis: int, dim: int) -> int:
+def length_here(tensor: DTensor, axis: int, dim: int) -> int:
     """How long ``dim`` is once the axes up to ``axis`` are gathered, on this rank."""
     length = tensor.shape[dim]
     for later in range(axis + 1, tensor.device_mesh.ndim):

@@ -51,7 +51,7 @@ DRAWS = frozenset(_DRAWS.split())
 _ABOUT = """
     __get__ __set__ __delete__ __len__ __repr__ __format__ __hash__ __deepcopy__ __reduce_ex__ __setstate__ size dim
     ndimension numel nelement stride storage_offset element_size is_contiguous is_floating_point is_complex is_signed
-    is_same_size is_pinned is_shared is_inference get_device data_ptr untyped_storage requires_grad_ retain_grad
+    is_same_size is_pinned is_shared is_inference get_device untyped_storage requires_grad_ retain_grad
     register_hook register_post_accumulate_grad_hook backward grad detach_ has_names
 """
 ABOUT_THE_TENSOR = frozenset(_ABOUT.split())

@@ -36,7 +36,7 @@ def test_rows_cover_the_model(family: str) -> None:
     assert sum(row.parameters for row in prediction.rows) == sum(param.numel() for param in model.parameters())
     assert sum(row.memory.total for row in prediction.rows) == prediction.memory.total
     resolved = resolve(ModelReading(model), choose_plan(ModelReading(model)), 2, sequence_parallel=True)
-    assert prediction.cut_share == pytest.approx(sharded_fraction(model, resolved))
+    assert prediction.cut_share == pytest.approx(sharded_fraction(ModelReading(model), resolved))
     assert sum(row.count for row in prediction.rows) == len(resolved.modules) + len(resolved.parameters)
 
 

@@ -28,7 +28,7 @@ def test_experts_and_layers_are_cut(model_type: str) -> None:
     plan = choose_plan(ModelReading(model))
     assert plan.styles["model.layers.*.mlp.experts"] == STYLES[model_type]
     assert plan.styles["model.layers.*.self_attn.q_proj"] == "colwise"
-    assert sharded_fraction(model, resolve(ModelReading(model), plan, 2)) > 0.98
+    assert sharded_fraction(ModelReading(model), resolve(ModelReading(model), plan, 2)) > 0.98
 
 
 def test_experts_that_the_ranks_do_not_divide_stay_whole() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 
 import pytest
+import torch
 from torch import nn
 
 from shardwright.distributed.plan import ParallelPlan
@@ -75,7 +76,7 @@ def test_a_wrong_plan_of_transformers_gives_way_to_the_code() -> None:
     assert huggingface_plan(model) is not None
     plan, resolved = plan_and_resolve(ModelReading(model), None, 2)
     assert plan.source == "dataflow (tp=2)"
-    assert "transformers' plan for this model is not exact" in resolved.notes[0]
+    assert "the plan from huggingface is not exact for this model" in resolved.notes[0]
 
 
 def test_an_edited_plan_is_played_again() -> None:
@@ -107,3 +108,42 @@ def test_a_model_that_cannot_be_replayed_is_not_refuted() -> None:
 
     model = Strange()
     assert plan_and_resolve(ModelReading(model), {"layer": "colwise"}, 2)[1].modules["layer"].style == "colwise"
+
+
+class MultiQuery(nn.Module):
+    """Attention whose heads share a key, a value and a factor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.o = (nn.Linear(32, 32, bias=False) for _ in range(2))
+        self.k, self.v = (nn.Linear(32, 8, bias=False) for _ in range(2))
+        self.scale = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = self.q(x).unflatten(-1, (-1, 8)).transpose(1, 2) * self.scale
+        k, v = (layer(x).unsqueeze(1).expand(-1, q.shape[1], -1, -1) for layer in (self.k, self.v))
+        return x + self.o(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+QUERIES = {"*.q": "colwise", "*.o": "rowwise"}
+SHARED = {"*.k": "replicated_with_grad_allreduce", "*.v": "replicated_with_grad_allreduce"}
+UNDECLARED = {
+    "of a parameter": (
+        QUERIES | SHARED,
+        r"0\.scale works on slices, and its gradient has to be summed \('replicated_with_grad_allreduce'\)",
+    ),
+    "of a layer": (
+        QUERIES | {"*": "replicated_with_grad_allreduce"},
+        r"0\.k is whole, but what reads it works on slices",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", UNDECLARED)
+def test_gradients_that_a_plan_forgets_to_sum_are_named(what: str) -> None:
+    """The worst mistake there is: the loss is right, and what is trained is not."""
+    plan, message = UNDECLARED[what]
+    reading = ModelReading(nn.Sequential(MultiQuery(), MultiQuery(), MultiQuery()))
+    with pytest.raises(PlanError, match=message):
+        plan_and_resolve(reading, plan, 2)
+    plan_and_resolve(reading, QUERIES | SHARED | {"*": "replicated_with_grad_allreduce"}, 2)

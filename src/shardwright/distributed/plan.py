@@ -145,6 +145,27 @@ class ParallelPlan:
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 
+def merge_plans(plans: Mapping[str, ParallelPlan]) -> ParallelPlan:
+    """One plan for a model from those of models inside of it.
+
+    Args:
+        plans: name of an inner model -> its plan, whose globs are relative to it.
+    """
+
+    def below(key: str) -> dict[str, Any]:
+        return {f"{name}.{glob}": value for name, plan in plans.items() for glob, value in getattr(plan, key).items()}
+
+    return ParallelPlan(
+        below("styles"),
+        frozenset(f"{name}.{glob}" for name, plan in plans.items() for glob in plan.optional),
+        below("local_attributes"),
+        below("local_arguments"),
+        source=" and ".join(dict.fromkeys(plan.source for plan in plans.values())),
+        notes=tuple(dict.fromkeys(note for plan in plans.values() for note in plan.notes)),
+        tp=next((plan.tp for plan in plans.values() if plan.tp is not None), None),
+    )
+
+
 def _require_strings(name: str, values: Iterable[Any]) -> None:
     if isinstance(values, str) or not isinstance(values, Iterable) or any(not isinstance(v, str) for v in values):
         raise PlanError(f"{name} must be a list of strings, not {values!r}.")

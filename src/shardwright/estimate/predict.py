@@ -73,6 +73,7 @@ class Prediction:
         traffic: TP collectives, by kind of block.
         gathering: what FSDP2 gathers and reduces; None where it has no part in it.
         notes: sentences of the plan and of its resolution.
+        warnings: sentences that a user should act on.
     """
 
     model: str
@@ -89,6 +90,7 @@ class Prediction:
     traffic: tuple[Traffic, ...]
     gathering: Gathering | None
     notes: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
     @property
     def cut_share(self) -> float:
@@ -154,6 +156,7 @@ def predict(model: Model, config: ParallelConfig, *, weights: str = "float32") -
         traffic=tuple(_traffic(reading, decided, resolved, _compute_dtype(layouts, settled))),
         gathering=predict_gathering(layouts, decided, settled),
         notes=tuple(dict.fromkeys(filter(None, [*decided.notes, uncounted(reading, resolved)]))),
+        warnings=decided.warnings,
     )
 
 
@@ -232,6 +235,7 @@ def to_dict(prediction: Prediction) -> dict[str, Any]:
         },
         "fsdp2": None if prediction.gathering is None else prediction.gathering.to_dict(),
         "notes": list(prediction.notes),
+        "warnings": list(prediction.warnings),
     }
 
 

@@ -84,6 +84,8 @@ def _parts(prediction: Prediction, look: _Look) -> Iterable[RenderableType]:
     yield ""
     yield from _traffic(prediction, look)
     yield from _gathering(prediction)
+    for warning in prediction.warnings:
+        yield Text.assemble(("warning: ", "bold red"), warning)
     for note in prediction.notes:
         yield Text.assemble(("note: ", "bold yellow"), note)
 

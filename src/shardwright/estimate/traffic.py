@@ -91,6 +91,8 @@ class _Step:
 
     def collectives(self) -> Iterator[tuple[str, Collective]]:
         for name, use in self.resolved.modules.items():
+            if use.inside:
+                continue
             site = Site(self.modules[name], use.sequence, self.stream(name), self.experts_per_token)
             for sent in use.made.sent(site):
                 itemsize = FLOAT32 if sent.float32 else self.itemsize
@@ -119,7 +121,7 @@ class _Step:
         norms = (child for child in self.modules[block].children() if is_norm(child))
         if width := next((param.numel() for norm in norms for param in norm.parameters()), 0):
             return width
-        writers = (name for name, use in self.resolved.modules.items() if use.made.writes)
+        writers = (name for name, use in self.resolved.modules.items() if use.writes)
         return next((features(self.modules[name], out=True) for name in writers if self.scope(name) == block), 0)
 
     def forward(self, kind: str, width: int, cause: str) -> Collective:
@@ -133,7 +135,7 @@ class _Step:
         layers: dict[str | None, list[str]] = {}
         for name in self.modules:
             use = self.resolved.modules.get(name)
-            if use is not None and (use.made.reads or use.made.writes or use.style == ColwiseLogits.name):
+            if use is not None and (use.reads or use.writes or (use.style == ColwiseLogits.name and not use.inside)):
                 layers.setdefault(use.region, []).append(name)
         first: dict[tuple[str, int], str] = {}
         for region, names in layers.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -10,9 +11,36 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from shardwright.errors import PlanError
 
 
+def pretrained(model: nn.Module) -> tuple[str, PreTrainedModel] | None:
+    """The model of transformers that ``model`` is or wraps (PEFT, a value head), and its name; None where it does not.
+
+    Of several beside each other, the one with the most parameters.
+    """
+    return max(outermost_pretrained(model), key=lambda pair: pair[1].num_parameters(), default=None)
+
+
+def outermost_pretrained(model: nn.Module) -> list[tuple[str, PreTrainedModel]]:
+    """The models of transformers in ``model``, with their names, those inside of others left out."""
+    found: list[tuple[str, PreTrainedModel]] = []
+    for name, module in _named_modules(model):
+        inside = any(not outer or name.startswith(f"{outer}.") for outer, _ in found)
+        if isinstance(module, PreTrainedModel) and not inside:
+            found.append((name, module))
+    return found
+
+
+def _named_modules(model: Any) -> Iterable[tuple[str, nn.Module]]:
+    return model.named_modules() if isinstance(model, nn.Module) else ()
+
+
+def _below(prefix: str, name: str) -> str:
+    return ".".join(part for part in (prefix, name) if part)
+
+
 def text_config(model: nn.Module) -> Any:
     """The config that describes the text model: a multimodal model's sub-config; None for a model without a config."""
-    config = getattr(model, "config", None)
+    found = pretrained(model)
+    config = found[1].config if found is not None else getattr(model, "config", None)
     return config.get_text_config() if isinstance(config, PreTrainedConfig) else getattr(config, "text_config", config)
 
 
@@ -35,25 +63,30 @@ def experts_per_token(model: nn.Module) -> int:
     return next((values[key] for key in _EXPERTS_PER_TOKEN if isinstance(values.get(key), int)), 0)
 
 
-def text_model(model: PreTrainedModel) -> tuple[str, PreTrainedModel]:
+def text_model(model: nn.Module) -> tuple[str, nn.Module]:
     """The inner text model and its name: the model that owns the input embeddings.
 
-    For a model that is its own text model, ``("", model)``.
+    For a model that is its own text model, or that transformers knows nothing of, ``("", model)``.
     """
-    embeddings = _input_embeddings(model)
+    found = pretrained(model)
+    if found is None:
+        return "", model
+    prefix, outer = found
+    embeddings = _input_embeddings(outer)
     owners = [
-        (name, module)
-        for name, module in model.named_modules()
+        (_below(prefix, name), module)
+        for name, module in outer.named_modules()
         if embeddings is not None
         and isinstance(module, PreTrainedModel)
         and any(child is embeddings for child in module.modules())
     ]
-    return owners[-1] if owners else ("", model)
+    return owners[-1] if owners else found
 
 
 def embedding_name(model: nn.Module) -> str | None:
     """The name of the input embedding, where the model says which it is."""
-    return _name_of(model, _input_embeddings(model)) if isinstance(model, PreTrainedModel) else None
+    found = pretrained(model)
+    return None if found is None else _name_of(model, _input_embeddings(found[1]))
 
 
 def _input_embeddings(model: PreTrainedModel) -> nn.Module | None:
@@ -65,7 +98,8 @@ def _input_embeddings(model: PreTrainedModel) -> nn.Module | None:
 
 def head_name(model: nn.Module) -> str | None:
     """The name of the output head (the layer whose output is the logits), where the model says which it is."""
-    return _name_of(model, model.get_output_embeddings()) if isinstance(model, PreTrainedModel) else None
+    found = pretrained(model)
+    return None if found is None else _name_of(model, found[1].get_output_embeddings())
 
 
 def _name_of(model: nn.Module, module: nn.Module | None) -> str | None:
@@ -83,9 +117,11 @@ def plan_styles(model: nn.Module) -> dict[str, str]:
     Raises:
         PlanError: the model has none.
     """
-    styles = {**_own_plan(type(model)), **_own_plan(model)}
+    name, outer = pretrained(model) or ("", model)
+    own = {**_own_plan(type(outer)), **_own_plan(outer)}
+    styles = {_below(name, glob): style for glob, style in own.items()}
     for prefix, inner in _inner_models(model).items():
-        styles |= {f"{prefix}.{glob}" if prefix else glob: style for glob, style in _own_plan(inner).items()}
+        styles |= {_below(prefix, glob): style for glob, style in _own_plan(inner).items()}
     if not styles:
         raise PlanError(
             f"Hugging Face tp plan is not supported for {type(model).__name__}: it has no tensor-parallel plan of its "
@@ -104,7 +140,7 @@ def _own_plan(model: Any) -> dict[str, str]:
 
 
 def _inner_models(model: nn.Module) -> dict[str, nn.Module]:
-    if isinstance(model, PreTrainedModel) and _input_embeddings(model) is not None:
+    found = pretrained(model)
+    if found is not None and _input_embeddings(found[1]) is not None:
         return dict([text_model(model)])
-    modules = model.named_modules() if isinstance(model, nn.Module) else ()
-    return {name: module for name, module in modules if name and _own_plan(module)}
+    return {name: module for name, module in _named_modules(model) if name and _own_plan(module)}

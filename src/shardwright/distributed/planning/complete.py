@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
-from transformers import PreTrainedModel
-
 from shardwright.distributed.models.blocks import numbers_to_globs
 from shardwright.distributed.models.huggingface import text_model
 from shardwright.distributed.plan import ParallelPlan
@@ -18,11 +16,14 @@ from shardwright.distributed.planning.derive.connections import Region, find_reg
 from shardwright.distributed.planning.derive.decide import Study, decide
 from shardwright.distributed.planning.derive.emit import globs, notes, region_answers
 from shardwright.distributed.planning.replay_check import NotReplayable, replayable, sharding_of
+from shardwright.distributed.planning.resolve import sharded_fraction
 from shardwright.distributed.planning.resolved import ResolvedPlan
 from shardwright.distributed.replay.reading import ModelReading
 
 # Layers without a style that hold less than this share of the blocks' linear layers are not worth a look (routers).
 WORTH_A_LOOK = 1 / 20
+# Below this share of the parameters, tensor parallelism does not do what it was asked for.
+LITTLE = 1 / 2
 # Whole matrices that are less than this share of the blocks' need no word in the report.
 WORTH_A_WORD = 1 / 20
 
@@ -92,9 +93,22 @@ def left_replicated(reading: ModelReading, resolved: ResolvedPlan) -> list[str]:
     return [f"{share:.0%} of the blocks' matrices are whole on every rank, since the plan does not cut {names}."]
 
 
+def little_cut(reading: ModelReading, resolved: ResolvedPlan) -> list[str]:
+    """A warning where tensor parallelism leaves more on every rank than it cuts."""
+    share = sharded_fraction(reading, resolved)
+    if share >= LITTLE:
+        return []
+    name, tp = type(reading.model).__name__, resolved.tp
+    what = f"cuts {share:.0%} of the parameters of {name}" if share else f"cuts nothing of {name}"
+    return [
+        f"Tensor parallelism {what}: all {tp} ranks hold, and compute, the rest. Without it (tp=1) those ranks would "
+        "work on more data instead."
+    ]
+
+
 def _text_blocks(reading: ModelReading) -> tuple[str, ...]:
     """The names of the text model's blocks, with a dot behind."""
-    prefix = text_model(reading.model)[0] if isinstance(reading.model, PreTrainedModel) else ""
+    prefix = text_model(reading.model)[0]
     return tuple(f"{name}." for name in reading.blocks if name.startswith(prefix))
 
 

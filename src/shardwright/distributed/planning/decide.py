@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -11,6 +11,7 @@ from shardwright.distributed.models.blocks import by_list, every_nth
 from shardwright.distributed.planning.data import decide_data
 from shardwright.distributed.planning.decided import DecidedPlan
 from shardwright.distributed.planning.layout import parameter_layouts
+from shardwright.distributed.planning.resolved import ResolvedPlan
 from shardwright.distributed.planning.sources import CustomPlan
 from shardwright.distributed.planning.tensor import plan_and_resolve
 from shardwright.distributed.planning.units import blocks_in_use, unit_names
@@ -67,8 +68,15 @@ def decide(
         summing=(*(data.names if data is not None else own_units), *recomputed),
         readable=tuple(name for name in (reading.embedding, reading.head) if name is not None),
         notes=tuple(resolved.notes) if resolved is not None else (),
-        warnings=tuple(filter(None, [blocks_in_use(reading, blocks) if blocks else None])),
+        warnings=tuple(_warnings(reading, blocks, resolved)),
     )
+
+
+def _warnings(reading: ModelReading, blocks: list[str], resolved: ResolvedPlan | None) -> Iterator[str]:
+    if resolved is not None:
+        yield from resolved.warnings
+    if blocks and (found := blocks_in_use(reading, blocks)) is not None:
+        yield found
 
 
 def _recomputed(reading: ModelReading, blocks: list[str], config: ParallelConfig) -> list[str]:

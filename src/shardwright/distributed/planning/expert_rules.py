@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from shardwright.distributed.models.blocks import block_names
-from shardwright.distributed.models.huggingface import text_config, text_model
+from shardwright.distributed.models.huggingface import pretrained, text_config, text_model
 from shardwright.distributed.plan import ParallelPlan, match_names
+from shardwright.distributed.runtime.adapted import base_layer
 from shardwright.distributed.styles import STYLES
 
 
@@ -30,20 +30,20 @@ def cuts_layers(model: nn.Module, plan: ParallelPlan) -> bool:
     """Whether a plan cuts a layer of the blocks that is no expert."""
     blocks = tuple(f"{block}." for block in block_names(model))
     inside = ((name, module) for name, module in model.named_modules() if name.startswith(blocks))
-    layers = [name for name, module in inside if isinstance(module, nn.Linear)]
+    layers = [name for name, module in inside if isinstance(base_layer(module), nn.Linear)]
     return any(match_names(glob, layers) for glob, style in plan.styles.items() if style != "replicate")
 
 
 def with_experts(model: nn.Module, plan: ParallelPlan, tp: int) -> ParallelPlan:
     """``plan`` with those experts cut that it leaves whole and that transformers has rules for."""
-    if not isinstance(model, PreTrainedModel):
+    if pretrained(model) is None:
         return plan
     prefix, inner = text_model(model)
     config = text_config(model)
     modules = dict(model.named_modules())
     parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     known = [name for glob in plan.styles for name in match_names(glob, [*modules, *parameters])]
-    for rules in (inner._tp_plan, getattr(config, "base_model_ep_plan", None)):
+    for rules in (getattr(inner, "_tp_plan", None), getattr(config, "base_model_ep_plan", None)):
         styles = _expert_rules(rules or {}, f"{prefix}." if prefix else "")
         owners = [
             name for glob, style in styles.items() if _is_for_experts(style) for name in match_names(glob, modules)

@@ -15,12 +15,14 @@ from shardwright.distributed.models.heads import check_heads
 from shardwright.distributed.models.huggingface import rotary_key_width
 from shardwright.distributed.models.ties import Tie
 from shardwright.distributed.plan import ParallelPlan, match_names
+from shardwright.distributed.planning.adapters import adapt
 from shardwright.distributed.planning.key_values import share_projections
 from shardwright.distributed.planning.matching import require_match
 from shardwright.distributed.planning.partial_check import layers_on_whole, modules_on_slices
 from shardwright.distributed.planning.resolved import ResolvedPlan, StyleUse
 from shardwright.distributed.planning.sequence_parallel import find_regions, overlay_sequence_parallel
 from shardwright.distributed.replay.reading import ModelReading
+from shardwright.distributed.runtime.adapted import base_layer
 from shardwright.distributed.runtime.local_arguments import ArgumentCut
 from shardwright.distributed.runtime.local_width import WIDTH, arguments_of
 from shardwright.distributed.styles import canonical_style
@@ -50,10 +52,12 @@ def resolve(reading: ModelReading, plan: ParallelPlan, tp: int, *, sequence_para
     _check_plain(reading.model)
     _match(reading, plan, resolved)
     _specialise(reading, resolved)
+    adapt(reading, resolved)
     _split_whole_inputs(reading, resolved)
     _settle_ties(modules, resolved)
     _check_size(reading, plan, resolved)
     share_projections(reading, resolved)
+    adapt(reading, resolved)
     _localise_attributes(modules, plan, resolved)
     _localise_arguments(modules, plan, resolved)
     _cover(modules, resolved)
@@ -72,7 +76,7 @@ def _check_size(reading: ModelReading, plan: ParallelPlan, resolved: ResolvedPla
         raise PlanError(
             f"The plan ({plan.source}) is for tp={plan.tp}, not for tp={resolved.tp}. Derive it for that size."
         )
-    if plan.tp is None and any(use.made.reads for use in resolved.modules.values()):
+    if plan.tp is None and any(use.reads for use in resolved.modules.values()):
         note = check_heads(reading.model, resolved.tp)
         resolved.notes += [note] if note else []
 
@@ -135,7 +139,7 @@ def _split_whole_inputs(reading: ModelReading, resolved: ResolvedPlan) -> None:
         for name, use in uses
         if use.made.on_whole_input is not None
         and name.rpartition(".")[0] not in around
-        and isinstance(reading.modules[name], nn.Linear)
+        and isinstance(base_layer(reading.modules[name]), nn.Linear)
     }
     if not alone:
         return
@@ -282,7 +286,7 @@ def _collect_replicated(modules: dict[str, nn.Module], resolved: ResolvedPlan) -
         if not replicated or use.options.get("outside"):
             continue  # norms outside of the blocks see to their own gradients
         resolved.replicated[name] = replicated
-        if use.made.partial_gradients or (use.sequence and use.made.writes):
+        if use.made.partial_gradients or (use.made.writes and (use.sequence or use.inside)):
             resolved.summed[name] = replicated
 
 
@@ -291,10 +295,10 @@ def _check_styles(modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None
         use.made.check(modules[name], name, resolved.tp)
 
 
-def sharded_fraction(model: nn.Module, resolved: ResolvedPlan) -> float:
+def sharded_fraction(reading: ModelReading, resolved: ResolvedPlan) -> float:
     """The share of the model's parameters that tensor parallelism cuts."""
     counted: dict[int, tuple[int, bool]] = {}
-    for name, module in model.named_modules():
+    for name, module in reading.modules.items():
         for own, param in module._parameters.items():
             if param is not None and name in resolved.modules:
                 cut = not resolved.placement(name, module, own).is_replicate()

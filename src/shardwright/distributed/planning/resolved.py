@@ -15,7 +15,7 @@ from shardwright.distributed.runtime.local_arguments import ArgumentCut
 from shardwright.distributed.styles import make_style
 from shardwright.distributed.styles.base import Style
 
-Origin = Literal["plan", "tie", "sequence parallelism", "slices", "no rule"]
+Origin = Literal["plan", "tie", "sequence parallelism", "slices", "adapter", "no rule"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class StyleUse:
         region: name of the region whose input it reads or whose result it writes.
         sequence: under sequence parallelism, a reader directly below a block gathers for itself and a writer leaves its
             output split.
+        inside: the module is a part of an adapted layer, which reads and writes for it.
     """
 
     style: str
@@ -39,11 +40,24 @@ class StyleUse:
     origin: Origin = "plan"
     region: str | None = None
     sequence: bool = False
+    inside: bool = False
 
     @cached_property
     def made(self) -> Style:
         """The style itself, which states its facts."""
-        return make_style(self.style, **self.options)
+        made = make_style(self.style, **self.options)
+        made.inside = self.inside
+        return made
+
+    @property
+    def reads(self) -> bool:
+        """Whether the module itself reads its region's input."""
+        return self.made.reads and not self.inside
+
+    @property
+    def writes(self) -> bool:
+        """Whether the module itself ends its region."""
+        return self.made.writes and not self.inside
 
 
 @dataclass(frozen=True)
@@ -72,6 +86,7 @@ class ResolvedPlan:
         heads: the numbers of attention heads that layers have.
         ties: parameters that several modules share.
         notes: sentences for the report.
+        warnings: sentences that a user should act on.
     """
 
     source: str
@@ -90,6 +105,7 @@ class ResolvedPlan:
     heads: list[int] = field(default_factory=list)
     ties: list[Tie] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def placement(self, name: str, module: nn.Module, own: str) -> Placement:
         """Where the parameter ``own`` of the module called ``name`` goes on the ``tp`` axis."""

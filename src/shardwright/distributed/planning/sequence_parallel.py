@@ -26,7 +26,7 @@ def _parent(name: str) -> str:
 def find_regions(resolved: ResolvedPlan) -> None:
     """Make the parent of every reader a region, so that its readers share their input's backward."""
     for name, use in list(resolved.modules.items()):
-        if use.made.reads or use.made.writes:
+        if use.reads or use.writes:
             region = _parent(name)
             resolved.modules[name] = replace(use, region=region)
             resolved.regions.setdefault(region, RegionUse())
@@ -74,7 +74,7 @@ def _child_kind(name: str, modules: dict[str, nn.Module], resolved: ResolvedPlan
     module, use = modules[name], resolved.modules.get(name)
     leaf = not list(module.children())
     if any(_is_tensor_parallel(other, resolved) for other in _below(name, modules)):
-        return "layer" if leaf and use is not None and (use.made.reads or use.made.writes) else "region"
+        return "layer" if use is not None and (use.reads or use.writes) else "region"
     if leaf and (use is None or use.style != "replicate" or is_norm(module) or isinstance(module, nn.Linear)):
         return "local"
     return "region" if any(owns_parameters(modules[other]) for other in _below(name, modules)) else "local"
@@ -100,8 +100,8 @@ def _below(name: str, modules: dict[str, nn.Module]) -> list[str]:
 def _is_tensor_parallel(name: str, resolved: ResolvedPlan) -> bool:
     use = resolved.modules.get(name)
     return use is not None and (
-        use.made.reads
-        or use.made.writes
+        use.reads
+        or use.writes
         or use.made.sums
         or use.made.sums_output_gradient
         or any(owner == name for owner, _ in resolved.parameters)
@@ -110,13 +110,13 @@ def _is_tensor_parallel(name: str, resolved: ResolvedPlan) -> bool:
 
 def _make_region(name: str, names: list[str], block: str, resolved: ResolvedPlan) -> None:
     uses = {other: resolved.modules[other] for other in names if other in resolved.modules}
-    writers = [other for other, use in uses.items() if use.made.writes and use.made.input_is_slice]
+    writers = [other for other, use in uses.items() if use.writes and use.made.input_is_slice]
     owners = {owner for owner, _ in resolved.parameters}
     direct = (
         len(writers) == 1
         # Beside its one writer, all work in a direct region is on this rank's share.
         and all(_rank_local(use, other in owners) for other, use in uses.items() if other not in writers)
-        and all(_parent(other) == name or not (use.made.reads or use.made.writes) for other, use in uses.items())
+        and all(_parent(other) == name or not (use.reads or use.writes) for other, use in uses.items())
     )
     resolved.regions[name] = RegionUse(block, direct)
     if direct:
@@ -124,4 +124,4 @@ def _make_region(name: str, names: list[str], block: str, resolved: ResolvedPlan
 
 
 def _rank_local(use: StyleUse, owns_cut_parameters: bool) -> bool:
-    return use.made.rank_local or (use.style == LocalParams.name and owns_cut_parameters)
+    return use.made.rank_local or use.inside or (use.style == LocalParams.name and owns_cut_parameters)

@@ -22,17 +22,21 @@ from shardwright.distributed.models.huggingface import (
     embedding_name,
     head_name,
     inner_prefix,
+    outermost_pretrained,
     plan_styles,
+    pretrained,
     text_config,
     text_model,
 )
 from shardwright.distributed.models.imports import PathError, import_class_from_path
-from shardwright.distributed.plan import ParallelPlan, match_names
+from shardwright.distributed.plan import ParallelPlan, match_names, merge_plans
+from shardwright.distributed.planning.adapters import unknown_adapter
 from shardwright.distributed.planning.expert_rules import cuts_layers, with_experts
 from shardwright.distributed.planning.matching import require_match
 from shardwright.distributed.planning.not_cut import NOT_CUT
 from shardwright.distributed.plans import optimized_plans
 from shardwright.distributed.replay.reading import ModelReading
+from shardwright.distributed.runtime.adapted import base_layer
 from shardwright.distributed.styles.base import Style
 from shardwright.distributed.styles.torch_styles import LAYOUT_ONLY, asks_for_sequence_parallel, style_name
 from shardwright.errors import PlanError
@@ -57,28 +61,46 @@ def choose_plan(reading: ModelReading, brought: Brought | None = None, tp: int =
     Raises:
         PlanError: a style in the user's plan has no meaning here.
     """
-    model = reading.model
-    if brought is not None:
-        plan, why = brought.for_model(model), "it was passed in"
-    elif (reason := NOT_CUT.get(_model_type(model))) is not None:
-        notes = (f"no tensor parallelism: {reason}.",)
-        plan, why = ParallelPlan({}, source="none", notes=notes), "no plan for this model type is exact"
-    elif (optimized := optimized_plan(model)) is not None:
-        plan, why = optimized, "Shardwright has a tuned plan for this model type"
-    elif (huggingface := huggingface_plan(model)) is not None and cuts_layers(model, huggingface):
-        plan, why = with_experts(model, huggingface, tp), "transformers has a plan for this model's blocks"
-    else:
-        from shardwright.distributed.planning.derive import derive_plan  # not needed by models that have a plan
-
-        plan = with_experts(model, derive_plan(reading, tp=tp), tp)
-        why = "neither Shardwright nor transformers has a plan for the layers of this model's blocks"
+    plan, why = _chosen(reading, brought, tp)
     if not dist.is_initialized() or dist.get_rank() == 0:
-        logger.info("Tensor-parallel plan of %s: %s, because %s.", type(model).__name__, plan.source, why)
+        logger.info("Tensor-parallel plan of %s: %s, because %s.", type(reading.model).__name__, plan.source, why)
     return plan
 
 
+def _chosen(reading: ModelReading, brought: Brought | None, tp: int) -> tuple[ParallelPlan, str]:
+    """The plan, and why this one."""
+    model = reading.model
+    adapter = unknown_adapter(model)
+    if brought is not None:
+        return brought.for_model(model), "it was passed in"
+    if wrapped := _wrapped_models(reading):
+        plans = {name: _chosen(ModelReading(inner), None, tp) for name, inner in wrapped.items()}
+        merged = merge_plans({name: plan for name, (plan, _) in plans.items()})
+        return merged, " and ".join(dict.fromkeys(why for _, why in plans.values()))
+    if (reason := NOT_CUT.get(_model_type(model))) is not None:
+        notes = (f"no tensor parallelism: {reason}.",)
+        return ParallelPlan({}, source="none", notes=notes), "no plan for this model type is exact"
+    if adapter is None and (optimized := optimized_plan(model)) is not None:
+        return optimized, "Shardwright has a tuned plan for this model type"
+    if adapter is None and (huggingface := huggingface_plan(model)) and cuts_layers(model, huggingface):
+        return with_experts(model, huggingface, tp), "transformers has a plan for this model's blocks"
+    from shardwright.distributed.planning.derive import derive_plan  # not needed by models that have a plan
+
+    plan = with_experts(model, derive_plan(reading, tp=tp), tp)
+    if adapter is not None:
+        return plan, f"the adapter of {adapter} changes more than a sum, so a plan of the base model does not fit"
+    return plan, "neither Shardwright nor transformers has a plan for the layers of this model's blocks"
+
+
+def _wrapped_models(reading: ModelReading) -> dict[str, PreTrainedModel]:
+    """The models of transformers that something was put around, where they hold all of the blocks."""
+    found = {name: inner for name, inner in outermost_pretrained(reading.model) if name}
+    inside = tuple(f"{name}." for name in found)
+    return found if all(block.startswith(inside) for block in reading.blocks) else {}
+
+
 def _model_type(model: nn.Module) -> str:
-    return text_config(model).model_type if isinstance(model, PreTrainedModel) else ""
+    return text_config(model).model_type if pretrained(model) is not None else ""
 
 
 def brought_plan(custom: CustomPlan) -> Brought:
@@ -164,7 +186,7 @@ def _inside_blocks(model: nn.Module) -> list[str]:
 
 def optimized_plan(model: nn.Module) -> ParallelPlan | None:
     """Shardwright's tuned plan for this model type, where there is one."""
-    if not isinstance(model, PreTrainedModel):
+    if pretrained(model) is None:
         return None
     found = optimized_plans().get(text_config(model).model_type)
     if found is None:
@@ -178,7 +200,7 @@ def optimized_plan(model: nn.Module) -> ParallelPlan | None:
 
 def huggingface_plan(model: nn.Module) -> ParallelPlan | None:
     """The plan that transformers brings along, completed; None where it says nothing about the blocks."""
-    if not isinstance(model, PreTrainedModel):
+    if pretrained(model) is None:
         return None
     try:
         styles = huggingface_styles(model)
@@ -210,13 +232,13 @@ def _with_ends(model: nn.Module, styles: dict[str, str]) -> dict[str, str]:
         return _with_usual_ends(model, styles)
     modules = dict(model.named_modules())
     styles = dict(styles)
-    if head is not None and isinstance(modules[head], nn.Linear):
+    if head is not None and isinstance(base_layer(modules[head]), nn.Linear):
         gathered = {glob: style for glob, style in styles.items() if match_names(glob, [head])}
         if not gathered or set(gathered.values()) <= {*GATHERED, "colwise"}:
             styles = {glob: style for glob, style in styles.items() if glob not in gathered}
             styles[head] = "colwise_logits"
     if embedding is not None and not any(match_names(glob, [embedding]) for glob in styles):
-        module = modules[embedding]
+        module = base_layer(modules[embedding])
         if isinstance(module, nn.Embedding) and module.max_norm is None:
             styles[embedding] = "embedding_rowwise"
     for name in _large_tables(model, embedding):
@@ -227,7 +249,7 @@ def _with_ends(model: nn.Module, styles: dict[str, str]) -> dict[str, str]:
 
 def _large_tables(model: nn.Module, embedding: str | None) -> list[str]:
     """Untied tables of the text model, outside of its blocks, that are at least as large as its input embedding."""
-    text = text_model(model)[0] if isinstance(model, PreTrainedModel) else ""
+    text = text_model(model)[0]
     blocks = tuple(f"{block}." for block in block_names(model))
     tables = {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     if embedding not in tables:

@@ -6,7 +6,7 @@ import logging
 from dataclasses import replace
 
 from shardwright.distributed.plan import ParallelPlan
-from shardwright.distributed.planning.complete import completed, left_replicated
+from shardwright.distributed.planning.complete import completed, left_replicated, little_cut
 from shardwright.distributed.planning.replay_check import why_not_exact
 from shardwright.distributed.planning.resolve import resolve
 from shardwright.distributed.planning.resolved import ResolvedPlan
@@ -37,6 +37,7 @@ def plan_and_resolve(
     plan, resolved = _exact(reading, brought, tp, sequence_parallel=split)
     if tp > 1:
         resolved.notes += left_replicated(reading, resolved)
+        resolved.warnings += little_cut(reading, resolved)
     return plan, resolved
 
 
@@ -49,15 +50,15 @@ def _exact(
         return plan, resolved
     reason = why_not_exact(reading, resolved)
     if reason is None:
-        return _completed(reading, plan, resolved) if plan.source == "huggingface" else (plan, resolved)
-    if plan.source != "huggingface":
+        return _completed(reading, plan, resolved) if brought is None else (plan, resolved)
+    if brought is not None:
         raise PlanError(
             f"The plan ({plan.source}) does not compute what {type(reading.model).__name__} computes: replayed on "
             f"{tp} ranks, {reason}. Mend the plan, or pass none and let one be read off the model's code."
         )
     from shardwright.distributed.planning.derive import derive_plan  # not needed by models whose plan is exact
 
-    note = f"transformers' plan for this model is not exact ({reason}), so one was read off its code"
+    note = f"the plan from {plan.source} is not exact for this model ({reason}), so one was read off its code"
     logger.warning("%s: %s.", type(reading.model).__name__, note)
     derived = derive_plan(reading, tp=tp)
     derived = replace(derived, notes=(f"{note}.", *derived.notes))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from shardwright.distributed.models.huggingface import pretrained
 from shardwright.distributed.replay.runs import Inputs
 
 # Neither is a likely head count, so that a dim's size tells what it is.
@@ -24,10 +26,15 @@ def candidate_inputs(model: nn.Module, example_inputs: Any = None) -> Iterator[I
     """
     if example_inputs is not None:
         yield _from_example(example_inputs, _rows(model))
-    elif isinstance(model, PreTrainedModel):
-        yield from _from_config(model)
-    else:
+    elif (found := pretrained(model)) is None:
         yield from _guesses(model)
+    else:
+        name, inner = found
+        known = list(_from_config(inner))
+        yield from known
+        if name:  # what wraps it may want something else
+            yield from _guesses(model)
+            yield from (replace(inputs, called=name) for inputs in known)
 
 
 def _rows(model: nn.Module) -> int:

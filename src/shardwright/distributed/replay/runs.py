@@ -35,10 +35,16 @@ from shardwright.distributed.styles.cuts import Cut
 
 @dataclass(frozen=True)
 class Inputs:
-    """Arguments of the model's forward."""
+    """Arguments of a forward.
+
+    Attributes:
+        called: name of the module that is called; the model itself, where what it wants cannot be guessed but what it
+            wraps can be called.
+    """
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    called: str = ""
 
 
 @dataclass
@@ -296,7 +302,7 @@ def _forward(
         fork = torch.random.fork_rng(devices=[])
         with torch.set_grad_enabled(gradients), _SomeHeads(), fork, weightless.chunks.shortened():
             torch.default_generator.manual_seed(0)  # the same numbers for every replay; the caller's are left alone
-            output = weightless.model(*args, **kwargs)
+            output = weightless.model.get_submodule(inputs.called)(*args, **kwargs)
     finally:
         weightless.recorder = Idle()
     return [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()], leaf

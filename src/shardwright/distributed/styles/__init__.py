@@ -31,6 +31,7 @@ from shardwright.distributed.styles.linear import (
 from shardwright.distributed.styles.replicated import (
     LocalParams,
     MlaKvA,
+    PartOfSum,
     Replicated,
     ReplicatedPartialGradient,
     SequenceParallelNorm,
@@ -53,6 +54,7 @@ _CLASSES: tuple[type[Style], ...] = (
     SequenceParallelNorm,
     Replicated,
     ReplicatedPartialGradient,
+    PartOfSum,
     LocalParams,
     MlaKvA,
     TensorParallelExperts,

@@ -75,6 +75,7 @@ class Style(ParallelStyle):
         experts: it is for modules that hold experts.
         table: look-ups in a table that is cut over its rows, and that other code may read.
         parameters_only: it says nothing about a module without parameters.
+        for_adapted: it may stand on a layer that has adapters, and act for all that is inside.
     """
 
     name: ClassVar[str]
@@ -91,8 +92,10 @@ class Style(ParallelStyle):
     experts: ClassVar[bool] = False
     table: ClassVar[bool] = False
     parameters_only: ClassVar[bool] = False
+    for_adapted: ClassVar[bool] = False
 
     as_written: str  # the style string it was made from
+    inside: bool = False  # the layer is a part of an adapted one, which reads the input and writes the sum for it
     plan: ParallelPlan | None = None  # which it was taken from, where that says more than a dict of styles can
     shared: SharedInput
     length: SequenceLength | None = None

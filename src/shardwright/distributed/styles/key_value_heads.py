@@ -22,10 +22,12 @@ class _KeyValueForward(Around):
         self.heads = style.heads
         self.shared = style.shared
         self.length = style.length
+        self.inside = style.inside
 
     def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x, *others = args
-        x = reader_input(x, self.group, self.shared, self.length)
+        if not self.inside:
+            x = reader_input(x, self.group, self.shared, self.length)
         mine = {name: self._rows(param) for name, param in local_parameters(module).items()}
         with parameters_as(module, mine):
             return forward(x, *others, **kwargs)
@@ -48,6 +50,7 @@ class KeyValueHeads(Style):
     reads = True
     output_is_slice = True
     rank_local = True
+    for_adapted = True
     partial_gradients = True
 
     def __init__(self, *, count: int, heads: tuple[tuple[int, ...], ...]) -> None:

@@ -18,6 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from shardwright.distributed.runtime import collectives as c
+from shardwright.distributed.runtime.adapted import base_layer
 from shardwright.distributed.runtime.forward import Around, Forward, attributes_as, local_parameters, parameters_as
 from shardwright.distributed.runtime.logits import sharded_logits
 from shardwright.distributed.runtime.regions import SEQUENCE_DIM, SequenceLength, SharedInput
@@ -50,12 +51,13 @@ def parameter_shape(module: nn.Module, parameter: str) -> torch.Size:
 
 
 def features(module: nn.Module, *, out: bool) -> int:
-    """Output (or input) features of a linear layer."""
-    return parameter_shape(module, "weight")[feature_dim(module, "weight", out=out)]
+    """Output (or input) features of a linear layer, of an adapted one too."""
+    layer = base_layer(module)
+    return parameter_shape(layer, "weight")[feature_dim(layer, "weight", out=out)]
 
 
 def _require_linear(module: nn.Module, name: str, style: str) -> None:
-    weight = module._parameters.get("weight")
+    weight = base_layer(module)._parameters.get("weight")
     if weight is None or weight.ndim != 2:
         raise PlanError(
             f"{style!r} is for linear layers, but {name} is a {type(module).__name__} "
@@ -85,16 +87,19 @@ class _ColwiseForward(Around):
         self.group = c.Group.of(mesh)
         self.mesh = mesh
         self.width = features(module, out=True)
+        self.inside = style.inside
         self.shared = style.shared
         self.length = style.length
 
     def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x, *others = args
-        x = reader_input(x, self.group, self.shared, self.length)
+        if not self.inside:
+            x = reader_input(x, self.group, self.shared, self.length)
         tensors = self._local(module)
         local = {"nf": tensors["weight"].shape[-1]} if is_transposed(module) else {}
         with parameters_as(module, tensors), attributes_as(module, local):
-            return self._output(forward(x, *others, **kwargs))
+            y = forward(x, *others, **kwargs)
+        return y if self.inside else self._output(y)
 
     def _local(self, module: nn.Module) -> dict[str, Tensor]:
         return local_parameters(module)
@@ -109,6 +114,7 @@ class Colwise(Style, ColwiseParallel):
 
     name = "colwise"
     reads = True
+    for_adapted = True
     output_is_slice = True
     rank_local = True
 
@@ -116,7 +122,7 @@ class Colwise(Style, ColwiseParallel):
         ColwiseParallel.__init__(self)
 
     def specialised(self, place: Place) -> tuple[str, dict[str, Any]] | None:
-        if isinstance(place.module, nn.Embedding):
+        if isinstance(base_layer(place.module), nn.Embedding):
             return "embedding_colwise", {}
         return ("colwise_logits", {}) if place.head and type(self) is Colwise else None
 
@@ -305,20 +311,23 @@ class _RowwiseForward(Around):
     def __init__(self, style: Rowwise, mesh: DeviceMesh) -> None:
         self.group = c.Group.of(mesh)
         self.input_is_slice = style.input_is_slice
+        self.inside = style.inside
         self.length = style.length
         self.shared = style.shared
 
     def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x, *others = args
-        if not self.input_is_slice:
+        if not self.input_is_slice and not self.inside:
             x = c.scatter(x, x.ndim - 1, self.group)
         tensors: dict[str, Any] = local_parameters(module)
         bias = tensors.get("bias")
-        if bias is not None:
+        if bias is not None and not (self.inside and self.group.rank == 0):
             # Every rank would add it; it belongs to the sum.
             tensors["bias"] = torch.zeros_like(bias) if is_transposed(module) else None
         with parameters_as(module, tensors):
             y = forward(x, *others, **kwargs)
+        if self.inside:
+            return y
         self.shared.written = True
         y = self._reduced(y)
         return y if bias is None else y + bias.to(y.dtype)  # which autocast has lowered
@@ -334,6 +343,7 @@ class Rowwise(Style, RowwiseParallel):
 
     name = "rowwise"
     writes = True
+    for_adapted = True
     input_is_slice = True
     on_whole_input: ClassVar[str | None] = "rowwise_split_input"
 
@@ -341,7 +351,7 @@ class Rowwise(Style, RowwiseParallel):
         RowwiseParallel.__init__(self, input_layouts=Shard(-1) if self.input_is_slice else Replicate())
 
     def specialised(self, place: Place) -> tuple[str, dict[str, Any]] | None:
-        return ("embedding_rowwise", {}) if isinstance(place.module, nn.Embedding) else None
+        return ("embedding_rowwise", {}) if isinstance(base_layer(place.module), nn.Embedding) else None
 
     def check(self, module: nn.Module, name: str, size: int) -> None:
         _require_linear(module, name, self.name)

@@ -45,6 +45,27 @@ class ReplicatedPartialGradient(Style):
     partial_gradients = True
 
 
+class _PartOfSumForward(LocalParameters):
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self.first = c.Group.of(mesh).rank == 0
+
+    def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tensors: dict[str, Any] = local_parameters(module)
+        if not self.first and tensors.get("bias") is not None:
+            tensors["bias"] = None
+        with parameters_as(module, tensors):
+            return forward(*args, **kwargs)
+
+
+class PartOfSum(ReplicatedPartialGradient):
+    """A replicated linear layer between a part of a sum and the sum: the first rank adds its bias, the others none."""
+
+    name = "part_of_sum"
+
+    def around(self, module: nn.Module, mesh: DeviceMesh) -> Around:
+        return _PartOfSumForward(mesh)
+
+
 class LocalParams(Style):
     """The owner of bare parameters that have styles of their own; its forward sees them as local tensors."""
 
@@ -117,6 +138,7 @@ class MlaKvA(Style):
 
     name = "mla_kv_a_proj"
     sums_output_gradient = True
+    for_adapted = True
 
     def __init__(self, rope_dim: int | None = None) -> None:
         self.rope_dim = rope_dim
@@ -139,6 +161,8 @@ class MlaKvA(Style):
         return [backward("all_reduce", self.rope_dim)]
 
     def around(self, module: nn.Module, mesh: DeviceMesh) -> Around:
+        if self.inside:
+            return LocalParameters()
         if self.rope_dim is None:
             raise PlanError("'mla_kv_a_proj' needs rope_dim, the number of rotary features in the layer's output.")
         return _MlaForward(self.rope_dim, mesh)

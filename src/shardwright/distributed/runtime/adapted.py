@@ -1,0 +1,11 @@
+"""Linear layers that something was put around: PEFT's tuner layers keep the layer that they adapt as ``base_layer``."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def base_layer(module: nn.Module) -> nn.Module:
+    """The layer inside of ``module`` that it adapts; ``module`` itself, where it adapts none."""
+    inner = module._modules.get("base_layer")
+    return module if inner is None else base_layer(inner)

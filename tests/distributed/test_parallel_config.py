@@ -20,7 +20,7 @@ FSDP2_ONLY = (
     {},
     {"reshard_after_forward": "always", "prefetch": 2},
     {"reshard_after_forward": "never"},
-    {"keep_gathered_gib": 1.5, "shard_ends": True},
+    {"keep_gathered_gib": 1.5, "shard_ends": True, "loss_tiles": 8},
 )
 
 
@@ -118,6 +118,8 @@ def test_the_empty_config_takes_every_rank_for_sharding() -> None:
         ({"keep_gathered_gib": float("nan")}, "keep_gathered_gib is nan"),
         ({"keep_gathered_gib": 1, "reshard_after_forward": "always"}, "leaves no choice"),
         ({"engine": "megatron_fsdp", "prefetch": 2}, "prefetch (2) is for the engine fsdp2"),
+        ({"engine": "megatron_fsdp", "loss_tiles": 2}, "loss_tiles (2) is for the engine fsdp2"),
+        ({"loss_tiles": 0}, "loss_tiles is 0"),
         ({"engine": "megatron_fsdp", "reshard_after_forward": "never"}, "is for the engine fsdp2"),
         ({"precision": "fp8"}, "float32, bf16"),
         ({"precision": {"param": "int8"}}, "precision.param is 'int8'"),

@@ -21,6 +21,8 @@ EVERY = re.compile(r"every_([1-9]\d*)")
 RESHARDING = ("default", "always", "never")
 DTYPES = ("float32", "bfloat16", "float16")
 MODEL = "model"
+# The settings that the other engine does not have.
+FSDP2_ONLY = ("loss_tiles", "reshard_after_forward", "keep_gathered_gib", "shard_ends", "prefetch")
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,8 @@ class ParallelConfig:
             but the last of each list, and those that ``keep_gathered_gib`` keeps; ``"always"``: all; ``"never"``: none.
         keep_gathered_gib: GiB per rank that blocks may take which stay gathered between forward and backward: as many
             of the last as fit. The last block of a list counts, and stays in any case.
+        loss_tiles: into how many tiles the tokens of a call with labels are cut, so that its logits are never whole.
+            The ``logits`` that such a call returns cannot be used.
         shard_ends: make the input embedding and the head FSDP2 units of their own, gathered when they run and not for
             the whole step. Not for tied ones, nor for models that read these weights without calling them.
         prefetch: how many blocks ahead FSDP2 gathers, in forward and in backward. 1 is what torch does by itself.
@@ -120,12 +124,13 @@ class ParallelConfig:
     compile: bool | str = False
     reshard_after_forward: str = "default"
     keep_gathered_gib: float = 0.0
+    loss_tiles: int = 1
     shard_ends: bool = False
     prefetch: int = 1
     plan: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("dp_replicate", "dp_shard", "cp", "tp", "prefetch"):
+        for name in ("dp_replicate", "dp_shard", "cp", "tp", "loss_tiles", "prefetch"):
             _degree(name, getattr(self, name), least=-1 if name == "dp_shard" else 1)
         for name in ("sequence_parallel", "shard_ends"):
             if not isinstance(getattr(self, name), bool):
@@ -156,10 +161,8 @@ class ParallelConfig:
                 f"keep_gathered_gib is {budget}, which reshard_after_forward {self.reshard_after_forward!r} leaves no "
                 'choice to. Set reshard_after_forward to "default", or leave keep_gathered_gib out.'
             )
-        fsdp2 = {"reshard_after_forward": "default", "keep_gathered_gib": 0, "shard_ends": False, "prefetch": 1}
-        changed = [
-            f"{name} ({getattr(self, name)!r})" for name, default in fsdp2.items() if getattr(self, name) != default
-        ]
+        defaults = {field.name: field.default for field in fields(self)}
+        changed = [f"{name} ({getattr(self, name)!r})" for name in FSDP2_ONLY if getattr(self, name) != defaults[name]]
         if changed and self.engine != "fsdp2":
             raise ConfigError(f"{', '.join(changed)} is for the engine fsdp2; {self.engine} has no such setting.")
 

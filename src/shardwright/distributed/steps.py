@@ -22,6 +22,7 @@ from shardwright.distributed.apply.generation import generate_together
 from shardwright.distributed.apply.guards.agreement import check_agreement
 from shardwright.distributed.apply.guards.parameters import check_gradient_hooks, check_scalars
 from shardwright.distributed.apply.guards.same_calls import compare_first_calls
+from shardwright.distributed.apply.loss_tiles import apply_loss_tiles
 from shardwright.distributed.apply.megatron_fsdp import Options as MegatronOptions
 from shardwright.distributed.apply.parts import open_to_losses
 from shardwright.distributed.apply.passes import watch_passes
@@ -129,6 +130,8 @@ def _before_sharding(model: nn.Module, mesh: DeviceMesh, tp_mesh: DeviceMesh | N
         apply_tensor_parallel(model, tp_mesh, decided.tensor, units=decided.summing)
         generate_together(model, tp_mesh)
         compare_first_calls(model, tp_mesh)
+    if decided.tiles.head is not None:
+        apply_loss_tiles(model, decided.tiles.head, decided.tiles.loss)
     if decided.recomputed:
         selective = decided.activation_checkpointing == "selective"
         apply_activation_checkpointing(model, decided.recomputed, selective=selective)

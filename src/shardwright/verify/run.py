@@ -84,7 +84,8 @@ def _measure(case: Case, dtype: torch.dtype) -> Report:
             reference = train_step(copy.deepcopy(model), batches, len(batches))
     # This rank's micro-batches are the first of the list, and the forward after the step is last.
     reference.losses = reference.losses[: case.accumulate]
-    reference.logits = reference.logits[: case.accumulate] + reference.logits[len(batches) :]
+    labelled = 0 if case.config.loss_tiles > 1 else case.accumulate  # calls with labels whose logits there are
+    reference.logits = reference.logits[:labelled] + reference.logits[len(batches) :]
     with Stage(CrashError, "Sharding the model failed"):
         model = case.parallelize(model, case.config, mesh)
     fraction = tp_sharded_fraction(model)

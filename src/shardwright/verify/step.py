@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from shardwright.distributed.runtime.layout import whole
+from shardwright.distributed.runtime.tiled_logits import TiledLogits
 
 MAX_NORM = 0.1  # below the gradient norm of a fresh model, so that clipping does something
 LEARNING_RATE = 0.1
@@ -50,7 +51,9 @@ def loss_of(output: Any) -> torch.Tensor:
 
 
 def logits_of(output: Any) -> list[torch.Tensor]:
-    """The logits in what a model returned, as a list of one or none."""
+    """The logits in what a model returned, as a list of one or none; none where it computed them in tiles."""
+    if isinstance(output, Mapping) and isinstance(output.get("logits"), TiledLogits):
+        return []
     if isinstance(output, Mapping) and isinstance(output.get("logits"), torch.Tensor):
         return [full(output["logits"])]
     return []

@@ -9,7 +9,7 @@ import torch
 from shardwright.distributed.config import ParallelConfig
 from shardwright.distributed.models.blocks import by_list, every_nth
 from shardwright.distributed.planning.data import decide_data
-from shardwright.distributed.planning.decided import DecidedPlan
+from shardwright.distributed.planning.decided import DecidedPlan, Tiles
 from shardwright.distributed.planning.layout import parameter_layouts
 from shardwright.distributed.planning.resolved import ResolvedPlan
 from shardwright.distributed.planning.sources import CustomPlan
@@ -66,6 +66,7 @@ def decide(
         compile_backend=config.compile_backend,
         # What gathers its parameters, or runs twice, sees to its replicated parameters by itself.
         summing=(*(data.names if data is not None else own_units), *recomputed),
+        tiles=_tiles(reading, config),
         readable=tuple(name for name in (reading.embedding, reading.head) if name is not None),
         notes=tuple(resolved.notes) if resolved is not None else (),
         warnings=tuple(_warnings(reading, blocks, resolved)),
@@ -77,6 +78,16 @@ def _warnings(reading: ModelReading, blocks: list[str], resolved: ResolvedPlan |
         yield from resolved.warnings
     if blocks and (found := blocks_in_use(reading, blocks)) is not None:
         yield found
+
+
+def _tiles(reading: ModelReading, config: ParallelConfig) -> Tiles:
+    if config.loss_tiles > 1 and reading.head is None:
+        raise ConfigError(
+            f"loss_tiles is {config.loss_tiles}, but {type(reading.model).__name__} does not say which module computes "
+            "its logits (get_output_embeddings). Leave loss_tiles out, or compute the loss with "
+            "shardwright.losses.linear_cross_entropy."
+        )
+    return Tiles(head=reading.head if config.loss_tiles > 1 else None, loss=config.loss_tiles)
 
 
 def _recomputed(reading: ModelReading, blocks: list[str], config: ParallelConfig) -> list[str]:

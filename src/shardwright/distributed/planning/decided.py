@@ -48,6 +48,18 @@ class DataPlan:
         return [name for unit in self.units for name in unit.modules if name != ROOT]
 
 
+@dataclass(frozen=True)
+class Tiles:
+    """What is computed a part at a time, and in how many parts.
+
+    Attributes:
+        head: the module whose logits are computed in ``loss`` tiles in a call with labels; None where they are whole.
+    """
+
+    head: str | None = None
+    loss: int = 1
+
+
 def innermost(name: str, units: Iterable[str]) -> str:
     """The innermost of ``units`` that the module called ``name`` is in or is; :data:`ROOT` where it is in none."""
     return max((unit for unit in units if name == unit or name.startswith(f"{unit}.")), key=len, default=ROOT)
@@ -68,6 +80,7 @@ class DecidedPlan:
         compile_backend: of ``torch.compile``; None where nothing is compiled.
         summing: the modules that sum gradients of their replicated parameters by themselves, because they gather or
             repeat by themselves. All other parameters are summed together, once.
+        tiles: what is computed a part at a time.
         readable: the modules whose weights losses read by themselves: the embedding and the head.
         notes: sentences for a reader.
         warnings: those among them that a user should act on.
@@ -82,6 +95,7 @@ class DecidedPlan:
     compiled: tuple[str, ...] = ()
     compile_backend: str | None = None
     summing: tuple[str, ...] = ()
+    tiles: Tiles = Tiles()
     readable: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()

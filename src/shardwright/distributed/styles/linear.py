@@ -7,7 +7,8 @@ layer takes such a slice and *writes* the sum over the ranks (Shoeybi et al. 201
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -165,7 +166,22 @@ class ColwiseGatherOutput(Colwise):
         return _GatheredForward(self, module, mesh)
 
 
-class _LogitsForward(_ColwiseForward):
+class LogitsForward(_ColwiseForward):
+    """What is around a head whose logits stay sharded."""
+
+    def read(self, x: Tensor) -> Tensor:
+        """The input, whole and ready for rank-local work, for code that computes logits a part at a time."""
+        return reader_input(x, self.group, self.shared, self.length)
+
+    @contextmanager
+    def has_read(self) -> Iterator[None]:
+        """Inside, inputs are parts of what :meth:`read` returned."""
+        self.shared.open(direct=True)
+        try:
+            yield
+        finally:
+            self.shared.close()
+
     def _output(self, y: Tensor) -> Tensor:
         return sharded_logits(y, self.width, self.mesh)
 
@@ -192,7 +208,7 @@ class ColwiseLogits(Colwise):
         return [Sent("all_reduce", False, 1, float32=True), Sent("all_reduce", False, 3, float32=True)]
 
     def around(self, module: nn.Module, mesh: DeviceMesh) -> Around:
-        return _LogitsForward(self, module, mesh)
+        return LogitsForward(self, module, mesh)
 
 
 class _HeadsForward(_ColwiseForward):

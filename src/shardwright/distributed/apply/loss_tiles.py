@@ -1,0 +1,82 @@
+"""``model(labels=...)`` that computes logits and loss a tile of tokens at a time, so that logits are never whole."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shardwright.distributed.runtime.forward import (
+    Around,
+    Forward,
+    arounds,
+    local_parameters,
+    original_class,
+    parameters_as,
+    wrap_forward,
+)
+from shardwright.distributed.runtime.tiled_logits import Call, Product, TiledLogits
+from shardwright.distributed.styles.linear import LogitsForward
+
+
+def apply_loss_tiles(model: nn.Module, head: str, tiles: int) -> None:
+    """Compute the loss of a call with labels in ``tiles`` tiles, in place. Other calls are left as they are.
+
+    ``logits`` in the output of such a call have shape and dtype, and raise UnsupportedError where they are used.
+
+    Args:
+        head: the name of the module that computes the logits.
+    """
+    losses = _LossInTiles(model, tiles)
+    wrap_forward(model.get_submodule(head), _HeadInTiles(losses))
+    wrap_forward(model, losses)
+
+
+class _LossInTiles(Around):
+    def __init__(self, model: nn.Module, tiles: int) -> None:
+        self.names = list(inspect.signature(original_class(model).forward).parameters)[1:]
+        self.tiles = tiles
+        self.call: Call | None = None
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        labels = {**dict(zip(self.names, args, strict=False)), **kwargs}.get("labels")
+        if labels is None:
+            return forward(*args, **kwargs)
+        outer, self.call = self.call, Call(self.tiles)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self.call.is_open = False
+            self.call = outer
+
+
+class _HeadInTiles(Around):
+    def __init__(self, losses: _LossInTiles) -> None:
+        self.losses = losses
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = self.losses.call
+        if call is None or len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+            return forward(*args, **kwargs)
+        reader = next((around for around in arounds(module) if isinstance(around, LogitsForward)), None)
+        hidden = args[0] if reader is None else reader.read(args[0])
+
+        def compute(tokens: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+            with parameters_as(module, dict(weights)):
+                if reader is None:
+                    return forward(tokens)
+                with reader.has_read():
+                    return forward(tokens)
+
+        weights = local_parameters(module)
+        with torch.no_grad():
+            like = compute(hidden[..., :1, :], weights)  # of one token in each row: its dtype, and the vocabulary
+        shape = (*hidden.shape[:-1], like.shape[-1])
+        return TiledLogits.make(
+            Product(hidden, weights, compute), torch.empty(shape, dtype=like.dtype, device="meta"), call
+        )

@@ -19,6 +19,8 @@ from shardwright import ParallelConfig, parallelize
 from shardwright.distributed.models.blocks import by_list, every_nth
 from shardwright.distributed.parallelizer import unshard_fsdp2_model
 from shardwright.distributed.planning.data import kept_gathered
+from shardwright.distributed.planning.decide import decide
+from shardwright.distributed.replay.reading import ModelReading
 from shardwright.errors import ConfigError
 from shardwright.verify.ranks import RankPool, shared_mesh
 
@@ -53,6 +55,17 @@ SIZES = {"a.0": 5, "a.1": 5, "b.0": 2, "b.1": 3, "b.2": 3}
 )
 def test_as_many_of_the_last_blocks_stay_as_fit(policy: str, budget: int, kept: list[str]) -> None:
     assert sorted(kept_gathered(by_list(SIZES, list(SIZES)), SIZES, policy, budget)) == kept
+
+
+def test_the_nearest_blocks_are_gathered_first() -> None:
+    reading = ModelReading(build("qwen3", num_hidden_layers=LAYERS))
+    data = decide(reading, ParallelConfig(prefetch=2), tp=1, fsdp2=True).data
+    assert data is not None
+    ahead = {name.rpartition(".")[2]: (after, before) for name, (after, before) in data.prefetch.items()}
+    blocks = [f"model.layers.{n}" for n in range(LAYERS)]
+    assert ahead["0"] == ((blocks[1], blocks[2]), ())
+    assert ahead["2"] == ((blocks[3],), (blocks[1], blocks[0]))
+    assert ahead["3"] == ((), (blocks[2], blocks[1]))
 
 
 def _parallel(config: ParallelConfig, family: str = "qwen3") -> tuple[nn.Module, nn.Module]:

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from shardwright.distributed.config import ParallelConfig
 from shardwright.distributed.plan import ParallelPlan
+from shardwright.distributed.planning.decide import decide
 from shardwright.distributed.planning.derive import derive_plan
 from shardwright.distributed.planning.replay_check import why_not_exact
 from shardwright.distributed.planning.resolve import resolve
@@ -147,3 +149,17 @@ def test_gradients_that_a_plan_forgets_to_sum_are_named(what: str) -> None:
     with pytest.raises(PlanError, match=message):
         plan_and_resolve(reading, plan, 2)
     plan_and_resolve(reading, QUERIES | SHARED | {"*": "replicated_with_grad_allreduce"}, 2)
+
+
+def counted_plan() -> dict[str, str]:
+    counted_plan.calls += 1  # type: ignore[attr-defined]
+    return HEADS | NEURONS
+
+
+def test_a_plan_function_is_called_once() -> None:
+    counted_plan.calls = 0  # type: ignore[attr-defined]
+    reading = ModelReading(_tiny("llama"))
+    decided = decide(reading, ParallelConfig(plan=f"{__name__}.counted_plan"), tp=2, fsdp2=True)
+    assert decided.plan is not None
+    assert decided.plan.source == f"custom: {__name__}.counted_plan"
+    assert counted_plan.calls == 1  # type: ignore[attr-defined]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from shardwright.distributed.models.blocks import block_names
 from shardwright.distributed.replay.module_calls import ModuleCall
 from shardwright.distributed.replay.reading import ModelReading, Recording
-from shardwright.distributed.replay.record import CODE_ERRORS
+from shardwright.distributed.replay.record import CODE_ERRORS, same
 from shardwright.distributed.runtime.regions import SEQUENCE_DIM, first_argument
 
 RANKS = 2
@@ -75,7 +75,7 @@ def _replay(recording: Recording, block: str, call: ModuleCall, rank: int, is_re
                 stack.enter_context(_answering(part, child, iter(calls[path]), length, rank, region))
         args, kwargs = _with_first(call, name, _part(stream, length, rank))
         result = module(*args, **kwargs)
-    if not _same(_leading(result), _part(_leading(call.output), length, rank)):
+    if not same(_leading(result), _part(_leading(call.output), length, rank)):
         raise Unsplit("its own code mixes positions")
 
 
@@ -111,7 +111,7 @@ def _check_arguments(module: nn.Module, child: str, full: ModuleCall, now: Modul
     args, kwargs = _with_first(full, name, _part(stream, length, rank))
     pairs = [*zip(args, now.args, strict=True), *((kwargs[key], now.kwargs.get(key)) for key in kwargs)]
     for expected, got in pairs:
-        if isinstance(expected, Tensor) and not (isinstance(got, Tensor) and _same(got, expected)):
+        if isinstance(expected, Tensor) and not (isinstance(got, Tensor) and same(got, expected)):
             raise Unsplit(f"{child} needs more of the sequence than its first argument brings")
 
 
@@ -144,9 +144,3 @@ def _part(x: Tensor, length: int, rank: int) -> Tensor:
     if x.ndim != 3 or x.shape[SEQUENCE_DIM] != length:
         raise Unsplit(f"a tensor of shape {tuple(x.shape)} stands where the stream should")
     return x.chunk(RANKS, SEQUENCE_DIM)[rank]
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape:
-        return False
-    return torch.allclose(a, b, rtol=1e-4, atol=1e-5) if a.is_floating_point() else bool((a == b).all())

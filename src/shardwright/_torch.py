@@ -34,6 +34,8 @@ __all__ = [
     "register_gathered",
     "register_shards",
     "root_of",
+    "runs",
+    "shards_of",
     "states_of",
     "take_in_groups",
     "written_versions",
@@ -71,6 +73,13 @@ def states_of(model: nn.Module) -> list[Any]:
     return list(dict.fromkeys(found))
 
 
+def runs(model: nn.Module) -> bool:
+    """Whether a forward of ``model``, or around it, or a backward runs, so that parameters may be gathered ones."""
+    if in_backward():
+        return True
+    return isinstance(model, FSDPModule) and root_of(model._get_fsdp_state()) is not None
+
+
 def groups_of(state: Any) -> list[Any]:
     """Its parameter groups: one, or none where its modules have no parameters of their own."""
     if torch.__version__ >= "2.12":  # compares versions, not texts
@@ -92,6 +101,11 @@ def root_of(state: Any) -> Any:
 def is_gathering(group: Any) -> bool:
     """Whether ``group`` is about to be gathered: nobody has waited for it yet."""
     return group._all_gather_result is not None
+
+
+def shards_of(group: Any) -> list[nn.Parameter]:
+    """The parameters of ``group``, in the form that an optimizer sees."""
+    return [param.sharded_param for param in group.fsdp_params]
 
 
 def learn_dtypes(group: Any) -> None:

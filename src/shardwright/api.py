@@ -14,9 +14,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from shardwright.distributed.apply.megatron_fsdp import Options
 from shardwright.distributed.axes import AVERAGED
 from shardwright.distributed.config import ParallelConfig, Precision
-from shardwright.distributed.mesh import axis, make_mesh, refuse_context_parallel
+from shardwright.distributed.mesh import axis, check_degrees, make_mesh, refuse_context_parallel
 from shardwright.distributed.planning.data import wants_fsdp2
 from shardwright.distributed.steps import parallelize_with_fsdp2, parallelize_with_megatron_fsdp
+from shardwright.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 _HALF = (torch.float16, torch.bfloat16)
@@ -29,21 +30,29 @@ def parallelize(model: nn.Module, config: ParallelConfig, mesh: DeviceMesh | Non
     optimizer and train as on one GPU: ``loss.backward()`` is all that is needed.
 
     Args:
-        mesh: a mesh from :func:`shardwright.make_mesh` to use; None makes one from ``config``.
+        model: a plain one, before anything else (an optimizer, a wrapper) has been made of it.
+        mesh: a mesh from :func:`shardwright.make_mesh` to use, with the degrees of ``config``; None makes it.
 
     Returns:
         The same model; parameter names do not change, parameters are DTensors.
 
     Raises:
-        ConfigError: the degrees do not fit the world size.
-        PlanError: the plan does not fit the model or the mesh; the ranks hold different models.
+        ConfigError: the degrees do not fit the world size, or are not those of ``mesh``.
+        PlanError: the plan does not fit the model or the mesh; the ranks hold different models; the model is
+            parallelized already, or an optimizer holds its parameters.
         UnsupportedError: something that Shardwright does not do yet (context parallelism).
     """
+    if not isinstance(config, ParallelConfig):
+        raise ConfigError(
+            f"config is a {type(config).__name__}; it must be a shardwright.ParallelConfig. "
+            "ParallelConfig.from_dict(...) makes one of a mapping, from_yaml and from_json of text."
+        )
     mesh = make_mesh(config) if mesh is None else mesh
+    refuse_context_parallel(mesh)
+    check_degrees(config, mesh)
     config = config.with_(precision=config.precision.settled(_dtypes(model)))
     _warn_of_lost_updates(model)
     if config.engine == "megatron_fsdp":
-        refuse_context_parallel(mesh)
         meta = any(param.is_meta for param in model.parameters())
         parallelize_with_megatron_fsdp(model, mesh, config, Options.from_config(config, meta=meta))
         return model  # the package's wrapper stands behind its forward

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from math import inf, prod
-from typing import Any
+from typing import Any, Self
 
 from shardwright.errors import ConfigError
 
@@ -25,8 +25,25 @@ MODEL = "model"
 FSDP2_ONLY = ("loss_tiles", "reshard_after_forward", "keep_gathered_gib", "shard_ends", "prefetch")
 
 
+def _only_known(cls: Any, names: Iterable[Any]) -> None:
+    known = {field.name for field in fields(cls)}
+    unknown = sorted(set(names) - known, key=str)
+    if unknown:
+        raise ConfigError(
+            f"Unknown key(s) {', '.join(map(repr, unknown))} for {cls.__name__}. Known: {', '.join(sorted(known))}."
+        )
+
+
+class _Named:
+    """A dataclass that raises ConfigError for a field that it does not have, with the names of those that it has."""
+
+    def __new__(cls, *args: Any, **values: Any) -> Self:
+        _only_known(cls, values)
+        return super().__new__(cls)
+
+
 @dataclass(frozen=True)
-class Precision:
+class Precision(_Named):
     """Dtypes of a training step. ``"model"`` is the dtype that the model's parameters have; by default nothing is cast.
 
     The dtype in which parameters, and with them an optimizer's state, are kept is the model's, and nothing here changes
@@ -81,7 +98,7 @@ class Degrees:
 
 
 @dataclass(frozen=True)
-class ParallelConfig:
+class ParallelConfig(_Named):
     """How a model is spread over the ranks.
 
     Attributes:
@@ -227,10 +244,7 @@ class ParallelConfig:
         """The config described by ``data``; raises ConfigError on a key that does not exist."""
         if not isinstance(data, Mapping):
             raise ConfigError(f"A parallel config must be a mapping of keys to values, not {data!r}.")
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(data) - known, key=str)
-        if unknown:
-            raise ConfigError(f"Unknown key(s) {', '.join(map(repr, unknown))}. Known: {', '.join(sorted(known))}.")
+        _only_known(cls, data)
         return cls(**data)
 
     @classmethod
@@ -278,9 +292,6 @@ def _precision(value: Any) -> Precision:
             )
         return PRECISIONS[value]
     if isinstance(value, Mapping):
-        known = {f.name for f in fields(Precision)}
-        unknown = sorted(set(value) - known, key=str)
-        if unknown:
-            raise ConfigError(f"Unknown key(s) {unknown} in precision. Known: {', '.join(sorted(known))}.")
+        _only_known(Precision, value)
         return Precision(**value)
     raise ConfigError(f"precision is {value!r}; it must be a name or a mapping.")

@@ -118,6 +118,20 @@ def check_every_axis_used(mesh: DeviceMesh, names: tuple[str, ...]) -> None:
     )
 
 
+def check_degrees(config: ParallelConfig, mesh: DeviceMesh) -> None:
+    """Raise ConfigError where a degree of ``config`` is not the size of that axis of ``mesh``; -1 is any size."""
+    sizes = {name: found.size() if (found := axis_or_none(mesh, name)) is not None else 1 for name in NAMES}
+    asked = {name: getattr(config, name) for name in NAMES}
+    wrong = [f"{name}={asked[name]}" for name in NAMES if asked[name] not in (-1, sizes[name])]
+    if wrong:
+        raise ConfigError(
+            f"The config says {', '.join(wrong)}, but the mesh has "
+            + " x ".join(f"{name} ({size})" for name, size in sizes.items())
+            + ". Make the mesh from the config, mesh = shardwright.make_mesh(config), or leave it out: parallelize("
+            "model, config) makes it."
+        )
+
+
 def refuse_context_parallel(mesh: DeviceMesh, name: str = "cp") -> None:
     """Raise UnsupportedError where the mesh splits sequences over ranks, which is not built yet."""
     names = mesh.mesh_dim_names or ()

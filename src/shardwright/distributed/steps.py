@@ -20,6 +20,9 @@ from shardwright.distributed.apply.compile import apply_compile, check_backend
 from shardwright.distributed.apply.fsdp2 import apply_fsdp2
 from shardwright.distributed.apply.generation import generate_together
 from shardwright.distributed.apply.guards.agreement import check_agreement
+from shardwright.distributed.apply.guards.fresh import check_fresh, mark_parallelized
+from shardwright.distributed.apply.guards.later_changes import look_for_changes, refuse_later_changes
+from shardwright.distributed.apply.guards.optimizers import Replaced, check_no_optimizer
 from shardwright.distributed.apply.guards.parameters import check_gradient_hooks, check_scalars
 from shardwright.distributed.apply.guards.same_calls import compare_first_calls
 from shardwright.distributed.apply.loss_tiles import apply_loss_tiles
@@ -71,6 +74,8 @@ def parallelize_with_fsdp2(
         mp_policy: None where FSDP2 is not wanted: one data-parallel rank, and no dtype to change.
     """
     axes = axes or Axes()
+    check_fresh(model)
+    check_no_optimizer(model)
     refuse_context_parallel(device_mesh)
     check_every_axis_used(device_mesh, (axes.dp_replicate, axes.dp_shard_cp, axes.tp))
     dp_mesh = data_parallel_mesh(device_mesh, axes.dp_replicate, axes.dp_shard_cp)
@@ -89,11 +94,16 @@ def parallelize_with_fsdp2(
         compute_dtype=None if mp_policy is None else mp_policy.param_dtype,
         custom=plan,
     )
+    replaced = Replaced(model)
     _before_sharding(model, device_mesh, tp_mesh, decided)
+    mark_parallelized(model)
+    if decided.data is not None or tp > 1:
+        refuse_later_changes(model)
     if decided.data is not None:
         apply_fsdp2(model, decided.data, dp_mesh, mp_policy, offload_policy)
-        watch_passes(model)
+        watch_passes(model, before=look_for_changes)
     open_to_losses(model, decided.readable, axes.tp, fsdp2=decided.data is not None)
+    replaced.raise_for_gradients(model)
     return model
 
 
@@ -106,6 +116,8 @@ def parallelize_with_megatron_fsdp(
     plan: CustomPlan | None = None,
 ) -> tuple[nn.Module, torch.optim.Optimizer | None]:
     """All steps, with Megatron-FSDP as the last. Returns the wrapped model and ``optimizer``."""
+    check_fresh(model)
+    check_no_optimizer(model, but=optimizer)
     check_quantized(model, tp=1, engine="megatron_fsdp", casts=False)
     check_gradient_hooks(model)
     reading = ModelReading(model)
@@ -113,6 +125,7 @@ def parallelize_with_megatron_fsdp(
     tp_mesh = axis(device_mesh, options.tp_mesh_name)
     decided = decide(reading, config, tp=tp_mesh.size(), fsdp2=False, custom=plan, own_units=prepared.unit_names)
     _before_sharding(model, device_mesh, tp_mesh, decided)
+    mark_parallelized(model)
     return prepared.shard()
 
 

@@ -16,7 +16,7 @@ gathered after backward (``set_reshard_after_backward(False)``) is gathered anew
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,15 +26,20 @@ from torch import nn
 from shardwright import _torch
 
 
-def watch_passes(model: nn.Module) -> None:
-    """Keep these promises for ``model``, the root of FSDP2's units, in place."""
-    _Passes(model)
+def watch_passes(model: nn.Module, before: Callable[[nn.Module], None]) -> None:
+    """Keep these promises for ``model``, the root of FSDP2's units, in place.
+
+    Args:
+        before: called with the model when a forward begins, while all parameters are shards.
+    """
+    _Passes(model, before)
 
 
 class _Passes:
     """The forwards and backwards of one model."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, before: Callable[[nn.Module], None]) -> None:
+        self._before = before
         self._states = _torch.states_of(model)
         self._groups: list[_Group] = [group for state in self._states for group in _torch.groups_of(state)]
         self._depth = 0  # of forwards of the model, one inside the other
@@ -75,8 +80,9 @@ class _Passes:
         for group in self._left_gathered():
             if group.reshard_after_backward or group.is_outdated():
                 group.settle()
-            else:
-                _torch.register_gathered(group)
+        self._before(module)
+        for group in self._left_gathered():
+            _torch.register_gathered(group)
 
     def _end_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         if _torch.in_backward() or not self._depth:

@@ -6,7 +6,10 @@ They take the last hidden states and the head's weight, and compute the logits a
     loss = linear_cross_entropy(hidden, model.lm_head.weight, labels, shift=True, tiles=16)
     loss.backward()
 
-``model(input_ids=ids, labels=labels).loss`` does the same with ``ParallelConfig(loss_tiles=16)``.
+``model(input_ids=ids, labels=labels).loss`` does the same with ``ParallelConfig(loss_tiles=16)``, and so does any loss
+that is computed from logits inside of the model's call:
+
+    loss = call_with_loss(model, lambda output: F.cross_entropy(output.logits.flatten(0, 1), targets), input_ids=ids)
 """
 
 from __future__ import annotations
@@ -18,11 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shardwright.distributed.apply.loss_tiles import call_with_loss
 from shardwright.distributed.runtime.implicit import joined
 from shardwright.distributed.runtime.read_weights import readable
 from shardwright.distributed.runtime.sharded_table import bias_of, by_rows, logits_of, slice_of, whole_input
 from shardwright.distributed.runtime.tiles import in_tiles
 from shardwright.errors import ConfigError
+
+__all__ = ["call_with_loss", "linear_cross_entropy", "loss_in_tiles"]
 
 IGNORED = -100
 

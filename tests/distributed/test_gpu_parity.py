@@ -57,6 +57,15 @@ def test_compiled(shared2: RankPool) -> None:
         assert_exact(measure(shared2, "qwen3", config.with_(compile=True)), EXPECTED_SHARE)
 
 
+def test_long_sequences(gpus: RankPool) -> None:
+    """Tiles, and inputs of blocks that wait on the host: there the copies run in a stream of their own."""
+    config = ParallelConfig(
+        dp_shard=gpus.world_size, activation_checkpointing="full", offload_activations=True, mlp_tiles=2, loss_tiles=3
+    )
+    for changed in (config, config.with_(compile=True)):
+        assert_exact(measure(gpus, "llama", changed, num_hidden_layers=6))
+
+
 def test_command() -> None:
     """On whatever GPUs there are."""
     command = [sys.executable, "-m", "shardwright.cli", "verify", "qwen3", "--tp", "2", "--device", "cuda"]

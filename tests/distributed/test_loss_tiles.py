@@ -18,6 +18,7 @@ from transformers import AutoModel, LlamaConfig
 from shardwright import ParallelConfig, parallelize
 from shardwright.distributed.runtime.tiled_logits import Call, Product, TiledLogits
 from shardwright.errors import ConfigError, UnsupportedError
+from shardwright.losses import call_with_loss
 from shardwright.verify.ranks import RankPool, shared_mesh
 
 TILES = {"loss_tiles": 4}
@@ -86,6 +87,35 @@ def test_on_two_ranks(ranks2: RankPool, family: str, way: str) -> None:
 @pytest.mark.parametrize(("family", "way"), list(zip(("llama", "gemma2"), WAYS_OF_FOUR, strict=True)))
 def test_on_four_ranks(ranks4: RankPool, family: str, way: str) -> None:
     ranks4.run(_compare, family, WAYS_OF_FOUR[way])
+
+
+def _own_loss(config: dict[str, Any]) -> None:
+    """A loss that is computed from logits inside of the model's call, with gradients and without."""
+    parallel = ParallelConfig(**config, **TILES)
+    mesh = shared_mesh(parallel)
+    reference = build("gemma2")
+    model = parallelize(copy.deepcopy(reference), parallel, mesh)
+    data = _labelled(0)
+
+    def loss(output: Any) -> Tensor:
+        return F.cross_entropy(output.logits.flatten(0, 1).float(), data["labels"].flatten(), reduction="sum")
+
+    ids = data["input_ids"]
+    mine = call_with_loss(model, loss, input_ids=ids, use_cache=False)
+    mine.backward()
+    theirs = loss(reference(input_ids=ids, use_cache=False))
+    theirs.backward()
+    assert_same(mine, theirs, "loss")
+    assert_same_gradients(model, reference)
+    with torch.no_grad():
+        assert_same(call_with_loss(model, loss, input_ids=ids), theirs, "without gradients")
+    plain = call_with_loss(reference, loss, input_ids=ids)
+    assert_same(plain, theirs, "of a model that computes no loss in tiles")
+
+
+@pytest.mark.parametrize("way", ["tp", "tp+sp", "fsdp2"])
+def test_a_loss_of_your_own(ranks2: RankPool, way: str) -> None:
+    ranks2.run(_own_loss, WAYS[way])
 
 
 # Memory
@@ -162,7 +192,7 @@ WHOLE: dict[str, Callable[[Any], Tensor]] = {
     "probabilities": lambda x: F.cross_entropy(x.view(-1, 40), SCALES.softmax(0).expand(24, -1)),
     "by token": lambda x: F.cross_entropy((x * torch.linspace(0, 1, 12)[:, None]).view(-1, 40), IDS.view(-1)),
     "part of the vocabulary": lambda x: F.cross_entropy(x[..., :39].reshape(-1, 39), IDS.view(-1).clamp(max=38)),
-    "own": lambda x: (x.logsumexp(-1) - x.gather(-1, IDS[..., None]).squeeze(-1)).mean() + x.T.mean(),
+    "own": lambda x: (x.logsumexp(-1) - x.gather(-1, IDS[..., None]).squeeze(-1)).mean() + x.mT.mean(),
 }
 
 

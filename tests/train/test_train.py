@@ -135,6 +135,14 @@ def test_two_ranks_train_as_one_process(ranks2: RankPool, tmp_path: Path, mesh: 
     [
         ["sharding.dp_replicate=2", "sharding.dp_shard=2", "accumulation=2"],
         ["sharding.tp=2", "sharding.dp_shard=2", "sharding.sequence_parallel=true", "check_first_step=true"],
+        [
+            "sharding.tp=2",
+            "sharding.dp_shard=2",
+            "sharding.loss_tiles=4",
+            "sharding.mlp_tiles=2",
+            "sharding.activation_checkpointing=full",
+            "sharding.offload_activations=true",
+        ],
     ],
     ids=" ".join,
 )

@@ -22,7 +22,10 @@ RESHARDING = ("default", "always", "never")
 DTYPES = ("float32", "bfloat16", "float16")
 MODEL = "model"
 # The settings that the other engine does not have.
-FSDP2_ONLY = ("loss_tiles", "reshard_after_forward", "keep_gathered_gib", "shard_ends", "prefetch")
+FSDP2_ONLY = (
+    "loss_tiles", "mlp_tiles", "offload_activations", "reshard_after_forward", "keep_gathered_gib", "shard_ends",
+    "prefetch",
+)  # fmt: skip
 
 
 def _only_known(cls: Any, names: Iterable[Any]) -> None:
@@ -120,6 +123,9 @@ class ParallelConfig(_Named):
             of the last as fit. The last block of a list counts, and stays in any case.
         loss_tiles: into how many tiles the tokens of a call with labels are cut, so that its logits are never whole.
             The ``logits`` that such a call returns cannot be used.
+        mlp_tiles: in how many tiles of the sequence the MLPs of the blocks are computed, forward and backward, so that
+            what they make inside is never whole.
+        offload_activations: let the inputs of the recomputed blocks wait for backward in host memory.
         shard_ends: make the input embedding and the head FSDP2 units of their own, gathered when they run and not for
             the whole step. Not for tied ones, nor for models that read these weights without calling them.
         prefetch: how many blocks ahead FSDP2 gathers, in forward and in backward. 1 is what torch does by itself.
@@ -142,14 +148,16 @@ class ParallelConfig(_Named):
     reshard_after_forward: str = "default"
     keep_gathered_gib: float = 0.0
     loss_tiles: int = 1
+    mlp_tiles: int = 1
+    offload_activations: bool = False
     shard_ends: bool = False
     prefetch: int = 1
     plan: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("dp_replicate", "dp_shard", "cp", "tp", "loss_tiles", "prefetch"):
+        for name in ("dp_replicate", "dp_shard", "cp", "tp", "loss_tiles", "mlp_tiles", "prefetch"):
             _degree(name, getattr(self, name), least=-1 if name == "dp_shard" else 1)
-        for name in ("sequence_parallel", "shard_ends"):
+        for name in ("sequence_parallel", "offload_activations", "shard_ends"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be true or false.")
         if not isinstance(self.compile, bool) and not (isinstance(self.compile, str) and self.compile):
@@ -163,10 +171,26 @@ class ParallelConfig(_Named):
             raise ConfigError(
                 f"activation_checkpointing is {mode!r}; it must be one of {allowed}, or every_2, every_3 ..."
             )
+        self._check_activations()
         self._check_resharding()
         if self.plan is not None and not isinstance(self.plan, str):
             raise ConfigError(f"plan is {self.plan!r}; it must be a path, a dotted name, or left out.")
         object.__setattr__(self, "precision", _precision(self.precision))
+
+    def _check_activations(self) -> None:
+        mode = self.activation_checkpointing
+        if self.mlp_tiles > 1 and mode == "selective":
+            raise ConfigError(
+                f"mlp_tiles is {self.mlp_tiles}, but activation_checkpointing 'selective' keeps the matrix products of "
+                "the whole sequence, which tiles are there to avoid. Set activation_checkpointing to full, every_2 ... "
+                "or none, or leave mlp_tiles out."
+            )
+        if self.offload_activations and (mode in ("none", "selective")):
+            raise ConfigError(
+                f"offload_activations moves the inputs of recomputed blocks, and activation_checkpointing {mode!r} "
+                "recomputes none from its input. Set activation_checkpointing to full, or every_2 ..., or leave "
+                "offload_activations out."
+            )
 
     def _check_resharding(self) -> None:
         _one_of("reshard_after_forward", self.reshard_after_forward, RESHARDING)

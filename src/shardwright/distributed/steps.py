@@ -27,6 +27,7 @@ from shardwright.distributed.apply.guards.parameters import check_gradient_hooks
 from shardwright.distributed.apply.guards.same_calls import compare_first_calls
 from shardwright.distributed.apply.loss_tiles import apply_loss_tiles
 from shardwright.distributed.apply.megatron_fsdp import Options as MegatronOptions
+from shardwright.distributed.apply.mlp_tiles import apply_mlp_tiles
 from shardwright.distributed.apply.parts import open_to_losses
 from shardwright.distributed.apply.passes import watch_passes
 from shardwright.distributed.apply.quantized import check_quantized
@@ -145,9 +146,10 @@ def _before_sharding(model: nn.Module, mesh: DeviceMesh, tp_mesh: DeviceMesh | N
         compare_first_calls(model, tp_mesh)
     if decided.tiles.head is not None:
         apply_loss_tiles(model, decided.tiles.head, decided.tiles.loss)
+    apply_mlp_tiles(model, decided.tiles.mlps, decided.tiles.mlp)
     if decided.recomputed:
         selective = decided.activation_checkpointing == "selective"
-        apply_activation_checkpointing(model, decided.recomputed, selective=selective)
+        apply_activation_checkpointing(model, decided.recomputed, selective=selective, offload=decided.offload)
     if decided.compile_backend is not None:
         apply_compile(model, decided.compiled, decided.compile_backend)
     refuse_partial_saves(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,13 +16,18 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from shardwright.distributed.mesh import axis
 from shardwright.distributed.runtime.layout import whole
+from shardwright.losses import call_with_loss
 from shardwright.train.dataset import IGNORE, Batch, TokenRows, deal
 
 
 def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Cross entropy of the next token in nats, summed over the targets of ``batch``: float32, 0-dim, differentiable."""
-    logits = model(input_ids=batch.input_ids, use_cache=False).logits
-    return F.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=IGNORE, reduction="sum")
+
+    def loss(output: Any) -> Tensor:
+        logits, labels = output.logits.flatten(0, 1).float(), batch.labels.flatten()
+        return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+
+    return call_with_loss(model, loss, input_ids=batch.input_ids, use_cache=False)
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:

@@ -15,7 +15,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
+from shardwright.distributed.apply.offload import HostMemory
 from shardwright.distributed.runtime.forward import Around, Forward, wrap_forward
+from shardwright.distributed.runtime.regions import first_argument, on_first_tensor
 from shardwright.distributed.runtime.without_cache import train_without_cache
 
 Contexts = Callable[[], tuple[AbstractContextManager, AbstractContextManager]]
@@ -41,8 +43,9 @@ SAVED = (
 class _Checkpointed(Around):
     eager = True
 
-    def __init__(self, *, selective: bool) -> None:
+    def __init__(self, *, selective: bool, host: HostMemory | None) -> None:
         self.selective = selective
+        self.host = host
 
     def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not (module.training and torch.is_grad_enabled()):
@@ -53,7 +56,19 @@ class _Checkpointed(Around):
         owners = [] if torch.compiler.is_compiling() else [each for each in module.modules() if each._buffers]
         if owners:
             contexts = partial(_with_buffers, contexts, owners)
-        return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False, context_fn=contexts)
+        if self.host is None:
+            return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False, context_fn=contexts)
+        # The residual stream is what waits on the host; masks and the like are the same tensors for all blocks.
+        first = first_argument(module)
+        streams: list[Any] = []
+        without = on_first_tensor(streams.append, first, args, kwargs)  # nothing here holds on to it
+
+        def run(stream: Any) -> Any:
+            args, kwargs = on_first_tensor(lambda _: stream, first, *without)
+            return forward(*args, **kwargs)
+
+        with self.host.keeps():
+            return checkpoint(run, *streams, use_reentrant=False, context_fn=contexts)
 
 
 def _with_buffers(contexts: Contexts, owners: list[nn.Module]) -> tuple[AbstractContextManager, AbstractContextManager]:
@@ -111,13 +126,17 @@ def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolic
     return CheckpointPolicy.MUST_SAVE if op in SAVED else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def apply_activation_checkpointing(model: nn.Module, blocks: Iterable[str], *, selective: bool = False) -> None:
+def apply_activation_checkpointing(
+    model: nn.Module, blocks: Iterable[str], *, selective: bool = False, offload: bool = False
+) -> None:
     """Recompute the named blocks in backward, in place.
 
     Args:
         selective: keep the results of matrix products, attention and collectives, so that none of these runs twice;
             otherwise a block's input only.
+        offload: let the inputs wait in host memory (:mod:`.offload`).
     """
     train_without_cache(model, refuse=True)
+    host = HostMemory() if offload else None
     for name in blocks:
-        wrap_forward(model.get_submodule(name), _Checkpointed(selective=selective))
+        wrap_forward(model.get_submodule(name), _Checkpointed(selective=selective, host=host))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,9 +21,13 @@ from shardwright.distributed.runtime.forward import (
 from shardwright.distributed.runtime.tiled_logits import Call, Product, TiledLogits
 from shardwright.distributed.styles.linear import LogitsForward
 
+_LOSS = "shardwright_loss"  # the argument by which a call is told of a loss that is not the model's own
+
 
 def apply_loss_tiles(model: nn.Module, head: str, tiles: int) -> None:
-    """Compute the loss of a call with labels in ``tiles`` tiles, in place. Other calls are left as they are.
+    """Compute the loss of a call with labels, or by :func:`call_with_loss`, in ``tiles`` tiles, in place.
+
+    Other calls are left as they are.
 
     ``logits`` in the output of such a call have shape and dtype, and raise UnsupportedError where they are used.
 
@@ -35,6 +39,16 @@ def apply_loss_tiles(model: nn.Module, head: str, tiles: int) -> None:
     wrap_forward(model, losses)
 
 
+def call_with_loss(model: nn.Module, loss: Callable[[Any], Tensor], **inputs: Any) -> Tensor:
+    """``loss(model(**inputs))``; in tiles, where ``model`` computes losses so.
+
+    The loss is computed before the model's call ends, while FSDP2 has gathered what it needs.
+    """
+    if any(isinstance(around, _LossInTiles) for around in arounds(model)):
+        return model(**inputs, **{_LOSS: loss})
+    return loss(model(**inputs))
+
+
 class _LossInTiles(Around):
     def __init__(self, model: nn.Module, tiles: int) -> None:
         self.names = list(inspect.signature(original_class(model).forward).parameters)[1:]
@@ -44,11 +58,14 @@ class _LossInTiles(Around):
     @torch.compiler.disable
     def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         labels = {**dict(zip(self.names, args, strict=False)), **kwargs}.get("labels")
-        if labels is None:
+        kwargs = dict(kwargs)
+        loss = kwargs.pop(_LOSS, None)
+        if labels is None and loss is None:
             return forward(*args, **kwargs)
         outer, self.call = self.call, Call(self.tiles)
         try:
-            return forward(*args, **kwargs)
+            output = forward(*args, **kwargs)
+            return output if loss is None else loss(output)
         finally:
             self.call.is_open = False
             self.call = outer

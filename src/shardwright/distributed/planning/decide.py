@@ -11,6 +11,7 @@ from shardwright.distributed.models.blocks import by_list, every_nth
 from shardwright.distributed.planning.data import decide_data
 from shardwright.distributed.planning.decided import DecidedPlan, Tiles
 from shardwright.distributed.planning.layout import parameter_layouts
+from shardwright.distributed.planning.mlps import mlp_names
 from shardwright.distributed.planning.resolved import ResolvedPlan
 from shardwright.distributed.planning.sources import CustomPlan
 from shardwright.distributed.planning.tensor import plan_and_resolve
@@ -55,6 +56,7 @@ def decide(
     if fsdp2:
         layouts = parameter_layouts(reading, resolved)
         data = decide_data(reading, blocks, layouts, config, compute_dtype=compute_dtype)
+    tiles = _tiles(reading, config)
     return DecidedPlan(
         plan=plan,
         tensor=resolved,
@@ -62,11 +64,12 @@ def decide(
         blocks=tuple(blocks),
         recomputed=tuple(recomputed),
         activation_checkpointing=config.activation_checkpointing,
-        compiled=tuple(blocks) if config.compile_backend is not None else (),
+        offload=config.offload_activations,
+        compiled=tuple(_compiled(reading, blocks, tiles)) if config.compile_backend is not None else (),
         compile_backend=config.compile_backend,
         # What gathers its parameters, or runs twice, sees to its replicated parameters by itself.
         summing=(*(data.names if data is not None else own_units), *recomputed),
-        tiles=_tiles(reading, config),
+        tiles=tiles,
         readable=tuple(name for name in (reading.embedding, reading.head) if name is not None),
         notes=tuple(resolved.notes) if resolved is not None else (),
         warnings=tuple(_warnings(reading, blocks, resolved)),
@@ -87,7 +90,28 @@ def _tiles(reading: ModelReading, config: ParallelConfig) -> Tiles:
             "its logits (get_output_embeddings). Leave loss_tiles out, or compute the loss with "
             "shardwright.losses.linear_cross_entropy."
         )
-    return Tiles(head=reading.head if config.loss_tiles > 1 else None, loss=config.loss_tiles)
+    mlps = mlp_names(reading) if config.mlp_tiles > 1 else []
+    if config.mlp_tiles > 1 and not mlps:
+        raise ConfigError(
+            f"mlp_tiles is {config.mlp_tiles}, but no block of {type(reading.model).__name__} has a part with linear "
+            "layers that was seen to work on each position by itself: nothing would be computed in tiles. Leave "
+            "mlp_tiles out."
+        )
+    head = reading.head if config.loss_tiles > 1 else None
+    return Tiles(head, config.loss_tiles, tuple(mlps), config.mlp_tiles)
+
+
+def _compiled(reading: ModelReading, blocks: list[str], tiles: Tiles) -> list[str]:
+    """What is compiled: the blocks. Of one that is computed in tiles, those of its children that hold matrices."""
+    found: list[str] = []
+    for block in blocks:
+        if not any(name.startswith(f"{block}.") for name in tiles.mlps):
+            found.append(block)
+            continue
+        for child, part in reading.modules[block].named_children():
+            if any(param.ndim > 1 for param in part.parameters()):
+                found.append(f"{block}.{child}")
+    return found
 
 
 def _recomputed(reading: ModelReading, blocks: list[str], config: ParallelConfig) -> list[str]:

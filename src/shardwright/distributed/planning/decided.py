@@ -54,10 +54,13 @@ class Tiles:
 
     Attributes:
         head: the module whose logits are computed in ``loss`` tiles in a call with labels; None where they are whole.
+        mlps: the modules that are computed in ``mlp`` tiles of the sequence.
     """
 
     head: str | None = None
     loss: int = 1
+    mlps: tuple[str, ...] = ()
+    mlp: int = 1
 
 
 def innermost(name: str, units: Iterable[str]) -> str:
@@ -76,6 +79,7 @@ class DecidedPlan:
         blocks: the modules that can be gathered, recomputed or compiled one by one.
         recomputed: those that are recomputed in backward, ``activation_checkpointing`` says how.
         activation_checkpointing: ``ParallelConfig.activation_checkpointing``.
+        offload: whether their inputs wait for backward in host memory.
         compiled: those that are compiled.
         compile_backend: of ``torch.compile``; None where nothing is compiled.
         summing: the modules that sum gradients of their replicated parameters by themselves, because they gather or
@@ -92,6 +96,7 @@ class DecidedPlan:
     blocks: tuple[str, ...] = ()
     recomputed: tuple[str, ...] = ()
     activation_checkpointing: str = "none"
+    offload: bool = False
     compiled: tuple[str, ...] = ()
     compile_backend: str | None = None
     summing: tuple[str, ...] = ()

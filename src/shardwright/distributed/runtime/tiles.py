@@ -35,13 +35,18 @@ def in_tiles(
     tiles = max(min(tiles, rows[0].shape[dim]), 1)
     pieces = zip(*(x.tensor_split(tiles, dim) for x in rows), strict=True)
     if not torch.is_grad_enabled():
-        return [function(piece, weights) for piece in pieces]
+        return [function(_contiguous(piece), weights) for piece in pieces]
     shared = {name: _Shared(weight) for name, weight in weights.items()}
 
     def tile(*piece: Tensor) -> Tensor:
-        return function(piece, {name: weight.use() for name, weight in shared.items()})
+        return function(_contiguous(piece), {name: weight.use() for name, weight in shared.items()})
 
     return [checkpoint(tile, *piece, use_reentrant=False) for piece in pieces]
+
+
+def _contiguous(piece: Sequence[Tensor]) -> list[Tensor]:
+    """In one piece of memory, as the whole is: code that takes a view of it relies on that."""
+    return [x.contiguous() for x in piece]
 
 
 class _Shared:

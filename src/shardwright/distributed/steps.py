@@ -18,6 +18,7 @@ from shardwright.distributed.apply import megatron_fsdp
 from shardwright.distributed.apply.activation_checkpointing import apply_activation_checkpointing
 from shardwright.distributed.apply.compile import apply_compile, check_backend
 from shardwright.distributed.apply.fsdp2 import apply_fsdp2
+from shardwright.distributed.apply.fused_kernels import check_fused_kernels
 from shardwright.distributed.apply.generation import generate_together
 from shardwright.distributed.apply.guards.agreement import check_agreement
 from shardwright.distributed.apply.guards.fresh import check_fresh, mark_parallelized
@@ -84,6 +85,7 @@ def parallelize_with_fsdp2(
     tp = 1 if tp_mesh is None else tp_mesh.size()
     casts = mp_policy is not None and mp_policy.param_dtype is not None
     check_quantized(model, tp=tp, engine="fsdp2" if mp_policy is not None else "", casts=casts)
+    check_fused_kernels(model, tp)
     if mp_policy is not None:
         check_gradient_hooks(model)
         check_scalars(model)
@@ -120,6 +122,7 @@ def parallelize_with_megatron_fsdp(
     check_fresh(model)
     check_no_optimizer(model, but=optimizer)
     check_quantized(model, tp=1, engine="megatron_fsdp", casts=False)
+    check_fused_kernels(model, axis(device_mesh, options.tp_mesh_name).size())
     check_gradient_hooks(model)
     reading = ModelReading(model)
     prepared = megatron_fsdp.prepare(model, device_mesh, optimizer, options, unit_names(reading))

@@ -94,8 +94,9 @@ def _tiles(reading: ModelReading, config: ParallelConfig) -> Tiles:
     if config.mlp_tiles > 1 and not mlps:
         raise ConfigError(
             f"mlp_tiles is {config.mlp_tiles}, but no block of {type(reading.model).__name__} has a part with linear "
-            "layers that was seen to work on each position by itself: nothing would be computed in tiles. Leave "
-            "mlp_tiles out."
+            "layers that was seen to work on each position by itself"
+            + (f" ({why})" if (why := reading.why_not()) else "")
+            + ": nothing would be computed in tiles. Leave mlp_tiles out."
         )
     head = reading.head if config.loss_tiles > 1 else None
     return Tiles(head, config.loss_tiles, tuple(mlps), config.mlp_tiles)

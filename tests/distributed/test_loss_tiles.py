@@ -214,6 +214,53 @@ def test_code_that_uses_logits(name: str, caplog: pytest.LogCaptureFixture) -> N
     assert bool(caplog.records) == (name in WHOLE)
 
 
+class _OwnLoss(torch.autograd.Function):
+    """A loss as fused kernels write them, with a gradient of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        return logits.logsumexp(-1).sum() * scale
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ones(2, 12, 40), grad
+
+
+def test_a_gradient_that_would_be_lost_is_refused() -> None:
+    weight, scale = torch.ones(40, 8, requires_grad=True), torch.ones((), requires_grad=True)
+    logits = _tiled(torch.ones(2, 12, 8), weight, Call(2))
+    loss = _OwnLoss.apply(logits, scale)
+    with pytest.raises(UnsupportedError, match="autograd function of its own"):
+        loss.backward()
+    with pytest.raises(UnsupportedError, match="A kernel asks"):
+        logits.data_ptr()
+
+
+def test_a_cast_to_its_own_dtype_is_the_tensor_itself() -> None:
+    logits = _tiled(torch.ones(2, 12, 8), torch.ones(40, 8), Call(2))
+    same = logits.float().to(torch.float32).contiguous()
+    assert same is logits
+    same *= 2
+    whole = 2 * 8 * torch.ones(2, 12, 40)
+    torch.testing.assert_close(
+        F.cross_entropy(logits.view(-1, 40), IDS.view(-1)), F.cross_entropy(whole.view(-1, 40), IDS.view(-1))
+    )
+
+
+def _mixed_precision() -> None:
+    config = ParallelConfig(dp_shard=2, precision="bf16", **TILES)
+    model, whole, data = parallelize(build("llama"), config, shared_mesh(config)), build("llama"), _labelled(0)
+    output = model(**data)
+    output.loss.backward()
+    assert output.logits.dtype == torch.float32  # what the root returns
+    torch.testing.assert_close(output.loss, whole(**data).loss, rtol=1e-2, atol=0)
+
+
+def test_mixed_precision(ranks2: RankPool) -> None:
+    ranks2.run(_mixed_precision)
+
+
 def test_a_view_that_is_written_to_is_refused() -> None:
     logits = _tiled(torch.ones(2, 12, 8), torch.ones(40, 8), Call(2))
     assert logits[:, 1:].shape == (2, 11, 40)

@@ -107,8 +107,8 @@ def _refused(make: Callable[[], nn.Module], config: ParallelConfig) -> str:
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_tensor_parallelism_is_refused(ranks2: RankPool, folder: Path, kind: str, adapters: bool) -> None:
     for message in ranks2.run(_refused, partial(_load, folder, kind, adapters), ParallelConfig(tp=2)):
-        assert message.startswith("14 weights of this")
-        assert f"bitsandbytes {kind}" in message
+        assert f"is quantized (bitsandbytes {kind}: " in message
+        assert "and 13 more), and tensor parallelism (tp=2) would cut" in message
         assert "tp=1" in message
 
 
@@ -141,8 +141,8 @@ def _packed() -> nn.Module:
 
 @pytest.mark.parametrize("config", [FSDP2, ParallelConfig(tp=2)], ids=["fsdp2", "tp"])
 def test_other_formats_are_refused(ranks2: RankPool, config: ParallelConfig) -> None:
-    assert "(gptq; " in ranks2.run(_refused, _loaded_otherwise, config)[0]
-    assert "(uint8; the first is model.layers.0.mlp.up_proj.weight)" in ranks2.run(_refused, _packed, config)[0]
+    assert "(gptq: base_model.model)" in ranks2.run(_refused, _loaded_otherwise, config)[0]
+    assert "(uint8: model.layers.0.mlp.up_proj.weight)" in ranks2.run(_refused, _packed, config)[0]
 
 
 def test_plain_models_have_none() -> None:

@@ -28,7 +28,7 @@ def open_to_losses(model: nn.Module, readable: Iterable[str], axis: str, *, fsdp
     """Let weights be mixed with plain tensors, and parts of the model be called alone, in place.
 
     Args:
-        readable: modules whose own parameters losses read: the embedding and the head.
+        readable: modules whose weights losses read: the embedding and the head.
         axis: what the mesh calls its tensor-parallel axis.
         fsdp2: ``model`` is the root of FSDP2's units.
     """
@@ -58,7 +58,7 @@ class _Root(Around):
 
     def make_readable(self, model: nn.Module) -> None:
         for name in self.names:
-            for param in model.get_submodule(name).parameters(recurse=False):
+            for param in model.get_submodule(name).parameters():
                 if isinstance(param, DTensor):
                     make_readable(param, self.axis)
 

@@ -46,8 +46,9 @@ def check_quantized(model: nn.Module, *, tp: int, engine: str, casts: bool) -> N
             problem = "precision would cast them without their scales"
         if problem is not None:
             raise UnsupportedError(
-                f"{len(names)} weights of this {type(model).__name__} are quantized ({kind}; the first is {names[0]}), "
-                f"and {problem}. {_WHAT_WORKS}. Otherwise load the model without quantization."
+                f"This {type(model).__name__} is quantized ({kind}: {names[0]}"
+                + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+                + f"), and {problem}. {_WHAT_WORKS}. Otherwise load the model without quantization."
             )
 
 

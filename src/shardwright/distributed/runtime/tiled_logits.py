@@ -33,9 +33,17 @@ IN_PLACE = frozenset(_IN_PLACE.split())
 EACH = frozenset(_EACH.split()) | IN_PLACE  # each logit by itself
 _OF_TOKENS = "contiguous view reshape flatten unflatten __getitem__ narrow squeeze unsqueeze"
 OF_TOKENS = frozenset(_OF_TOKENS.split())  # which tokens there are, and how they are laid out
-_ABOUT = "size dim ndimension numel nelement __len__ is_floating_point is_complex element_size get_device __hash__"
+_CASTS = "float half bfloat16 double to type type_as"
+CASTS = frozenset(_CASTS.split())
+_ABOUT = """
+    size dim ndimension numel nelement __len__ is_floating_point is_complex element_size get_device __hash__
+    register_hook
+"""
 ABOUT = frozenset(_ABOUT.split())
-_PROPERTIES = "shape dtype device ndim layout requires_grad is_leaf is_cuda is_meta is_sparse is_quantized itemsize"
+_PROPERTIES = """
+    shape dtype device ndim layout requires_grad is_leaf is_cuda is_meta is_sparse is_quantized itemsize grad_fn grad
+    _base _version output_nr
+"""
 PROPERTIES = frozenset(getattr(Tensor, name).__get__ for name in _PROPERTIES.split())
 
 Compute = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
@@ -88,10 +96,17 @@ class TiledLogits(Tensor):
     @staticmethod
     def make(product: Product, like: Tensor, call: Call) -> TiledLogits:
         """Logits with the shape and dtype of ``like``, which is on meta."""
+        trained = any(x.requires_grad for x in (product.hidden, *product.weights.values()))
         made = Tensor._make_wrapper_subclass(
-            TiledLogits, like.shape, dtype=like.dtype, device=product.hidden.device, requires_grad=False
+            TiledLogits,
+            like.shape,
+            dtype=like.dtype,
+            device=product.hidden.device,
+            requires_grad=trained and torch.is_grad_enabled(),
         )
         made.product, made.call, made.whole, made.has_views = product, call, None, False
+        if made.requires_grad:
+            made.register_hook(_refuse_gradient)
         return made
 
     @classmethod
@@ -102,6 +117,11 @@ class TiledLogits(Tensor):
         if func.__name__ in ABOUT or func in PROPERTIES:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        if func is Tensor.data_ptr:
+            raise UnsupportedError(
+                "A kernel asks for the memory of logits that loss_tiles computes a tile at a time. Leave out "
+                "loss_tiles, or the kernel: torch.nn.functional.cross_entropy is what loss_tiles works with."
+            )
         if args and isinstance(args[0], TiledLogits):
             result = NotImplemented
             if func is F.cross_entropy:
@@ -129,6 +149,8 @@ class TiledLogits(Tensor):
         like = _on_meta(func, self, args, kwargs)
         if like is None or like.shape != self.shape or _moves(args, kwargs, self.device):
             return NotImplemented
+        if func.__name__ in CASTS and like.dtype == self.dtype and not kwargs.get("copy"):
+            return self
         product = replace(self.product, steps=(*self.product.steps, (func, args, kwargs)))
         if func.__name__ not in IN_PLACE:
             return TiledLogits.make(product, like, self.call)
@@ -149,6 +171,8 @@ class TiledLogits(Tensor):
             hidden = func(self.product.hidden, *_last_size(args, self.shape[-1], features), **kwargs)
         except (RuntimeError, IndexError, TypeError):
             return NotImplemented
+        if hidden is self.product.hidden:
+            return self
         if hidden.shape != (*like.shape[:-1], features):
             return NotImplemented
         self.has_views = True
@@ -171,6 +195,14 @@ class TiledLogits(Tensor):
                 logger.warning("loss_tiles saves nothing: the model's code reads whole logits (%s).", reader)
             self.whole = self.product.of(self.product.hidden, self.product.weights)
         return self.whole
+
+
+def _refuse_gradient(grad: Tensor) -> None:
+    """Our own functions hand no gradient to the stand-in: it goes to what the logits are made of."""
+    raise UnsupportedError(
+        "The loss is computed by an autograd function of its own. It got logits that loss_tiles computes a tile at a "
+        "time, and their gradient would be lost. Leave loss_tiles out, or use torch.nn.functional.cross_entropy."
+    )
 
 
 def _computed(value: Any, func: Callable[..., Any]) -> Any:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     CONFIG_MAPPING,
+    AutoModelForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
     MixtralConfig,
@@ -46,9 +48,19 @@ def config_of(family: str, layers: int = 2) -> PreTrainedConfig:
     return shrunk_config(CONFIG_MAPPING[family]())
 
 
+def source_of(family: str, layers: int = 2) -> PreTrainedConfig | torch.nn.Module:
+    """What the prediction is asked about: a config, or a model with adapters."""
+    if family != LORA:
+        return config_of(family, layers)
+    made = config_of("llama", layers)
+    with torch.device("meta"):
+        return get_peft_model(AutoModelForCausalLM.from_config(made), LoraConfig(r=4, target_modules="all-linear"))
+
+
+LORA = "llama with LoRA"
 FAMILIES = ("llama", "llama one key-value head", "qwen3 tied", "gemma3", "phi3", "mixtral")
 # Tiny copies of types that have the other styles.
-OTHER_FAMILIES = ("longcat_flash", "gpt_oss", "gemma3n_text", "llama4_text")
+OTHER_FAMILIES = (LORA, "longcat_flash", "gpt_oss", "gemma3n_text", "llama4_text")
 
 WHOLE_EXPERTS = {
     "model.layers.*.self_attn.q_proj": "colwise",
@@ -95,8 +107,11 @@ class Counted(TorchDispatchMode):
 
 def sharded(family: str, layers: int, config: ParallelConfig) -> torch.nn.Module:
     torch.manual_seed(0)
-    made = config_of(family, layers)
-    model = model_class(made)._from_config(made, dtype=torch.float32)
+    made = config_of("llama" if family == LORA else family, layers)
+    model: torch.nn.Module = model_class(made)._from_config(made, dtype=torch.float32)
+    if family == LORA:
+        model.enable_input_require_grads()  # the prediction has a gradient go through the first block, too
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
     return parallelize(model, config, shared_mesh(config))
 
 

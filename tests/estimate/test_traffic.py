@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import prod
 
 import pytest
-from estimate_models import FAMILIES, OTHER_FAMILIES, TOKENS, Counts, config_of, real_traffic
+from estimate_models import FAMILIES, OTHER_FAMILIES, TOKENS, Counts, config_of, real_traffic, source_of
 
 from shardwright import ParallelConfig
 from shardwright.distributed.styles import STYLES
@@ -18,7 +18,7 @@ TP = ParallelConfig(tp=2, dp_shard=1)
 
 def predicted(family: str, layers: int, config: ParallelConfig) -> Counts:
     found: Counts = {}
-    for part in predict(config_of(family, layers), config).traffic:
+    for part in predict(source_of(family, layers), config).traffic:
         for call in part.collectives:
             calls, size = found.get((call.kind, call.backward), (0, 0))
             size += part.blocks * (prod(TOKENS) * call.token_bytes + call.fixed_bytes)
@@ -68,7 +68,7 @@ def test_every_style_is_compared_with_a_real_run() -> None:
         (family, TP.with_(sequence_parallel=sp)) for family in (*FAMILIES, *OTHER_FAMILIES) for sp in (False, True)
     ]
     cases += [("mixtral", TP.with_(plan=plan)) for plan in CUSTOM]
-    used = {row.style.partition(":")[0] for case in cases for row in predict(config_of(case[0]), case[1]).rows}
+    used = {row.style.partition(":")[0] for case in cases for row in predict(source_of(case[0]), case[1]).rows}
     assert set(STYLES) - {"embedding_slice"} <= used
 
 

@@ -37,6 +37,16 @@ def candidate_inputs(model: nn.Module, example_inputs: Any = None) -> Iterator[I
             yield from (replace(inputs, called=name) for inputs in known)
 
 
+def _normal(*shape: int) -> Tensor:
+    """The same numbers at every call; the caller's random state is left alone."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(3))
+
+
+def _ids(rows: int, least: int = 0) -> Tensor:
+    """Ids below ``rows``, as :func:`_normal`."""
+    return torch.randint(least, rows, (BATCH, LENGTH), generator=torch.Generator().manual_seed(3))
+
+
 def _rows(model: nn.Module) -> int:
     """The number of ids that every table of the model has."""
     return min((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=2)
@@ -68,7 +78,7 @@ def _from_config(model: PreTrainedModel) -> Iterator[Inputs]:
     accepted = inspect.signature(model.forward).parameters
     fixed: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
     rows = getattr(text, "vocab_size", None)
-    ids = torch.randint(min(4, (rows or 8) - 1), rows or 8, (BATCH, LENGTH), generator=torch.Generator().manual_seed(3))
+    ids = _ids(rows or 8, min(4, (rows or 8) - 1))
     if "decoder_input_ids" in accepted and config.is_encoder_decoder:
         fixed["decoder_input_ids"] = ids[:, :-2]
     name = model.main_input_name
@@ -78,7 +88,7 @@ def _from_config(model: PreTrainedModel) -> Iterator[Inputs]:
         vision = getattr(config, "vision_config", config)
         side, channels = getattr(vision, "image_size", 224), getattr(vision, "num_channels", 3)
         height, width = side if isinstance(side, (tuple, list)) else (side, side)
-        images = {"pixel_values": torch.randn(BATCH, channels, height, width)}
+        images = {"pixel_values": _normal(BATCH, channels, height, width)}
         if "input_ids" in accepted:
             yield Inputs((), {"input_ids": ids, **images, **fixed})
         if name == "pixel_values":
@@ -86,27 +96,27 @@ def _from_config(model: PreTrainedModel) -> Iterator[Inputs]:
     if name == "input_features":
         bins = getattr(config, "num_mel_bins", 80)
         frames = 2 * getattr(config, "max_source_positions", 50)
-        yield Inputs((), {name: torch.randn(2, bins, frames), **fixed})
-        yield Inputs((), {name: torch.randn(2, 50, bins), **fixed})
+        yield Inputs((), {name: _normal(2, bins, frames), **fixed})
+        yield Inputs((), {name: _normal(2, 50, bins), **fixed})
     if name == "input_values":
-        yield Inputs((), {name: torch.randn(2, 8000), **fixed})
+        yield Inputs((), {name: _normal(2, 8000), **fixed})
     if "inputs_embeds" in accepted and hasattr(text, "hidden_size"):
-        yield Inputs((), {"inputs_embeds": torch.randn(BATCH, LENGTH, text.hidden_size), **fixed})
+        yield Inputs((), {"inputs_embeds": _normal(BATCH, LENGTH, text.hidden_size), **fixed})
 
 
 def _guesses(model: nn.Module) -> Iterator[Inputs]:
     """From the first layer that has weights: ids for a table, features for a linear layer, an image for a kernel."""
     for module in model.modules():
         if isinstance(module, nn.Embedding):
-            yield Inputs((torch.randint(_rows(model), (BATCH, LENGTH)),))
+            yield Inputs((_ids(_rows(model)),))
         elif isinstance(module, nn.Linear):
-            yield Inputs((torch.randn(BATCH, LENGTH, module.in_features),))
-            yield Inputs((torch.randn(BATCH, module.in_features),))
+            yield Inputs((_normal(BATCH, LENGTH, module.in_features),))
+            yield Inputs((_normal(BATCH, module.in_features),))
         elif isinstance(module, nn.Conv2d):
             for side in (224, 32, 28, 64, 96, 128, 256, 384, 448, 512):
-                yield Inputs((torch.randn(2, module.in_channels, side, side),))
+                yield Inputs((_normal(2, module.in_channels, side, side),))
         elif isinstance(module, nn.Conv1d):
-            yield Inputs((torch.randn(BATCH, module.in_channels, 64),))
+            yield Inputs((_normal(BATCH, module.in_channels, 64),))
         else:
             continue
         return

@@ -66,7 +66,6 @@ class CudaMesh:
     """All that is read of a mesh before the package is looked for."""
 
     device_type = "cuda"
-    mesh_dim_names = None
 
 
 def test_its_own_plan_and_checks(ranks4: RankPool) -> None:

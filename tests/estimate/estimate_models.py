@@ -59,8 +59,9 @@ def source_of(family: str, layers: int = 2) -> PreTrainedConfig | torch.nn.Modul
 
 LORA = "llama with LoRA"
 FAMILIES = ("llama", "llama one key-value head", "qwen3 tied", "gemma3", "phi3", "mixtral")
-# Tiny copies of types that have the other styles.
-OTHER_FAMILIES = (LORA, "longcat_flash", "gpt_oss", "gemma3n_text", "llama4_text")
+# Tiny copies of types that have the other styles; an encoder and a decoder; cross-attention that never runs; blocks
+# that run twice, and blocks that cannot run on a part of the sequence.
+OTHER_FAMILIES = (LORA, "longcat_flash", "gpt_oss", "gemma3n_text", "llama4_text", "mt5", "bart", "zamba2")
 
 WHOLE_EXPERTS = {
     "model.layers.*.self_attn.q_proj": "colwise",
@@ -98,7 +99,7 @@ class Counted(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.__name__.partition(".")[0]
-        if func.namespace == "_c10d_functional" and name != "wait_tensor":
+        if func.namespace == "_c10d_functional" and name in _KINDS:
             kind = _KINDS[name], self.backward
             self.calls[kind] += 1
             self.bytes[kind] += args[0].numel() * args[0].element_size() * (self.tp if "gather" in name else 1)

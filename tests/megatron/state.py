@@ -21,7 +21,8 @@ from shardwright.distributed.apply.megatron_fsdp import (
     full_tensor,
     prepare,
 )
-from shardwright.distributed.config import ParallelConfig
+from shardwright.distributed.apply.megatron_fsdp.tensors import local_part
+from shardwright.distributed.config import PRECISIONS, ParallelConfig, Precision
 from shardwright.errors import RunError, UnsupportedError
 
 
@@ -373,3 +374,26 @@ def refuses_the_cpu() -> str:
     except UnsupportedError as error:
         return str(error)
     return ""
+
+
+def kept_bytes(precision: str) -> tuple[int, int, int]:
+    """Bytes of this rank's weights, gradients and AdamW averages after a step: the package's buffers and what hangs on
+    the parameters."""
+    model = build_model()
+    wanted = PRECISIONS[precision]
+    case = Case(options={"check_for_nan_in_grad": False, "precision": None if wanted == Precision() else wanted})
+    with environment():
+        sharded = shard(case, model, None)
+        optimizer = AdamW(model.parameters(), lr=1e-3)
+        ids = batch(0, 0, dist.get_rank(), device_type())
+        sharded(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    groups = sharded.param_and_grad_buffer.parameter_groups
+    buffers = [buffer for group in groups for buffer in (group.model_weight_buffer, group.main_weight_buffer)]
+    weights = [buffer.data for buffer in buffers if buffer is not None]
+    gradients = [group.main_grad_buffer.data for group in groups]
+    given = [local_part(param.grad) for param in model.parameters() if param.grad is not None]
+    own = {gradient.untyped_storage().data_ptr() for gradient in gradients}
+    gradients += [part for part in given if part.untyped_storage().data_ptr() not in own]
+    averages = [local_part(s[key]) for s in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+    return tuple(sum(x.numel() * x.element_size() for x in part) for part in (weights, gradients, averages))

@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 import state
 import torch
+import training
 
+from shardwright import ParallelConfig
 from shardwright.distributed.apply.megatron_fsdp.availability import installed
+from shardwright.estimate import predict
 from shardwright.verify.ranks import RankPool
 
 STRATEGIES = ("no_shard", "optim", "optim_grads", "optim_grads_params")
@@ -123,3 +126,13 @@ def test_refuses_the_cpu(ranks2: RankPool) -> None:
     for found in ranks2.run(state.refuses_the_cpu):
         assert "CUDA devices only" in found
         assert "fsdp2" in found
+
+
+@pytest.mark.parametrize("precision", ["model", "bf16"])
+def test_the_memory_between_steps_is_predicted(precision: str, ranks2: RankPool) -> None:
+    """But for the padding of the package's buffers, which tiny models have much of."""
+    config = ParallelConfig(engine="megatron_fsdp", dp_shard=2, precision=precision)
+    memory = predict(training.build_model(), config).memory
+    predicted = memory.parameters, memory.gradients, memory.optimizer
+    for real in ranks2.run(state.kept_bytes, precision):
+        assert real == pytest.approx(predicted, rel=0.03)

@@ -1,14 +1,17 @@
 """Bytes that stay on a rank between steps: parameters, gradients and AdamW's two averages.
 
-What comes and goes within a step (activations, the unit that FSDP2 has gathered) is not in these numbers.
+What comes and goes within a step (activations, the unit that an engine has gathered) is not in these numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 
+import torch
+
+from shardwright.distributed.config import ParallelConfig, Precision
 from shardwright.distributed.planning.layout import ParameterLayout
 
 
@@ -33,15 +36,42 @@ class Memory:
         }
 
 
-def memory_per_rank(layouts: Iterable[ParameterLayout], dp_shard: int) -> Memory:
-    """The memory of these parameters under FSDP2, which keeps gradients and AdamW's state in a parameter's own dtype.
+def memory_per_rank(layouts: Iterable[ParameterLayout], config: ParallelConfig) -> Memory:
+    """The memory of these parameters under the engine of ``config``.
+
+    Args:
+        config: with its precision settled.
 
     Raises:
         PlanError: FSDP2 cannot cut one of them over ``dp_shard`` ranks.
     """
-    parameters = trained = 0
-    for layout in layouts:
-        size = prod(layout.local_shape(dp_shard)) * layout.dtype.itemsize
-        parameters += size
-        trained += size if layout.trained else 0
-    return Memory(parameters, trained, 2 * trained)
+    kept = _under_megatron if config.engine == "megatron_fsdp" else _under_fsdp2
+    parts = [kept(layout, config) for layout in layouts]
+    return Memory(
+        sum(part.parameters for part in parts),
+        sum(part.gradients for part in parts),
+        sum(part.optimizer for part in parts),
+    )
+
+
+def _under_fsdp2(layout: ParameterLayout, config: ParallelConfig) -> Memory:
+    """FSDP2 keeps gradients and the optimizer's state in a parameter's own dtype."""
+    size = prod(layout.local_shape(config.dp_shard)) * layout.dtype.itemsize
+    trained = size if layout.trained else 0
+    return Memory(size, trained, 2 * trained)
+
+
+def _under_megatron(layout: ParameterLayout, config: ParallelConfig) -> Memory:
+    """Megatron-FSDP keeps an even part of each unit's flat buffers: of rounded weights, of those that the optimizer
+    works on where they have another dtype, and of gradients, which stay for good. A gradient that is summed in another
+    dtype than the optimizer's is rounded once more. The padding of the buffers, a few elements a unit, is left out.
+    """
+    part = ceil(layout.gathered_numel / config.dp_shard)
+    casts = config.precision != Precision()
+    compute = getattr(torch, config.precision.param) if casts else layout.dtype
+    reduce = getattr(torch, config.precision.reduce) if casts else layout.dtype
+    if not layout.trained:
+        return Memory(part * compute.itemsize)
+    weights = compute.itemsize + (layout.dtype.itemsize if layout.dtype != compute else 0)
+    gradients = reduce.itemsize + (layout.dtype.itemsize if layout.dtype != reduce else 0)
+    return Memory(part * weights, part * gradients, part * 2 * layout.dtype.itemsize)

@@ -27,7 +27,7 @@ from shardwright.errors import ConfigError, UnsupportedError
 from shardwright.estimate.gathering import Gathering, predict_gathering
 from shardwright.estimate.memory import Memory, memory_per_rank
 from shardwright.estimate.rows import Row, module_rows
-from shardwright.estimate.traffic import Collective, predict_traffic, uncounted
+from shardwright.estimate.traffic import Collective, predict_traffic
 
 Model = str | os.PathLike[str] | PreTrainedConfig | nn.Module
 
@@ -141,21 +141,22 @@ def predict(model: Model, config: ParallelConfig, *, weights: str = "float32") -
     assert plan is not None, "one was asked for"
     assert resolved is not None
     layouts = list(parameter_layouts(reading, resolved).values())
+    whole = [replace(layout, placement=_WHOLE) for layout in layouts]
     return Prediction(
         model=type(built).__name__,
         plan=plan,
         config=config,
         weights=", ".join(_dtypes(layouts)),
         blocks=dict(Counter(numbers_to_globs(name) for name in reading.blocks)),
-        rows=tuple(module_rows(built, plan, resolved, layouts, config.dp_shard)),
+        rows=tuple(module_rows(built, plan, resolved, layouts, settled)),
         parameters=sum(layout.numel for layout in layouts),
         cut=sum(layout.numel for layout in layouts if layout.cut),
         attributes=_attributes(resolved),
-        memory=memory_per_rank(layouts, config.dp_shard),
-        unsharded=memory_per_rank([replace(layout, placement=_WHOLE) for layout in layouts], 1),
+        memory=memory_per_rank(layouts, settled),
+        unsharded=memory_per_rank(whole, ParallelConfig(dp_shard=1)),
         traffic=tuple(_traffic(reading, decided, resolved, _compute_dtype(layouts, settled))),
         gathering=predict_gathering(layouts, decided, settled),
-        notes=tuple(dict.fromkeys(filter(None, [*decided.notes, uncounted(reading, resolved)]))),
+        notes=tuple(dict.fromkeys(decided.notes)),
         warnings=decided.warnings,
     )
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from shardwright.distributed.config import ParallelConfig
 from shardwright.distributed.models.blocks import block_names, numbers_to_globs
 from shardwright.distributed.plan import ParallelPlan, match_names
 from shardwright.distributed.planning.layout import ParameterLayout
@@ -64,9 +65,9 @@ def module_rows(
     plan: ParallelPlan,
     resolved: ResolvedPlan,
     layouts: Iterable[ParameterLayout],
-    dp_shard: int,
+    config: ParallelConfig,
 ) -> list[Row]:
-    """The rows of a model, in its order."""
+    """The rows of a model, in its order. ``config`` has its precision settled."""
     rules = _rules_of_bare_parameters(model, plan, resolved)
     of_module: dict[str, list[ParameterLayout]] = {}
     for layout in layouts:
@@ -77,17 +78,17 @@ def module_rows(
     for name, style, source, rule in _uses(model, plan, resolved, rules):
         row = Row(numbers_to_globs(name), numbers_to_globs(_block_of(name, blocks)), style, source, rule)
         rows.setdefault(row, []).append(of_module.get(name, []))
-    return [_filled(row, found, dp_shard) for row, found in rows.items()]
+    return [_filled(row, found, config) for row, found in rows.items()]
 
 
-def _filled(row: Row, found: list[list[ParameterLayout]], dp_shard: int) -> Row:
+def _filled(row: Row, found: list[list[ParameterLayout]], config: ParallelConfig) -> Row:
     layouts = [layout for each in found for layout in each]
     return replace(
         row,
         count=len(found),
         parameters=sum(layout.numel for layout in layouts),
         cut=sum(layout.numel for layout in layouts if layout.cut),
-        memory=memory_per_rank(layouts, dp_shard),
+        memory=memory_per_rank(layouts, config),
     )
 
 

@@ -1,22 +1,25 @@
 """The collectives over the ``tp`` axis of one training step, read off the resolved plan.
 
 A step is one forward and backward of a micro-batch, without recomputation. The rules are those of
-:mod:`shardwright.distributed.styles`, whose real calls the tests count. What a plan does not say is taken for granted:
-readers in one region whose inputs have the same width read the same tensor; every module runs once, towers and
-cross-attention too; sequence-parallel blocks follow one another (:func:`uncounted` tells where they do not).
+:mod:`shardwright.distributed.styles`, whose real calls the tests count. How often each module runs, and which tensor
+each layer reads, is read off the recorded run of the model. Where its code cannot be run, every module is taken to run
+once, and layers of a region whose inputs have one width to read one tensor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import takewhile
+from typing import Any
 
-from shardwright.distributed.models.blocks import is_norm
+from shardwright.distributed.models.blocks import is_norm, owns_parameters
 from shardwright.distributed.models.huggingface import experts_per_token
 from shardwright.distributed.planning.decided import innermost
 from shardwright.distributed.planning.resolved import ResolvedPlan
 from shardwright.distributed.replay.reading import ModelReading
-from shardwright.distributed.styles.linear import ColwiseGatherOutput, ColwiseLogits, features
+from shardwright.distributed.styles.linear import ColwiseLogits, features
 from shardwright.distributed.styles.traffic import Site
 
 FLOAT32 = 4
@@ -63,17 +66,9 @@ def predict_traffic(
     return traffic
 
 
-def uncounted(reading: ModelReading, resolved: ResolvedPlan) -> str | None:
-    """A sentence where whole blocks stand between sequence-parallel ones: what that moves is not predicted."""
-    lists = {name.rpartition(".")[0] for name in resolved.blocks}
-    split = set(resolved.blocks)
-    whole = [name for name in reading.blocks if name.rpartition(".")[0] in lists and name not in split]
-    if not whole:
-        return None
-    return (
-        f"{len(whole)} blocks ({whole[0]} is the first) have no tensor-parallel layers: the sequence is gathered for "
-        "them and split again behind them, which is not in the predicted collectives."
-    )
+def stack_of(block: str) -> str:
+    """The name of the outermost list that a block is in: all blocks of an encoder are one stack."""
+    return ".".join(takewhile(lambda part: not part.isdigit(), block.split(".")))
 
 
 class _Step:
@@ -82,9 +77,12 @@ class _Step:
     def __init__(self, reading: ModelReading, resolved: ResolvedPlan, itemsize: int, summing: Sequence[str]) -> None:
         self.summing = summing
         self.modules = reading.modules
+        self.recording = reading.recording()
         self.resolved = resolved
         self.itemsize = itemsize
+        self.block_list = reading.blocks
         self.blocks = set(reading.blocks)
+        self.registered = {name: place for place, name in enumerate(reading.modules)}
         self.head = reading.head
         self.experts_per_token = experts_per_token(reading.model)
         self.widths = {block: width for block in reading.blocks if (width := self.stream_width(block))}
@@ -94,16 +92,16 @@ class _Step:
             if use.inside:
                 continue
             site = Site(self.modules[name], use.sequence, self.stream(name), self.experts_per_token)
-            for sent in use.made.sent(site):
+            for sent in [*use.made.sent(site)] * self.runs(name):
                 itemsize = FLOAT32 if sent.float32 else self.itemsize
                 yield self.scope(name), Collective(sent.kind, sent.backward, sent.width * itemsize, cause=name)
-        for name in self.reading():
+        for name in self.readings():
             for collective in self.input(name):
                 yield self.scope(name), collective
         for name in self.resolved.regions:
-            for collective in self.region(name):
+            for collective in [*self.region(name)] * self.runs(name):
                 yield self.scope(name), collective
-        yield from self.entries()
+        yield from self.stream_moves()
         yield from self.gradient_sums()
 
     def scope(self, name: str) -> str:
@@ -130,22 +128,40 @@ class _Step:
     def backward(self, kind: str, width: int, cause: str) -> Collective:
         return Collective(kind, True, width * self.itemsize, cause=cause)
 
-    def reading(self) -> list[str]:
-        """One reader for each input that is read: the first of its region and width."""
-        layers: dict[str | None, list[str]] = {}
+    def runs(self, name: str) -> int:
+        """How often a module runs in a micro-batch: 1 where the model's code could not be run."""
+        recording = self.recording
+        if recording is None or not name:
+            return 1
+        return recording.calls_of(name)
+
+    def readings(self) -> list[str]:
+        """A reader for each tensor that is read, in each region: those of one tensor share what reading it sends."""
+        found: dict[tuple[Any, ...], str] = {}
         for name in self.modules:
             use = self.resolved.modules.get(name)
-            if use is not None and (use.reads or use.writes or (use.style == ColwiseLogits.name and not use.inside)):
-                layers.setdefault(use.region, []).append(name)
-        first: dict[tuple[str, int], str] = {}
-        for region, names in layers.items():
-            for name in names:
-                style = self.resolved.modules[name].made
-                # A last layer whose output is gathered is the one that writes the region, from an input of its own.
-                writes = isinstance(style, ColwiseGatherOutput) and name == names[-1]
-                if not style.writes:
-                    first.setdefault((name if region is None or writes else region, self.width_in(name)), name)
-        return list(first.values())
+            if use is None or not (use.reads or (use.style == ColwiseLogits.name and not use.inside)):
+                continue
+            where = name if use.region is None else use.region
+            for read in self.read_by(name):
+                found.setdefault((where, *read), name)
+        return list(found.values())
+
+    def read_by(self, name: str) -> list[tuple[Any, ...]]:
+        """What tells the tensors apart that a layer reads: the tensor, and which run of the region it was.
+
+        Where the model's code could not be run, layers of one region read one tensor if their inputs have one width.
+        """
+        read = self.recording.read_by(name) if self.recording is not None else []
+        if not read:
+            return [(self.width_in(name), run) for run in range(self.runs(name))]
+        runs = self.runs(self.resolved.modules[name].region or name)
+        return [(id(tensor), call * runs // len(read)) for call, tensor in enumerate(read)]
+
+    def place_of(self, name: str) -> int:
+        """Its place in the order of calls; in the model where its code could not be run."""
+        found = self.recording.place_of(name) if self.recording is not None else None
+        return self.registered[name] if found is None else found
 
     def width_in(self, name: str) -> int:
         return features(self.modules[name], out=False)
@@ -155,11 +171,17 @@ class _Step:
         use = self.resolved.modules[name]
         region = self.resolved.regions.get(use.region or "")
         width = self.width_in(name)
-        if use.sequence or (self.resolved.blocks and name == self.head):
+        if use.sequence or (name == self.head and self.gathered_by_head is not None):
             yield self.forward("all_gather", width, name)
             yield self.backward("reduce_scatter", width, name)
-        elif use.region is None or region is None or not region.direct:
+        elif region is None or not region.direct or self.is_from_elsewhere(name, use.region):
             yield self.backward("all_reduce", width, name)
+
+    def is_from_elsewhere(self, name: str, region: str | None) -> bool:
+        """Whether a layer reads another tensor than the first layer of its region: another model's states, say."""
+        beside = [other for other, use in self.resolved.modules.items() if use.region == region and use.reads]
+        first = min(beside, key=self.place_of)
+        return self.read_by(name)[:1] != self.read_by(first)[:1]
 
     def region(self, name: str) -> Iterator[Collective]:
         """A sequence-parallel region gathers its input, and its result is split again."""
@@ -168,14 +190,50 @@ class _Step:
             yield self.forward("all_gather", self.stream(name), name)
             yield self.backward("reduce_scatter" if use.direct else "all_gather", self.stream(name), name)
 
-    def entries(self) -> Iterator[tuple[str, Collective]]:
-        """The first sequence-parallel block of a list cuts a whole stream; without a head, the end gathers it."""
-        lists = {name.rpartition(".")[0]: name for name in reversed(self.resolved.blocks)}
-        for name in lists.values():
-            yield "", self.backward("all_gather", self.stream(name), name)
-        head = self.resolved.modules.get(self.head) if self.head is not None else None
-        if lists and (head is None or head.style != ColwiseLogits.name):
-            yield "", self.forward("all_gather", self.stream(next(reversed(lists.values()))), self.head or "output")
+    @cached_property
+    def stacks(self) -> dict[str, list[str]]:
+        """The blocks of every stack, in the order in which they run."""
+        stacks: dict[str, list[str]] = {}
+        for block in self.block_list:
+            stacks.setdefault(stack_of(block), []).append(block)
+        return stacks
+
+    @cached_property
+    def split_at_end(self) -> list[str]:
+        """The stacks that hand on a part of the sequence."""
+        return [stack for stack, blocks in self.stacks.items() if blocks[-1] in self.resolved.blocks]
+
+    def end_of(self, stack: str) -> int:
+        """The place of its last block in the order of calls."""
+        return max(map(self.place_of, self.stacks[stack]))
+
+    @cached_property
+    def gathered_by_head(self) -> str | None:
+        """The stack whose end the head takes in parts: nothing but norms of the stream lies between."""
+        head = self.resolved.modules.get(self.head or "")
+        if head is None or head.style != ColwiseLogits.name or not self.split_at_end:
+            return None
+        last = max(self.split_at_end, key=self.end_of)
+        between = range(self.end_of(last) + 1, self.place_of(self.head or ""))
+        others = (
+            name
+            for name, use in self.resolved.modules.items()
+            if owns_parameters(self.modules[name]) and not use.options.get("outside") and self.place_of(name) in between
+        )
+        return None if any(others) else last
+
+    def stream_moves(self) -> Iterator[tuple[str, Collective]]:
+        """Between blocks on a part of the sequence and what needs it whole.
+
+        Cutting a whole stream gathers its gradient. Gathering one cuts its gradient, which sends nothing.
+        """
+        split = set(self.resolved.blocks)
+        for stack, blocks in self.stacks.items():
+            for before, block in zip((None, *blocks), (*blocks, None), strict=True):
+                if block in split and before not in split:
+                    yield "", self.backward("all_gather", self.stream(str(block)), str(block))
+                elif before in split and block not in split and (block or stack != self.gathered_by_head):
+                    yield "", self.forward("all_gather", self.stream(str(before)), block or "output")
 
     def gradient_sums(self) -> Iterator[tuple[str, Collective]]:
         """Gradients of whole parameters that see a share of the work: summed together in float32, unit by unit."""
@@ -197,19 +255,11 @@ class _Step:
         return sum((param.numel() + 1) * FLOAT32 for param in found if param is not None and param.requires_grad)
 
     def norms_behind_blocks(self) -> list[str]:
-        """Norms outside of the blocks that see the stream while it is split.
-
-        Beside a list of blocks, a single norm is the final one, wherever it is registered; of several, those after it.
-        """
-        norms = [name for name, use in self.resolved.modules.items() if use.options.get("outside")]
-        order = {name: place for place, name in enumerate(self.modules)}
+        """Norms outside of the blocks that see the stream while it is split: those called after the blocks beside."""
         found = []
-        for name in norms:
+        for name, use in self.resolved.modules.items():
             parent = name.rpartition(".")[0]
-            beside = [other for other in norms if other.rpartition(".")[0] == parent]
-            blocks = [
-                order[block] for block in self.resolved.blocks if block.startswith(f"{parent}." if parent else "")
-            ]
-            if len(beside) == 1 or order[name] > max(blocks, default=0):
+            beside = [stack for stack in self.split_at_end if stack.rpartition(".")[0] == parent]
+            if use.options.get("outside") and any(self.place_of(name) > self.end_of(stack) for stack in beside):
                 found.append(name)
         return found

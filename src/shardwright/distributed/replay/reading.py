@@ -10,9 +10,10 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import count, takewhile
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from shardwright.distributed.models.blocks import block_names
@@ -46,6 +47,30 @@ class Recording:
         except (Mismatch, *CODE_ERRORS):
             return False
         return True
+
+    def calls_of(self, name: str) -> int:
+        """How often the module called ``name`` in the model (or the one of its kind that stands for it) was called."""
+        counted = self.record.calls.counts.get(self.weightless.repeats.stand_in(name), 0)
+        return counted or len(self.read_by(name))  # code may call a layer's forward itself
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """Copied module name -> its place in the order in which the modules' first calls ended."""
+        return {name: place for place, name in enumerate(self.record.calls.counts)}
+
+    def place_of(self, name: str) -> int | None:
+        """The place of the module called ``name`` in the model (or of the one that stands for it) in :attr:`places`."""
+        return self.places.get(self.weightless.repeats.stand_in(name))
+
+    def read_by(self, name: str) -> list[Tensor]:
+        """The tensor that a linear layer read in each of its calls; none for what is no linear layer.
+
+        A layer that is made of several (an adapted one) reads what the first of them reads.
+        """
+        sources = self.record.run.sources
+        copied = self.weightless.repeats.stand_in(name)
+        first = next((stub for stub, _ in sources if stub == copied or stub.startswith(f"{copied}.")), copied)
+        return [sources[first, call] for call in takewhile(lambda call: (first, call) in sources, count())]
 
 
 @dataclass

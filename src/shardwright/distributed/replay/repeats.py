@@ -25,6 +25,12 @@ class RepeatedList:
     kinds: list[int]
     kept: list[int]
 
+    def place_of(self, index: int) -> int:
+        """Where the entry that stands for ``index`` is in the truncated list: itself, or the last of its kind."""
+        if index in self.kept:
+            return self.kept.index(index)
+        return max(place for place, kept in enumerate(self.kept) if self.kinds[kept] == self.kinds[index])
+
 
 @dataclass
 class Repeats:
@@ -60,6 +66,16 @@ class Repeats:
             repeated = self.lists.get(".".join(seen)) if part.isdigit() else None
             seen.append(part if repeated is None else str(repeated.kept[int(part)]))
         return ".".join(seen)
+
+    def stand_in(self, original: str) -> str:
+        """The name in the truncated model of the module that stands for an original one: itself, or one of its kind."""
+        seen: list[str] = []
+        out: list[str] = []
+        for part in original.split("."):
+            repeated = self.lists.get(".".join(seen)) if part.isdigit() else None
+            out.append(part if repeated is None else str(repeated.place_of(int(part))))
+            seen.append(part)
+        return ".".join(out)
 
     def kind_of(self, original: str) -> str:
         """An original name with the index of every repeated entry replaced by its kind's number: ``layers.{0}.mlp``."""

@@ -11,38 +11,110 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _get_default_store as default_store
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
+from torch.nn.modules.dropout import _DropoutNd as DropoutNd
 from torch.optim.optimizer import _foreach_supported_types
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 __all__ = [
+    "DropoutNd",
     "FSDPParamGroup",
+    "StridedShard",
     "TrainingState",
     "after_backward",
+    "attention_kernels",
+    "compute_local_shape_and_global_offset",
+    "default_store",
     "drop_gathered_gradients",
     "find_root",
+    "flatten",
+    "flattened_names",
     "forget_forwards",
     "forget_unfinished_pass",
+    "functional_collectives",
     "groups_of",
+    "has_gradient_hooks",
     "in_backward",
     "is_gathering",
+    "is_traceable_wrapper_subclass",
     "is_unfinished",
     "learn_dtypes",
+    "local_tensor",
+    "make_wrapper",
     "recorded_forwards",
     "register_gathered",
     "register_shards",
+    "reshards_after_forward",
     "root_of",
     "runs",
     "shards_of",
     "states_of",
     "take_in_groups",
+    "tree_leaves",
+    "tree_map",
+    "tree_map_only",
+    "version_of",
+    "without_torch_function",
     "written_versions",
 ]
 
 
+# Tensors (torch 2.11 to 2.14)
+
+without_torch_function = torch._C.DisableTorchFunctionSubclass
+make_wrapper: Callable[..., Any] = Tensor._make_wrapper_subclass
+functional_collectives = torch.ops._c10d_functional
+
+
+def version_of(x: Tensor) -> int:
+    """A number that grows whenever ``x`` is written to; writes through ``.data`` are not seen."""
+    return x._version
+
+
+def local_tensor(x: DTensor) -> Tensor:
+    """The part of ``x`` that this rank holds: the tensor itself, where ``to_local()`` gives a view with a gradient."""
+    return x._local_tensor
+
+
+def attention_kernels() -> tuple[Any, ...]:
+    """The operations that torch's scaled dot-product attention becomes."""
+    aten = torch.ops.aten
+    return (
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+    )
+
+
+# Meshes (torch 2.11 to 2.14: there is no public way yet)
+
+
+def flatten(mesh: DeviceMesh, name: str) -> None:
+    """Make the axes of ``mesh`` known to its root mesh as one axis, ``name``."""
+    mesh._flatten(mesh_dim_name=name)
+
+
+def flattened_names(mesh: DeviceMesh) -> list[str]:
+    """The names of all flattened axes of the root mesh."""
+    return list(mesh._get_root_mesh()._flatten_mapping)
+
+
 # Autograd
+
+
+def has_gradient_hooks(param: Tensor) -> bool:
+    """Whether ``param`` has hooks on its gradient, of either kind (torch 2.11 to 2.14)."""
+    return bool(param._backward_hooks or param._post_accumulate_grad_hooks)
 
 
 def in_backward() -> bool:
@@ -103,6 +175,11 @@ def is_gathering(group: Any) -> bool:
     return group._all_gather_result is not None
 
 
+def reshards_after_forward(group: Any) -> bool:
+    """Whether ``group`` gives its gathered parameters back between forward and backward."""
+    return group._reshard_after_forward
+
+
 def shards_of(group: Any) -> list[nn.Parameter]:
     """The parameters of ``group``, in the form that an optimizer sees."""
     return [param.sharded_param for param in group.fsdp_params]
@@ -130,7 +207,7 @@ def register_gathered(group: Any) -> None:
 def written_versions(group: Any) -> list[tuple[int, int]]:
     """Numbers that grow when the shards are written to; writes through ``.data`` are not seen."""
     shards = (param.sharded_param for param in group.fsdp_params)
-    return [(shard._version, shard._local_tensor._version) for shard in shards]
+    return [(version_of(shard), version_of(local_tensor(shard))) for shard in shards]
 
 
 def recorded_forwards(groups: list[Any]) -> list[tuple[int, int]]:

@@ -24,6 +24,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+from shardwright._transformers import conversions_of, names_not_saved
 from shardwright.checkpoint.folder import Entry
 from shardwright.checkpoint.lazy import LazyTensor, NotLazyError
 from shardwright.errors import CheckpointError
@@ -182,7 +183,7 @@ def plan_save(skeleton: PreTrainedModel) -> SavePlan:
         CheckpointError: tensors that cannot be converted a few at a time.
     """
     metas = remove_tied_weights_from_state_dict(skeleton.state_dict(), skeleton)
-    for name in skeleton._keys_to_ignore_on_save or ():
+    for name in names_not_saved(skeleton):
         metas.pop(name, None)
     made = _revert(skeleton, metas)
     same = {id(meta): name for name, meta in metas.items()}
@@ -200,13 +201,13 @@ def plan_save(skeleton: PreTrainedModel) -> SavePlan:
 
 
 def _revert(skeleton: PreTrainedModel, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    if vars(skeleton).get("_weight_conversions") == []:  # nothing was converted: transformers would only sort
+    if conversions_of(skeleton) == []:  # nothing was converted: transformers would only sort
         return values
     return revert_weight_conversion(skeleton, values)
 
 
 def _converted_together(skeleton: PreTrainedModel, names: Sequence[str]) -> list[list[str]]:
-    rules = vars(skeleton).get("_weight_conversions") or get_model_conversion_mapping(skeleton, add_legacy=False)
+    rules = conversions_of(skeleton) or get_model_conversion_mapping(skeleton, add_legacy=False)
     converters: list[Any] = [rule.reverse_transform() for rule in rules[::-1] if isinstance(rule, WeightConverter)]
     groups: dict[str, list[str]] = {}
     for name in sorted(names, key=dot_natural_key):

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from shardwright._torch import version_of
+from shardwright._transformers import initialise_module
 from shardwright.errors import UnsupportedError
 
 Init = Callable[[], None]
@@ -75,12 +77,12 @@ class Initialiser:
         found: list[Init] = []
         for index in sorted({index for owner, _ in homes for index in self._around[owner]}):
             module, init = self._calls[index]
-            before = {home: (_get(*home), _get(*home)._version) for home in homes}
+            before = {home: (_get(*home), version_of(_get(*home))) for home in homes}
             with torch.no_grad():
                 init()
             for home, (tensor, version) in before.items():
                 now = _get(*home)
-                written = now is not tensor or now._version != version
+                written = now is not tensor or version_of(now) != version
                 if (written or home[0] is module) and init not in found:
                     found.append(init)
                 if now is not tensor:
@@ -113,7 +115,7 @@ def _init_calls(model: PreTrainedModel) -> Iterator[tuple[nn.Module, Init]]:
     def walk(module: nn.Module, owner: PreTrainedModel) -> Iterator[tuple[nn.Module, Init]]:
         for child in module.children():
             yield from walk(child, child if isinstance(child, PreTrainedModel) else owner)
-        yield module, lambda: owner._init_weights(module)
+        yield module, lambda: initialise_module(owner, module)
 
     yield from walk(model, model)
 

@@ -9,8 +9,9 @@ from itertools import pairwise, product
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torch.distributed.tensor.placement_types import Placement
 
+from shardwright._torch import StridedShard
 from shardwright.distributed.apply.megatron_fsdp import held_rows
 from shardwright.errors import UnsupportedError
 
@@ -61,14 +62,14 @@ def owned_parts(tensor: Tensor) -> list[Part]:
 
 
 def _sharded_dim(placement: Placement, placements: Sequence[Placement]) -> int:
-    if isinstance(placement, (Shard, _StridedShard)):
+    if isinstance(placement, (Shard, StridedShard)):
         return placement.dim
     raise UnsupportedError(f"A tensor with placements {tuple(placements)} has no values that could be read or written.")
 
 
 def _take(index: Tensor, placement: Placement, ranks: int, rank: int) -> Tensor:
     """The entries of ``index`` (1-D) that ``rank`` of ``ranks`` keeps under ``placement``."""
-    if not isinstance(placement, _StridedShard):
+    if not isinstance(placement, StridedShard):
         return _chunk(index, ranks, rank)
     factor = int(placement.split_factor)
     return torch.cat([_chunk(_chunk(index, factor, i), ranks, rank) for i in range(factor)])

@@ -10,6 +10,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
 
+from shardwright._torch import make_wrapper
 from shardwright.checkpoint.layout import Box, owned_parts
 
 
@@ -27,7 +28,7 @@ class Pieces(Tensor):
         """Views of ``tensor``, or (``copy``) copies of this rank's part in CPU memory."""
         local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
         local = local.to("cpu", copy=True) if copy else local
-        made = torch.Tensor._make_wrapper_subclass(cls, tensor.shape, dtype=local.dtype, device=local.device)
+        made = make_wrapper(cls, tensor.shape, dtype=local.dtype, device=local.device)
         made._chunks = {_offset(part.whole): local[part.local] for part in owned_parts(tensor)}
         return made
 

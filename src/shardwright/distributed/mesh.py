@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from shardwright._torch import flatten
 from shardwright.distributed.axes import EVERY_SHARD, FLATTENED, NAMES
 from shardwright.distributed.config import Degrees, ParallelConfig
 from shardwright.errors import ConfigError, UnsupportedError
@@ -49,7 +50,7 @@ def make_mesh(config: ParallelConfig | Degrees, device_type: str | None = None) 
         name, axes = EVERY_SHARD
         flattened[name] = axes
     for name, axes in flattened.items():
-        mesh[axes]._flatten(mesh_dim_name=name)  # the only way torch 2.11 to 2.13 has; the original module's way too
+        flatten(mesh[axes], name)
     return mesh
 
 

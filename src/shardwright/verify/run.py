@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils._pytree import tree_map_only
 
 from shardwright import api
+from shardwright._torch import tree_map_only
 from shardwright.distributed.config import ParallelConfig
 from shardwright.distributed.planning.tensor import plan_and_resolve
 from shardwright.distributed.replay.reading import ModelReading

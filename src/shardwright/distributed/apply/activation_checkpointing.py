@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
+from shardwright._torch import attention_kernels, functional_collectives, version_of
 from shardwright.distributed.apply.offload import HostMemory
 from shardwright.distributed.runtime.forward import Around, Forward, wrap_forward
 from shardwright.distributed.runtime.regions import first_argument, on_first_tensor
@@ -23,20 +24,16 @@ from shardwright.distributed.runtime.without_cache import train_without_cache
 Contexts = Callable[[], tuple[AbstractContextManager, AbstractContextManager]]
 
 _aten = torch.ops.aten
-_collectives = torch.ops._c10d_functional
 # Results worth their memory: matrix products, attention, and what the network sent.
 SAVED = (
     _aten.mm.default,
     _aten.bmm.default,
     _aten.addmm.default,
-    _aten._scaled_dot_product_flash_attention.default,
-    _aten._scaled_dot_product_efficient_attention.default,
-    _aten._scaled_dot_product_cudnn_attention.default,
-    _aten._scaled_dot_product_flash_attention_for_cpu.default,
-    _collectives.all_reduce.default,
-    _collectives.all_gather_into_tensor.default,
-    _collectives.reduce_scatter_tensor.default,
-    _collectives.wait_tensor.default,
+    *attention_kernels(),
+    functional_collectives.all_reduce.default,
+    functional_collectives.all_gather_into_tensor.default,
+    functional_collectives.reduce_scatter_tensor.default,
+    functional_collectives.wait_tensor.default,
 )
 
 
@@ -119,7 +116,7 @@ class _Restored(AbstractContextManager[None]):
 
 
 def _versions(owner: nn.Module) -> list[tuple[int, int]]:
-    return [(id(buffer), buffer._version) for buffer in owner._buffers.values() if buffer is not None]
+    return [(id(buffer), version_of(buffer)) for buffer in owner._buffers.values() if buffer is not None]
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

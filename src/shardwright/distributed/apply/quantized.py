@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from shardwright._torch import is_traceable_wrapper_subclass
 from shardwright.errors import UnsupportedError
 
 FOUR_BIT, EIGHT_BIT, FLOAT8 = "bitsandbytes 4-bit", "bitsandbytes 8-bit", "float8"

@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from shardwright import _torch
+from shardwright._torch import reshards_after_forward
 
 
 @contextmanager
@@ -92,7 +93,7 @@ class _Held:
 
 def _stays_gathered(group: Any) -> bool:
     """Whether nothing but its owner would shard ``group`` again: it is in an outer context, or the user keeps it."""
-    return group.is_unsharded and not group._reshard_after_forward and not group.reshard_after_backward
+    return group.is_unsharded and not reshards_after_forward(group) and not group.reshard_after_backward
 
 
 def _outside_units(module: nn.Module) -> Iterator[nn.Module]:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from shardwright._transformers import own_tp_plan
 from shardwright.errors import PlanError
 
 
@@ -118,10 +119,10 @@ def plan_styles(model: nn.Module) -> dict[str, str]:
         PlanError: the model has none.
     """
     name, outer = pretrained(model) or ("", model)
-    own = {**_own_plan(type(outer)), **_own_plan(outer)}
+    own = {**own_tp_plan(type(outer)), **own_tp_plan(outer)}
     styles = {_below(name, glob): style for glob, style in own.items()}
     for prefix, inner in _inner_models(model).items():
-        styles |= {_below(prefix, glob): style for glob, style in _own_plan(inner).items()}
+        styles |= {_below(prefix, glob): style for glob, style in own_tp_plan(inner).items()}
     if not styles:
         raise PlanError(
             f"Hugging Face tp plan is not supported for {type(model).__name__}: it has no tensor-parallel plan of its "
@@ -135,12 +136,8 @@ def inner_prefix(model: nn.Module) -> str:
     return next(reversed(_inner_models(model)), "") or "model"
 
 
-def _own_plan(model: Any) -> dict[str, str]:
-    return getattr(model, "_tp_plan", None) or {}
-
-
 def _inner_models(model: nn.Module) -> dict[str, nn.Module]:
     found = pretrained(model)
     if found is not None and _input_embeddings(found[1]) is not None:
         return dict([text_model(model)])
-    return {name: module for name, module in _named_modules(model) if name and _own_plan(module)}
+    return {name: module for name, module in _named_modules(model) if name and own_tp_plan(module)}

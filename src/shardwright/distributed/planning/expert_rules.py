@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from shardwright._transformers import own_tp_plan
 from shardwright.distributed.models.blocks import block_names
 from shardwright.distributed.models.huggingface import pretrained, text_config, text_model
 from shardwright.distributed.plan import ParallelPlan, match_names
@@ -43,7 +44,7 @@ def with_experts(model: nn.Module, plan: ParallelPlan, tp: int) -> ParallelPlan:
     modules = dict(model.named_modules())
     parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     known = [name for glob in plan.styles for name in match_names(glob, [*modules, *parameters])]
-    for rules in (getattr(inner, "_tp_plan", None), getattr(config, "base_model_ep_plan", None)):
+    for rules in (own_tp_plan(inner), getattr(config, "base_model_ep_plan", None)):
         styles = _expert_rules(rules or {}, f"{prefix}." if prefix else "")
         owners = [
             name for glob, style in styles.items() if _is_for_experts(style) for name in match_names(glob, modules)

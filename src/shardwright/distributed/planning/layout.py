@@ -7,8 +7,9 @@ from math import prod
 
 import torch
 from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
+from torch.distributed.tensor.placement_types import Placement, Shard
 
+from shardwright._torch import StridedShard
 from shardwright.distributed.planning.resolved import ResolvedPlan
 from shardwright.distributed.replay.reading import ModelReading
 from shardwright.distributed.runtime.shard_dim import data_parallel_dim
@@ -46,7 +47,7 @@ class ParameterLayout:
     @property
     def cut(self) -> bool:
         """Whether tensor parallelism cuts it."""
-        return isinstance(self.placement, (Shard, _StridedShard))
+        return isinstance(self.placement, (Shard, StridedShard))
 
     @property
     def gathered_numel(self) -> int:
@@ -60,7 +61,7 @@ class ParameterLayout:
             PlanError: FSDP2 cannot cut the parameter over ``dp_shard`` ranks.
         """
         shape = list(self.shape)
-        if isinstance(self.placement, (Shard, _StridedShard)):
+        if isinstance(self.placement, (Shard, StridedShard)):
             shape[self.placement.dim] = -(-shape[self.placement.dim] // self.tp)
         if shape and dp_shard > 1:
             dim = data_parallel_dim(self.name, shape, [self.placement], dp_shard)

@@ -7,8 +7,8 @@ until it has been replayed, and a layer cut in the wrong place is often not an e
 from __future__ import annotations
 
 from torch.distributed.tensor import Shard
-from torch.distributed.tensor.placement_types import _StridedShard
 
+from shardwright._torch import StridedShard
 from shardwright.distributed.planning.resolved import ResolvedPlan
 from shardwright.distributed.replay.reading import ModelReading, Recording
 from shardwright.distributed.replay.record import CODE_ERRORS, Mismatch
@@ -104,11 +104,11 @@ def sharding_of(weightless: WeightlessCopy, resolved: ResolvedPlan) -> Sharding:
             param = weightless.model.get_submodule(name)._parameters[parameter]
             assert param is not None
             placement = make_style(style).placement(weightless.model.get_submodule(name), parameter)
-            if not isinstance(placement, (Shard, _StridedShard)):
+            if not isinstance(placement, (Shard, StridedShard)):
                 continue
             if placement.dim != 0:
                 raise NotReplayable(f"{owner}.{parameter} is cut along dim {placement.dim}")
-            pieces = placement.split_factor if isinstance(placement, _StridedShard) else 1
+            pieces = placement.split_factor if isinstance(placement, StridedShard) else 1
             sharding.parameters[f"{name}.{parameter}"] = _pieces(len(param), int(pieces))
     for name, original in names.items():
         if values := resolved.attributes.get(original):

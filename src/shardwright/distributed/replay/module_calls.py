@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from shardwright._torch import tree_leaves
 from shardwright.distributed.models.blocks import block_names
 
 

@@ -14,8 +14,8 @@ from itertools import count, takewhile
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
+from shardwright._torch import DropoutNd
 from shardwright.distributed.models.blocks import block_names
 from shardwright.distributed.models.heads import HeadCounts, head_counts
 from shardwright.distributed.models.huggingface import embedding_name, head_name
@@ -172,5 +172,5 @@ class ModelReading:
 def _train_without_dropout(model: nn.Module) -> None:
     model.train()
     for module in model.modules():
-        if isinstance(module, _DropoutNd):
+        if isinstance(module, DropoutNd):
             module.eval()

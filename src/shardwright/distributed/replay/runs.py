@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
+from shardwright._torch import tree_leaves
 from shardwright.distributed.replay.idle_use import IdleUse
 from shardwright.distributed.replay.module_calls import ModuleCalls, recorded_calls
 from shardwright.distributed.replay.record import (

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
+from shardwright._torch import tree_leaves
 from shardwright.distributed.replay.watched import is_config, watched_view
 
 

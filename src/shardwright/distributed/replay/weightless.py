@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from shardwright._transformers import attention_of, set_attention
 from shardwright.distributed.replay.record import CODE_ERRORS, Idle, Recorder
 from shardwright.distributed.replay.repeats import Repeats, find_repeats
 from shardwright.distributed.replay.short_chunks import Chunks
@@ -194,8 +195,8 @@ def _use_plain_attention(model: nn.Module) -> None:
     """Attention kernels that need a GPU give way to torch's own, in the copy's own configs."""
     configs = {id(c): c for m in model.modules() if isinstance(c := m.__dict__.get("config"), PreTrainedConfig)}
     for config in configs.values():
-        if "flash" in (config._attn_implementation or ""):
-            config._attn_implementation = "sdpa"
+        if "flash" in attention_of(config):
+            set_attention(config, "sdpa")
 
 
 def _install(weightless: WeightlessCopy, name: str, module: nn.Module, kind: str) -> Stub:

@@ -24,11 +24,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import pad
 from torch.torch_version import TorchVersion
 
+from shardwright._torch import functional_collectives as _functional
 from shardwright.errors import UnsupportedError
 
 # Local tensors of DTensors have no second gradient in torch 2.11, without an error; 2.12 was not tried.
 _TWICE = TorchVersion(torch.__version__) >= "2.13"
-_functional = torch.ops._c10d_functional
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
+from shardwright._torch import without_torch_function
 from shardwright.distributed.runtime.dtypes import HALF, result_dtype
 from shardwright.distributed.runtime.operations import DRAWS, REDUCED_IN_FLOAT32, is_known, writes
 from shardwright.distributed.runtime.random_states import drawing_alike
@@ -57,7 +58,7 @@ class ImplicitDTensor(DTensor):
             return func(args[0].float(), *args[1:], **kwargs).to(result_dtype(func, args[0]))
         tensors = tensors_in((args, kwargs))
         mesh = next(x.device_mesh for x in tensors if isinstance(x, ImplicitDTensor))
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_torch_function():
             try:
                 if all(isinstance(x, DTensor) for x in tensors):
                     return cls._returned(func(*args, **kwargs))

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor.placement_types import _StridedShard
 
+from shardwright._torch import StridedShard
 from shardwright.distributed.runtime import collectives as c
 
 
@@ -29,20 +29,20 @@ def whole(tensor: Tensor) -> Tensor:
         return tensor
     mesh, placements = tensor.device_mesh, tensor.placements
     own = "full_tensor" in vars(tensor)  # Megatron-FSDP's shards are no DTensor's; each knows how to become whole
-    if own or not any(isinstance(placement, _StridedShard) for placement in placements):
+    if own or not any(isinstance(placement, StridedShard) for placement in placements):
         return tensor.full_tensor()
     names = mesh.mesh_dim_names
     assert names is not None
     local = tensor.to_local().detach()
     for axis, placement in enumerate(placements):
-        if not isinstance(placement, (Shard, _StridedShard)):
+        if not isinstance(placement, (Shard, StridedShard)):
             continue
         dim, group = placement.dim, c.Group.of(mesh[names[axis]])
         if axis < mesh.ndim - 1:
             local = c.all_gather(local, dim, length_here(tensor, axis, dim), group)
             continue
         local = c.all_gather(local, dim, tensor.shape[dim], group)
-        if isinstance(placement, _StridedShard):
+        if isinstance(placement, StridedShard):
             local = local.unflatten(dim, (group.size, placement.split_factor, -1)).transpose(dim, dim + 1)
             local = local.flatten(dim, dim + 2)
     return local
@@ -53,7 +53,7 @@ def length_here(tensor: DTensor, axis: int, dim: int) -> int:
     length = tensor.shape[dim]
     for later in range(axis + 1, tensor.device_mesh.ndim):
         placement = tensor.placements[later]
-        if isinstance(placement, (Shard, _StridedShard)) and placement.dim == dim:
+        if isinstance(placement, (Shard, StridedShard)) and placement.dim == dim:
             size, rank = tensor.device_mesh.size(later), tensor.device_mesh.get_local_rank(later)
             chunk = -(-length // size)
             length = max(min((rank + 1) * chunk, length) - rank * chunk, 0)

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor.placement_types import _StridedShard
 
-from shardwright._torch import take_in_groups
+from shardwright._torch import StridedShard, take_in_groups, without_torch_function
 from shardwright.distributed.runtime import collectives as c
 from shardwright.distributed.runtime.dtypes import at_least_float32
 from shardwright.distributed.runtime.implicit import ImplicitDTensor, OwnRules, refuse_address, tensors_in
@@ -56,7 +55,7 @@ class ReadableWeight(OwnRules):
         mixed = any(_is_used_locally(x) for x in tensors_in((args, kwargs)))
         if (mixed and not writes(func)) or func.__name__ in VIEWS or func in _VIEW_PROPERTIES:
             return func(*_readable(args), **_readable(kwargs))
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_torch_function():
             result = func(*args, **kwargs)
         if type(result) is DTensor and func.__name__ in SAME:
             return _mark(result, next(x for x in tensors_in((args, kwargs)) if isinstance(x, ReadableWeight)))
@@ -162,7 +161,7 @@ def _data_parallel_cuts(weight: DTensor, axis: str | None) -> _Cuts:
         if names and names[place] == axis:
             continue
         group = c.Group.of(mesh[names[place]] if mesh.ndim > 1 else mesh)
-        if isinstance(placement, (Shard, _StridedShard)):
+        if isinstance(placement, (Shard, StridedShard)):
             shards.append((group, placement.dim, length_here(weight, place, placement.dim)))
         else:
             replicas.append(group)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torch.distributed.tensor.placement_types import Placement
 
+from shardwright._torch import StridedShard
 from shardwright.errors import PlanError
 
 
@@ -19,7 +20,7 @@ def data_parallel_dim(name: str, shape: Sequence[int], placements: Sequence[Plac
     Raises:
         PlanError: ``dp_shard`` ranks do not divide that other dim.
     """
-    if not any(isinstance(placement, _StridedShard) and placement.dim == 0 for placement in placements):
+    if not any(isinstance(placement, StridedShard) and placement.dim == 0 for placement in placements):
         return 0
     if len(shape) < 2 or shape[1] % dp_shard:
         raise PlanError(

@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from shardwright._torch import make_wrapper, without_torch_function
 from shardwright.distributed.runtime.implicit import joined, tensors_in
 from shardwright.distributed.runtime.tiles import in_tiles
 from shardwright.errors import UnsupportedError
@@ -97,7 +98,7 @@ class TiledLogits(Tensor):
     def make(product: Product, like: Tensor, call: Call) -> TiledLogits:
         """Logits with the shape and dtype of ``like``, which is on meta."""
         trained = any(x.requires_grad for x in (product.hidden, *product.weights.values()))
-        made = Tensor._make_wrapper_subclass(
+        made = make_wrapper(
             TiledLogits,
             like.shape,
             dtype=like.dtype,
@@ -115,7 +116,7 @@ class TiledLogits(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         if func.__name__ in ABOUT or func in PROPERTIES:
-            with torch._C.DisableTorchFunctionSubclass():
+            with without_torch_function():
                 return func(*args, **kwargs)
         if func is Tensor.data_ptr:
             raise UnsupportedError(

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
-from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torch.distributed.tensor.placement_types import Placement
 
+from shardwright._torch import StridedShard
 from shardwright.distributed.runtime import collectives as c
 from shardwright.distributed.runtime.adapted import base_layer
 from shardwright.distributed.runtime.forward import Around, Forward, attributes_as, local_parameters, parameters_as
@@ -297,7 +298,7 @@ class PackedColwise(Colwise):
     def placement(self, module: nn.Module, parameter: str) -> Placement:
         if len(parameter_shape(module, parameter)) == 1:
             return Replicate()
-        return _StridedShard(feature_dim(module, parameter, out=True), split_factor=self.pieces)
+        return StridedShard(feature_dim(module, parameter, out=True), split_factor=self.pieces)
 
     def cut_out(self, width: int) -> Cut | None:
         return packed(width, self.pieces)
@@ -422,7 +423,7 @@ class PackedRowwise(Rowwise):
         replicated = super().placement(module, parameter)
         if not isinstance(replicated, Shard):
             return replicated
-        return _StridedShard(replicated.dim, split_factor=self.pieces)
+        return StridedShard(replicated.dim, split_factor=self.pieces)
 
     def cut_in(self, width: int) -> Cut | None:
         return packed(width, self.pieces)

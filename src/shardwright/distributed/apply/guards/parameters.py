@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from torch import nn
 
+from shardwright._torch import has_gradient_hooks
 from shardwright.errors import PlanError
 
 
 def check_gradient_hooks(model: nn.Module) -> None:
     """Raise PlanError where a parameter has hooks on its gradient: sharding replaces it, and they would be lost."""
     for name, param in model.named_parameters():
-        if param._backward_hooks or param._post_accumulate_grad_hooks:
+        if has_gradient_hooks(param):
             raise PlanError(
                 f"{name} has a gradient hook (register_hook or register_post_accumulate_grad_hook), which sharding "
                 "would lose: the parameter becomes another tensor. Change .grad after loss.backward() instead, or put "

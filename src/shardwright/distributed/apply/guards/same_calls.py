@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils._pytree import tree_leaves
 
+from shardwright._torch import tree_leaves
 from shardwright.distributed.runtime.forward import Around, Forward, wrap_forward
 from shardwright.errors import ConfigError
 

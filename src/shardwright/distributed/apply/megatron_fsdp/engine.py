@@ -38,8 +38,8 @@ from megatron_fsdp import MegatronFSDP
 from megatron_fsdp.param_and_grad_buffer import FixedPoolAllocator, ParamAndGradBuffer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves
 
+from shardwright._torch import after_backward, in_backward, tree_leaves, version_of
 from shardwright.distributed.apply.megatron_fsdp.tensors import (
     Layout,
     describe_for_dcp,
@@ -107,7 +107,7 @@ class _Buffer(ParamAndGradBuffer):
         """Put the reduced gradients where an optimizer looks for them."""
         for _, param, grad in self.trained:
             given = like(param, grad.to(param.dtype))
-            given.version = local_part(given)._version  # type: ignore[attr-defined]
+            given.version = version_of(local_part(given))  # type: ignore[attr-defined]
             param.grad = given
 
     @torch.no_grad()
@@ -239,7 +239,7 @@ class ShardedModel(MegatronFSDP):
         pipeline.reset()
 
     def _before_forward(self, *_: Any) -> None:
-        if torch._C._current_graph_task_id() == -1:  # else: recomputed within a backward
+        if not in_backward():  # else: recomputed within a backward
             # Still set after a backward that raised; the next one must not take itself for that one.
             self._in_backward = self._root_pre_backward_hook_issued = False
         if self.is_param_fsdp_distributed:
@@ -267,7 +267,7 @@ class ShardedModel(MegatronFSDP):
         self.param_and_grad_buffer.load_gradients()
         self.model_auto_sync = self._overlap_grad_reduce
         self.pre_backward.func(self.module)  # queues the package's own end of backward, ahead of ours
-        torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
+        after_backward(self._after_backward)
 
     def _after_backward(self) -> None:
         self._in_backward = False

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from shardwright._torch import local_tensor
+from shardwright._transformers import own_initialiser
 from shardwright.distributed.models.ties import Tie, find_ties
 from shardwright.errors import UnsupportedError
 
@@ -25,7 +27,7 @@ def initialiser_of(model: nn.Module) -> Initialiser:
     Raises:
         UnsupportedError: modules with meta tensors that neither can set; the message names them.
     """
-    own = getattr(model, "_init_weights", None)
+    own = own_initialiser(model)
     if own is not None:
         return own
     helpless = [
@@ -87,7 +89,7 @@ class _Reset:
         for name, full in whole.items():
             part = parts[name]
             cut = distribute_tensor(full.detach(), part.device_mesh, part.placements, src_data_rank=None)
-            part._local_tensor.copy_(cut.to_local())
+            local_tensor(part).copy_(cut.to_local())
         module.__dict__["reset_parameters"] = self
         self._restore_ties()
 

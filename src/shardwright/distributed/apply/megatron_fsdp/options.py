@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardwright._torch import flatten, flattened_names
 from shardwright.distributed.apply.megatron_fsdp.availability import installed
 from shardwright.distributed.config import ParallelConfig, Precision
 from shardwright.errors import ConfigError, UnsupportedError
@@ -148,7 +149,7 @@ class Options:
             return self.dp_mesh_name
         flat = f"{self.dp_mesh_name}_{self.cp_mesh_name}"
         if flat not in known:
-            mesh[self.dp_mesh_name, self.cp_mesh_name]._flatten(mesh_dim_name=flat)
+            flatten(mesh[self.dp_mesh_name, self.cp_mesh_name], flat)
         return flat
 
     def tp_size(self, mesh: DeviceMesh) -> int:
@@ -157,7 +158,7 @@ class Options:
 
 def axis_names(mesh: DeviceMesh) -> list[str]:
     """The names of the axes of ``mesh``, flattened ones included."""
-    return [*(mesh.mesh_dim_names or ()), *mesh._get_root_mesh()._flatten_mapping]
+    return [*(mesh.mesh_dim_names or ()), *flattened_names(mesh)]
 
 
 def _has_nccl_allocator() -> bool:

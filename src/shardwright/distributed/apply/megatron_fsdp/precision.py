@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
+from shardwright._torch import tree_map
 from shardwright.distributed.apply.megatron_fsdp.options import Options
 from shardwright.distributed.apply.megatron_fsdp.tensors import local_part
 

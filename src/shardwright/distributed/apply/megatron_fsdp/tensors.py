@@ -21,9 +21,9 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torch.distributed.tensor.placement_types import Placement
 
+from shardwright._torch import StridedShard, compute_local_shape_and_global_offset, local_tensor
 from shardwright.distributed.runtime.layout import whole
 from shardwright.errors import UnsupportedError
 
@@ -50,7 +50,7 @@ class Layout:
 
 def local_part(x: Tensor) -> Tensor:
     """This rank's part of ``x``, sharing its memory."""
-    return x._local_tensor if isinstance(x, DTensor) else x
+    return local_tensor(x) if isinstance(x, DTensor) else x
 
 
 def like(param: Tensor, flat: Tensor) -> DTensor:
@@ -141,7 +141,7 @@ def describe_for_dcp(x: DTensor) -> None:
         x: a shard that :func:`locate` knows.
     """
     local, tp = local_part(x), list(x.placements[1:])
-    if any(isinstance(placement, _StridedShard) for placement in tp):
+    if any(isinstance(placement, StridedShard) for placement in tp):
         refuse = _refuse_packed(x)
         local.__create_chunk_list__ = local.__create_write_items__ = refuse  # type: ignore[attr-defined]
         return

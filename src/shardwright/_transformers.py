@@ -1,0 +1,94 @@
+"""Private names of transformers: every use that Shardwright makes of them is here (transformers 5.17 to 5.23)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+__all__ = [
+    "attention_of",
+    "conversions_of",
+    "initialise_module",
+    "kept_in_float32",
+    "make_from_config",
+    "names_missing_by_design",
+    "names_not_saved",
+    "own_initialiser",
+    "own_tp_plan",
+    "set_attention",
+    "set_conversions",
+    "set_experts_implementation",
+]
+
+
+# Making models
+
+
+def make_from_config(cls: type[PreTrainedModel], config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
+    """A new model of a class that is no auto class."""
+    return cls._from_config(config, **kwargs)
+
+
+def kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> Iterable[str]:
+    """Patterns of the parameters that stay in float32 when the model is made in ``dtype``."""
+    return model._get_dtype_plan(dtype)
+
+
+def own_initialiser(model: nn.Module) -> Callable[[nn.Module], None] | None:
+    """What sets the weights of one module of ``model``; None for a model that is not transformers'."""
+    return getattr(model, "_init_weights", None)
+
+
+def initialise_module(model: PreTrainedModel, module: nn.Module) -> None:
+    """Set the weights of ``module``, without those below it, as ``model`` does."""
+    model._init_weights(module)
+
+
+# What a model says of itself
+
+
+def own_tp_plan(model: nn.Module | type[nn.Module]) -> dict[str, str]:
+    """The tensor-parallel plan that the model, or its class, brings along: empty where it has none."""
+    return getattr(model, "_tp_plan", None) or {}
+
+
+def attention_of(config: PreTrainedConfig) -> str:
+    """The attention implementation that was chosen; empty where none was."""
+    return config._attn_implementation or ""
+
+
+def set_attention(config: PreTrainedConfig, name: str) -> None:
+    """Choose another one in this config alone; ``model.set_attn_implementation`` walks over all configs."""
+    config._attn_implementation = name
+
+
+def set_experts_implementation(config: PreTrainedConfig, name: str) -> None:
+    """Choose how experts are computed; the model's own method passes over the towers of some models."""
+    config._experts_implementation = name
+
+
+# Weights in files
+
+
+def names_not_saved(model: PreTrainedModel) -> Iterable[str]:
+    """The names that are left out when the model is saved."""
+    return model._keys_to_ignore_on_save or ()
+
+
+def names_missing_by_design(model: PreTrainedModel) -> Iterable[str]:
+    """Patterns of the names that a folder of weights need not have."""
+    return model._keys_to_ignore_on_load_missing or ()
+
+
+def conversions_of(model: nn.Module) -> list[Any] | None:
+    """How the names and shapes in the files were made those of the model; None where it was not loaded from files."""
+    return vars(model).get("_weight_conversions")
+
+
+def set_conversions(model: nn.Module, conversions: list[Any]) -> None:
+    """Note how the weights were converted, where transformers looks for it when it saves the model."""
+    vars(model)["_weight_conversions"] = conversions

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 from math import prod
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from shardwright._torch import flatten
-from shardwright.distributed.axes import EVERY_SHARD, FLATTENED, NAMES
+from shardwright._torch import flatten, flattened_names
+from shardwright.distributed.axes import DATA, EVERY_SHARD, FLATTENED, NAMES
 from shardwright.distributed.config import Degrees, ParallelConfig
 from shardwright.errors import ConfigError, UnsupportedError
 
@@ -96,6 +97,23 @@ def data_parallel_mesh(mesh: DeviceMesh, replicate: str, shard: str) -> DeviceMe
     if replicas is None or replicas.size() == 1:
         return shards
     return _slice(mesh, (replicate, shard))
+
+
+def batch_mesh(mesh: DeviceMesh, one_batch: Collection[str]) -> DeviceMesh | None:
+    """The one-dimensional mesh of ranks that are given a batch each; None where all of ``mesh`` share one.
+
+    Args:
+        one_batch: the axes along which ranks are given the same batch; those that ``mesh`` does not have do not matter.
+    """
+    names = tuple(name for name in mesh.mesh_dim_names or () if name not in one_batch)
+    if not names:
+        return None
+    if len(names) == 1:
+        return axis(mesh, names[0])
+    name = DATA if names == FLATTENED[DATA] else "_".join(names)
+    if name not in flattened_names(mesh):
+        flatten(mesh[names], name)
+    return axis(mesh, name)
 
 
 def check_every_axis_used(mesh: DeviceMesh, names: tuple[str, ...]) -> None:

@@ -21,7 +21,7 @@ from shardwright.distributed.apply.fsdp2 import apply_fsdp2
 from shardwright.distributed.apply.fused_kernels import check_fused_kernels
 from shardwright.distributed.apply.generation import generate_together
 from shardwright.distributed.apply.guards.agreement import check_agreement
-from shardwright.distributed.apply.guards.fresh import check_fresh, mark_parallelized
+from shardwright.distributed.apply.guards.fresh import Parallelized, check_fresh, mark_parallelized
 from shardwright.distributed.apply.guards.later_changes import look_for_changes, refuse_later_changes
 from shardwright.distributed.apply.guards.optimizers import Replaced, check_no_optimizer
 from shardwright.distributed.apply.guards.parameters import check_gradient_hooks, check_scalars
@@ -34,6 +34,7 @@ from shardwright.distributed.apply.passes import watch_passes
 from shardwright.distributed.apply.quantized import check_quantized
 from shardwright.distributed.apply.saving import refuse_partial_saves
 from shardwright.distributed.apply.tensor_parallel import apply_tensor_parallel
+from shardwright.distributed.apply.trainers import connect_trainers
 from shardwright.distributed.config import ParallelConfig
 from shardwright.distributed.mesh import (
     axis,
@@ -99,7 +100,7 @@ def parallelize_with_fsdp2(
     )
     replaced = Replaced(model)
     _before_sharding(model, device_mesh, tp_mesh, decided)
-    mark_parallelized(model)
+    mark_parallelized(model, Parallelized(device_mesh, axes.tp, "fsdp2"))
     if decided.data is not None or tp > 1:
         refuse_later_changes(model)
     if decided.data is not None:
@@ -107,6 +108,7 @@ def parallelize_with_fsdp2(
         watch_passes(model, before=look_for_changes)
     open_to_losses(model, decided.readable, axes.tp, fsdp2=decided.data is not None)
     replaced.raise_for_gradients(model)
+    connect_trainers()
     return model
 
 
@@ -129,7 +131,8 @@ def parallelize_with_megatron_fsdp(
     check_fused_kernels(model, tp_mesh.size())
     decided = decide(reading, config, tp=tp_mesh.size(), fsdp2=False, custom=plan, own_units=prepared.unit_names)
     _before_sharding(model, device_mesh, tp_mesh, decided)
-    mark_parallelized(model)
+    mark_parallelized(model, Parallelized(device_mesh, options.tp_mesh_name, "megatron_fsdp"))
+    connect_trainers()
     return prepared.shard()
 
 

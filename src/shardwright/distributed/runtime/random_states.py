@@ -39,6 +39,13 @@ def drawing_alike(mesh: DeviceMesh) -> Iterator[None]:
         )
 
 
+def share_states(mesh: DeviceMesh) -> None:
+    """Give every rank of a one-dimensional ``mesh`` the random states of its first rank. A collective."""
+    states = _states(mesh.device_type)
+    dist.broadcast_object_list(states, group=mesh.get_group(), group_src=0)
+    _restore(mesh.device_type, states)
+
+
 def _states(device: str) -> list[bytes]:
     found = [torch.get_rng_state().numpy().tobytes(), pickle.dumps(random.getstate())]
     found.append(pickle.dumps(numpy.random.get_state()))

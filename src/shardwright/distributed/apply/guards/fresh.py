@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
+from shardwright.distributed.axes import AXES
+from shardwright.distributed.mesh import batch_mesh
 from shardwright.errors import PlanError
 
 _MARK = "_parallelized"
@@ -28,6 +33,36 @@ def check_fresh(model: nn.Module) -> None:
             )
 
 
-def mark_parallelized(model: nn.Module) -> None:
+class Parallelized:
+    """What a parallelized model is spread over. Copies of the model share it.
+
+    Attributes:
+        mesh: all of its ranks.
+        engine: ``"fsdp2"`` or ``"megatron_fsdp"``.
+    """
+
+    def __init__(self, mesh: DeviceMesh, tp: str, engine: str) -> None:
+        self.mesh = mesh
+        self.engine = engine
+        self._one_batch = {tp, *(axis.name for axis in AXES if axis.one_batch)}
+
+    def __deepcopy__(self, memo: object) -> Parallelized:
+        return self
+
+    @cached_property
+    def batches(self) -> DeviceMesh | None:
+        """The one-dimensional mesh of the ranks that are given a batch each; None where all share one.
+
+        A collective the first time where the mesh has several such axes that are not flattened.
+        """
+        return batch_mesh(self.mesh, self._one_batch)
+
+
+def mark_parallelized(model: nn.Module, parallelized: Parallelized) -> None:
     """Let :func:`check_fresh` know ``model``, also as a part of another one."""
-    vars(model)[_MARK] = True
+    vars(model)[_MARK] = parallelized
+
+
+def parallelized_model(model: nn.Module) -> Parallelized | None:
+    """What ``model``, or the model inside of it, is spread over; None where it is not parallelized."""
+    return next((vars(module)[_MARK] for module in model.modules() if _MARK in vars(module)), None)

@@ -1,0 +1,192 @@
+"""A trainer's checkpoint, written and read by all ranks.
+
+The weights are a plain Hugging Face folder (or a plain PEFT adapter), at the same place as a trainer on one process
+writes them. Beside them stands ``optimizer/``, the optimizer's state by torch.distributed.checkpoint, each rank its
+part: a run goes on from it on any mesh.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from shardwright.checkpoint.conversion import plan_load
+from shardwright.checkpoint.fill import check_fit, fill_from_folder
+from shardwright.checkpoint.folder import INDEX, open_folder
+from shardwright.checkpoint.layout import owned_parts
+from shardwright.checkpoint.manifest import MANIFEST
+from shardwright.checkpoint.pieces import Pieces
+from shardwright.checkpoint.save import save_pretrained, skeleton_of
+from shardwright.checkpoint.state import MODEL, OPTIMIZER, RunState, model_tensors
+from shardwright.checkpoint.storage import SafeReader, read_tensors, write_tensors
+from shardwright.checkpoint.together import all_here, barrier, rank_and_world, same_error_everywhere
+from shardwright.distributed.apply.guards.fresh import Parallelized
+from shardwright.distributed.runtime.layout import whole
+from shardwright.errors import CheckpointError, UnsupportedError
+
+log = logging.getLogger(__name__)
+
+STATE = "optimizer"
+DATA = "optimizer.json"
+_WEIGHTS = "model.safetensors"
+_PLAIN = "optimizer.pt"  # what a trainer on one process writes
+_TIMEOUT = 600.0  # seconds until ranks that do not come are given up
+# Packages whose optimizers are kernels over whole tensors: they know no DTensor.
+_KERNELS = ("bitsandbytes", "lomo_optim", "torchao", "galore_torch", "apollo_torch", "grokadamw")
+
+
+def save_model(model: nn.Module, folder: Path) -> None:
+    """Write the model's weights and config into ``folder``, among what else is there; every rank calls it.
+
+    Raises:
+        CheckpointError: not all ranks came, or the disk is full; on every rank.
+    """
+    if not isinstance(model, PreTrainedModel):
+        _save_state(model, folder)
+        return
+    rank, _ = rank_and_world()
+    new = folder / ".model"
+    save_pretrained(model, new, timeout=_TIMEOUT)
+    with same_error_everywhere(f"Saving to {folder}"):
+        if rank == 0:
+            for old in [*folder.glob("model*.safetensors"), folder / INDEX, folder / MANIFEST]:
+                old.unlink(missing_ok=True)
+            for file in new.iterdir():
+                os.replace(file, folder / file.name)
+            new.rmdir()
+    barrier()
+
+
+def load_model(model: nn.Module, folder: Path) -> None:
+    """Fill the weights of ``model`` from ``folder``, each rank its parts.
+
+    Raises:
+        CheckpointError: the folder lacks weights of the model, or they have other shapes; on every rank.
+    """
+    if not isinstance(model, PreTrainedModel):
+        _load_state(model, folder)
+        return
+    with same_error_everywhere(f"Loading {folder}"):
+        entries = open_folder(folder)
+        skeleton = skeleton_of(model)
+        plan = plan_load(skeleton, entries)
+        check_fit(plan, skeleton, folder)
+    fill_from_folder(model, folder, entries, plan)
+
+
+def save_optimizer(model: nn.Module, optimizer: Any, folder: Path, on: Parallelized) -> None:
+    """Write the state of ``optimizer`` into ``folder``; every rank calls it."""
+    state = RunState(model, plain_optimizer(optimizer))
+    pieces = {name: Pieces(value) for name, value in state.tensors().items() if name.startswith(OPTIMIZER)}
+    rank, _ = rank_and_world()
+    all_here(f"saving the optimizer to {folder}", _TIMEOUT)
+    with same_error_everywhere(f"Saving to {folder}"):
+        if rank == 0:
+            shutil.rmtree(folder / STATE, ignore_errors=True)
+            (folder / STATE).mkdir(parents=True)
+            data = {**state.data(), "mesh": mesh_sizes(on)}
+            (folder / DATA).write_text(json.dumps(data, indent=1), encoding="utf-8")
+    write_tensors(pieces, folder / STATE, None)
+    barrier()
+
+
+@torch.no_grad()
+def load_optimizer(model: nn.Module, optimizer: Any, folder: Path) -> bool:
+    """Put the state in ``folder`` back into ``optimizer``; False where the folder has none.
+
+    Raises:
+        CheckpointError: it is of other parameters, damaged, or of a trainer on one process; on every rank.
+    """
+    with same_error_everywhere(f"Loading {folder}"):
+        if not (folder / DATA).is_file():
+            if (folder / _PLAIN).is_file():
+                raise CheckpointError(
+                    f"{folder / _PLAIN} is the optimizer of a model that was not sharded. Go on with the weights "
+                    f"alone: load them from {folder} and train without resume_from_checkpoint."
+                )
+            log.warning("%s has no optimizer: training goes on with a new one.", folder)
+            return False
+        data = json.loads((folder / DATA).read_text(encoding="utf-8"))
+        state = _OptimizerState(model, plain_optimizer(optimizer))
+        reader = SafeReader(folder / STATE)
+        state.prepare(reader.read_metadata())
+    read_tensors(state.tensors(), reader)
+    with same_error_everywhere(f"Loading {folder}"):
+        state.restore(data)
+    return True
+
+
+def saved_mesh(folder: Path) -> dict[str, int] | None:
+    """The axes of the mesh that wrote the checkpoint in ``folder``; None where it does not say so."""
+    file = folder / DATA
+    found: dict[str, int] | None = json.loads(file.read_text(encoding="utf-8"))["mesh"] if file.is_file() else None
+    return found
+
+
+def mesh_sizes(on: Parallelized) -> dict[str, int]:
+    """Axis -> ranks along it."""
+    return {name: on.mesh.size(place) for place, name in enumerate(on.mesh.mesh_dim_names or ())}
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Raise UnsupportedError for an optimizer that cannot work on sharded parameters."""
+    inner = plain_optimizer(optimizer)
+    package = type(inner).__module__.partition(".")[0]
+    if package in _KERNELS:
+        raise UnsupportedError(
+            f"{type(inner).__name__} of {package} works on whole tensors, and the parameters are sharded. Use torch's "
+            "optimizers, for example optim='adamw_torch_fused': its state is sharded along with the parameters."
+        )
+
+
+def plain_optimizer(optimizer: Any) -> Optimizer:
+    """The optimizer inside of accelerate's."""
+    while not isinstance(inner := getattr(optimizer, "optimizer", None), type(None)):
+        optimizer = inner
+    return optimizer
+
+
+class _OptimizerState(RunState):
+    """The optimizer alone: the weights are beside it, as a Hugging Face folder."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self._optimizer_tensors()
+
+
+def _save_state(model: nn.Module, folder: Path) -> None:
+    """A model that is none of transformers': its state, as Trainer writes it."""
+    rank, _ = rank_and_world()
+    all_here(f"saving the model to {folder}", _TIMEOUT)
+    state = {}
+    for name, value in model_tensors(model).items():
+        full = whole(value.detach())
+        if rank == 0:
+            state[name.removeprefix(MODEL)] = full.to("cpu").contiguous()
+    with same_error_everywhere(f"Saving to {folder}"):
+        if rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(state, folder / _WEIGHTS, metadata={"format": "pt"})
+
+
+@torch.no_grad()
+def _load_state(model: nn.Module, folder: Path) -> None:
+    with same_error_everywhere(f"Loading {folder}"):
+        state = load_file(folder / _WEIGHTS)
+        tensors = {name.removeprefix(MODEL): value for name, value in model_tensors(model).items()}
+        if different := sorted(set(tensors) ^ set(state)):
+            raise CheckpointError(f"{folder / _WEIGHTS} is of another model: {different[0]} is in one of them only.")
+    for name, tensor in tensors.items():
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        for part in owned_parts(tensor):
+            local[part.local].copy_(state[name][part.whole])

@@ -1,0 +1,98 @@
+"""The places where accelerate and transformers are handed a model, so that a sharded one is taken as it is.
+
+Two methods of each are wrapped, once, when the first model of this process is parallelized. They do nothing for models
+that are not sharded. Given a sharded one, the accelerator or trainer becomes an instance of a subclass of its own class
+(as FSDP2 does with modules), which knows the mesh: :mod:`shardwright.hf.accelerator`, :mod:`shardwright.hf.trainer`.
+No other class is touched, and none of the user's: trainers that are subclasses (TRL's, one's own) come through here.
+
+Tested with accelerate 1.15 and transformers 5.17 and 5.23.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+
+from shardwright.distributed.apply.guards.fresh import parallelized_model
+from shardwright.hf.accelerator import adopt
+
+_TRAINER = "transformers.trainer"
+_MARK = "_shardwright"
+
+
+def connect() -> None:
+    """Wrap these methods; calls after the first do nothing."""
+    if hasattr(Accelerator.prepare, _MARK):
+        return
+    _wrap(Accelerator, "prepare", _adopting)
+    _wrap(Accelerator, "prepare_model", _adopting)
+    if _TRAINER in sys.modules:
+        _connect_trainer(sys.modules[_TRAINER])
+    else:  # it takes more than a second to import, and most processes never need it
+        sys.meta_path.insert(0, _WhenImported())
+
+
+def _wrap(cls: type, name: str, wrapper: Callable[..., Any]) -> None:
+    method = getattr(cls, name)
+
+    @wraps(method)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return wrapper(self, method, *args, **kwargs)
+
+    setattr(wrapped, _MARK, True)
+    setattr(cls, name, wrapped)
+
+
+def _adopting(self: Accelerator, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    for each in args:
+        on = parallelized_model(each) if isinstance(each, nn.Module) else None
+        if on is not None and adopt(self, on):
+            return getattr(self, method.__name__)(*args, **kwargs)
+    return method(self, *args, **kwargs)
+
+
+def _connect_trainer(module: ModuleType) -> None:
+    _wrap(module.Trainer, "__init__", _becoming_sharded)
+
+
+def _becoming_sharded(self: Any, method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    trainer = import_module("shardwright.hf.trainer")
+    model = args[0] if args else kwargs.get("model")
+    if isinstance(model, nn.Module) and parallelized_model(model) is not None:
+        trainer.become_sharded(self)
+    method(self, *args, **kwargs)
+
+
+class _WhenImported(MetaPathFinder, Loader):
+    """Connects the trainer right after somebody has imported its module."""
+
+    def __init__(self) -> None:
+        self._loader: Any = None
+
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        if fullname != _TRAINER:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        if spec is not None:
+            self._loader, spec.loader = spec.loader, self
+        return spec
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        spec: Any = module.__spec__
+        spec.loader = module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        _connect_trainer(module)

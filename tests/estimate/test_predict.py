@@ -79,6 +79,10 @@ def test_json_is_complete() -> None:
     assert ParallelConfig.from_dict(data["parallel"]) == TP_SP
     assert data["parameters"]["total"] == sum(part["parameters"] for part in data["modules"])
     assert data["tp_collectives"]["per_training_step"]["all_gather"] == 10  # 4 in each layer, 2 outside
+    blocks = ["model.layers.0", "model.layers.1"]
+    assert data["decided"]["blocks"] == blocks
+    assert [unit["modules"] for unit in data["decided"]["data"]["units"]][:2] == [[block] for block in blocks]
+    assert data["decided"]["recomputed"] == []
     assert {"bytes_per_rank", "bytes_unsharded", "blocks", "rank_local_attributes", "notes"} <= set(data)
 
 

@@ -62,6 +62,7 @@ class Prediction:
     Attributes:
         model: the model's class name.
         plan: the plan that applies, as it can be saved, edited and passed back.
+        decided: all decisions; ``plan`` is a part of them.
         config: the degrees that were asked for, ``dp_shard`` filled in.
         weights: dtype in which parameters, gradients and AdamW's state are kept.
         blocks: glob of the repeated blocks -> how many.
@@ -78,6 +79,7 @@ class Prediction:
 
     model: str
     plan: ParallelPlan
+    decided: DecidedPlan
     config: ParallelConfig
     weights: str
     blocks: dict[str, int]
@@ -145,6 +147,7 @@ def predict(model: Model, config: ParallelConfig, *, weights: str = "float32") -
     return Prediction(
         model=type(built).__name__,
         plan=plan,
+        decided=decided,
         config=config,
         weights=", ".join(_dtypes(layouts)),
         blocks=dict(Counter(numbers_to_globs(name) for name in reading.blocks)),
@@ -222,6 +225,7 @@ def to_dict(prediction: Prediction) -> dict[str, Any]:
         "parallel": config.to_dict(),
         "weights": prediction.weights,
         "plan": prediction.plan.to_dict(),
+        "decided": prediction.decided.to_dict(),
         "blocks": prediction.blocks,
         "modules": [row.to_dict() for row in prediction.rows],
         "rank_local_attributes": prediction.attributes,

@@ -7,7 +7,8 @@ cut; the estimate, ``verify`` and reports read it. None of them decides anything
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 from shardwright.distributed.plan import ParallelPlan
 from shardwright.distributed.planning.resolved import ResolvedPlan
@@ -104,3 +105,8 @@ class DecidedPlan:
     readable: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data for a reader, but for ``plan`` and ``tensor``: a plan has a file format of its own."""
+        shown = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("plan", "tensor")}
+        return {**shown, "data": None if self.data is None else asdict(self.data), "tiles": asdict(self.tiles)}

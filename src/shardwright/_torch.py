@@ -18,7 +18,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._ops._math_ops import _NormPartial
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import Placement
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
 from torch.nn.modules.dropout import _DropoutNd as DropoutNd
 from torch.optim.optimizer import _foreach_supported_types
@@ -30,9 +32,11 @@ __all__ = [
     "FSDPParamGroup",
     "StridedShard",
     "TrainingState",
+    "add_view",
     "after_backward",
     "attention_kernels",
     "compute_local_shape_and_global_offset",
+    "concatenated",
     "default_store",
     "drop_gathered_gradients",
     "find_root",
@@ -50,6 +54,7 @@ __all__ = [
     "learn_dtypes",
     "local_tensor",
     "make_wrapper",
+    "part_of_norm",
     "recorded_forwards",
     "register_gathered",
     "register_shards",
@@ -134,6 +139,33 @@ def take_in_groups(cls: type[torch.Tensor]) -> None:
     """Let optimizers update parameters of this class together with others, as they do DTensors (torch 2.11 to 2.14)."""
     if cls not in _foreach_supported_types:
         _foreach_supported_types.append(cls)
+
+
+# Meshes
+
+
+def add_view(mesh: DeviceMesh, flattened: str, sizes: tuple[int, ...], names: tuple[str, ...]) -> None:
+    """Fold a flattened axis of ``mesh`` anew; the mesh can be asked for each of ``names`` (torch 2.11 to 2.13).
+
+    Args:
+        sizes: of the new axes, from the outermost; their product is the size of ``flattened``.
+    """
+    root = mesh._get_root_mesh()
+    view = root._flatten_mapping[flattened]._unflatten(0, sizes, names)
+    root._flatten_mapping.update({name: view[name] for name in names})
+
+
+def concatenated(*meshes: DeviceMesh) -> DeviceMesh:
+    """The mesh whose axes are those of ``meshes``, which come from one root (torch 2.11 to 2.13)."""
+    return DeviceMesh._concatenate(list(meshes))
+
+
+# DTensor
+
+
+def part_of_norm(order: float) -> Placement:
+    """The placement of a norm of which every rank holds that of its shard (torch 2.11 to 2.13)."""
+    return _NormPartial(order)
 
 
 # FSDP2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = [
+    "arguments_of_experts",
     "attention_of",
     "conversions_of",
     "initialise_module",
+    "is_experts_module",
     "kept_in_float32",
     "make_from_config",
     "names_missing_by_design",
@@ -94,3 +97,19 @@ def conversions_of(model: nn.Module) -> list[Any] | None:
 def set_conversions(model: nn.Module, conversions: list[Any]) -> None:
     """Note how the weights were converted, where transformers looks for it when it saves the model."""
     vars(model)["_weight_conversions"] = conversions
+
+
+# Experts
+
+# What ``use_experts_implementation`` sets on each module of a class that it decorates.
+_EXPERTS_FLAGS = ("has_gate", "has_bias", "is_transposed", "config")
+
+
+def is_experts_module(module: nn.Module) -> bool:
+    """Whether ``module`` computes its experts through transformers' ``ExpertsInterface``."""
+    return all(flag in module.__dict__ for flag in _EXPERTS_FLAGS)
+
+
+def arguments_of_experts(module: nn.Module) -> tuple[str, ...]:
+    """What its forward calls the tokens, the experts that each goes to, and their weights."""
+    return tuple(inspect.signature(module.forward).parameters)

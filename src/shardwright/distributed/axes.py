@@ -10,6 +10,10 @@ axis            one model one batch shards parameters averages gradients
 =============== ========= ========= ================= ==================
 
 Ranks that share a batch each work on a part of it or of the model: they must be given the same one.
+
+Experts see the same ranks in another way. What ``dp_shard x cp x tp`` numbers is folded anew, into ``efsdp x ep``:
+every rank of an ``ep`` group holds experts of its own, and FSDP2 shards them over ``efsdp``. Neighbouring ranks share
+an ``ep`` group. It is a view of ranks that are there already, and no further factor of the world size.
 """
 
 from __future__ import annotations
@@ -52,5 +56,9 @@ FLATTENED = {
     SHARDED: tuple(axis.name for axis in AXES if axis.shards_parameters),
     AVERAGED: tuple(axis.name for axis in AXES if axis.averages_gradients),
 }
+# The view for experts, and the axes that it folds anew.
+EXPERT_SHARDS = "efsdp"
+EXPERTS = "ep"
+FOLDED = (*FLATTENED[SHARDED], "tp")
 # Nobody asks for this one, but DTensor finds it: a norm over all shards is then one all-reduce instead of two.
-EVERY_SHARD = ("dp_shard_cp_tp", (*FLATTENED[SHARDED], "tp"))
+EVERY_SHARD = ("dp_shard_cp_tp", FOLDED)

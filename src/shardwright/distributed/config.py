@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from math import inf, prod
+from math import inf, lcm, prod
 from typing import Any, Self
 
 from shardwright.errors import ConfigError
@@ -23,7 +23,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 MODEL = "model"
 # The settings that the other engine does not have.
 FSDP2_ONLY = (
-    "loss_tiles", "mlp_tiles", "offload_activations", "reshard_after_forward", "keep_gathered_gib", "shard_ends",
+    "ep", "loss_tiles", "mlp_tiles", "offload_activations", "reshard_after_forward", "keep_gathered_gib", "shard_ends",
     "prefetch",
 )  # fmt: skip
 
@@ -88,12 +88,16 @@ PRECISIONS = {"model": Precision(), "float32": FLOAT32, "bf16": BF16_MIXED}
 
 @dataclass(frozen=True)
 class Degrees:
-    """How many ranks each mesh axis has, all known. ``world_size`` is their product."""
+    """How many ranks each mesh axis has, all known. ``world_size`` is the product of all but ``ep``.
+
+    ``ep`` folds the ranks of ``dp_shard x cp x tp`` anew (:mod:`shardwright.distributed.axes`).
+    """
 
     dp_replicate: int
     dp_shard: int
     cp: int
     tp: int
+    ep: int = 1
 
     @property
     def world_size(self) -> int:
@@ -109,6 +113,8 @@ class ParallelConfig(_Named):
         dp_shard: ranks the parameters, gradients and optimizer state are sharded over; -1 takes what is left.
         cp: context-parallel ranks (each holds a part of every sequence).
         tp: tensor-parallel ranks (each holds a part of every matrix).
+        ep: expert-parallel ranks (each holds a part of the experts of every layer). No further factor of the world
+            size: they are taken from the ranks of ``dp_shard x cp x tp``, whose number must be a multiple of it.
         sequence_parallel: keep the residual stream split along the sequence over the ``tp`` ranks.
         engine: ``"fsdp2"`` or ``"megatron_fsdp"``.
         precision: dtypes of a step; ``"model"`` (nothing is cast: the step computes in the dtype of the parameters),
@@ -140,6 +146,7 @@ class ParallelConfig(_Named):
     dp_shard: int = -1
     cp: int = 1
     tp: int = 1
+    ep: int = 1
     sequence_parallel: bool = False
     engine: str = "fsdp2"
     precision: Precision = field(default_factory=Precision)
@@ -155,7 +162,7 @@ class ParallelConfig(_Named):
     plan: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("dp_replicate", "dp_shard", "cp", "tp", "loss_tiles", "mlp_tiles", "prefetch"):
+        for name in ("dp_replicate", "dp_shard", "cp", "tp", "ep", "loss_tiles", "mlp_tiles", "prefetch"):
             _degree(name, getattr(self, name), least=-1 if name == "dp_shard" else 1)
         for name in ("sequence_parallel", "offload_activations", "shard_ends"):
             if not isinstance(getattr(self, name), bool):
@@ -240,12 +247,25 @@ class ParallelConfig(_Named):
                 f"{fixed * dp_shard}, but the world size is {world_size}. Set dp_shard to -1 to take what is left, "
                 f"or start {fixed * dp_shard} ranks."
             )
-        return Degrees(self.dp_replicate, dp_shard, self.cp, self.tp)
+        if (dp_shard * self.cp * self.tp) % self.ep:
+            raise ConfigError(
+                f"ep is {self.ep}, and its ranks are taken from dp_shard ({dp_shard}) x cp ({self.cp}) x tp "
+                f"({self.tp}) = {dp_shard * self.cp * self.tp}, which it does not divide. Choose an ep that does."
+            )
+        return Degrees(self.dp_replicate, dp_shard, self.cp, self.tp, self.ep)
 
     @property
     def least_world_size(self) -> int:
         """The smallest number of ranks this config can run on."""
-        return prod((self.dp_replicate, max(self.dp_shard, 1), self.cp, self.tp))
+        return prod((self.dp_replicate, self.least_dp_shard, self.cp, self.tp))
+
+    @property
+    def least_dp_shard(self) -> int:
+        """The smallest ``dp_shard`` that this config can run with: enough for its experts, where it says -1."""
+        if self.dp_shard != -1:
+            return self.dp_shard
+        others = self.cp * self.tp
+        return lcm(others, self.ep) // others
 
     @property
     def compile_backend(self) -> str | None:

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from shardwright._torch import flatten, flattened_names
-from shardwright.distributed.axes import DATA, EVERY_SHARD, FLATTENED, NAMES
+from shardwright._torch import add_view, concatenated, flatten, flattened_names
+from shardwright.distributed.axes import DATA, EVERY_SHARD, EXPERT_SHARDS, EXPERTS, FLATTENED, NAMES
 from shardwright.distributed.config import Degrees, ParallelConfig
 from shardwright.errors import ConfigError, UnsupportedError
 
@@ -23,6 +23,8 @@ def default_device_type() -> str:
 
 def make_mesh(config: ParallelConfig | Degrees, device_type: str | None = None) -> DeviceMesh:
     """The mesh ``dp_replicate x dp_shard x cp x tp`` with the flattened axes ``dp``, ``dp_shard_cp`` and ``dp_cp``.
+
+    With experts on ranks of their own (``ep``) it can also be asked for ``efsdp`` and ``ep``.
 
     ``torch.distributed`` must be initialised (a world of one rank will do). Neighbouring ranks share a ``tp`` group,
     which puts tensor parallelism inside a node under torchrun's numbering.
@@ -47,11 +49,14 @@ def make_mesh(config: ParallelConfig | Degrees, device_type: str | None = None) 
     sizes = tuple(getattr(degrees, name) for name in NAMES)
     mesh = init_device_mesh(device_type or _device_type_of_ranks(), sizes, mesh_dim_names=NAMES)
     flattened = dict(FLATTENED)
-    if degrees.tp > 1 and degrees.dp_shard * degrees.cp > 1:
+    if degrees.ep > 1 or (degrees.tp > 1 and degrees.dp_shard * degrees.cp > 1):
         name, axes = EVERY_SHARD
         flattened[name] = axes
     for name, axes in flattened.items():
         flatten(mesh[axes], name)
+    if degrees.ep > 1:
+        folded = degrees.dp_shard * degrees.cp * degrees.tp
+        add_view(mesh, EVERY_SHARD[0], (folded // degrees.ep, degrees.ep), (EXPERT_SHARDS, EXPERTS))
     return mesh
 
 
@@ -116,6 +121,14 @@ def batch_mesh(mesh: DeviceMesh, one_batch: Collection[str]) -> DeviceMesh | Non
     return axis(mesh, name)
 
 
+def expert_data_parallel_mesh(mesh: DeviceMesh, replicate: str) -> DeviceMesh:
+    """The mesh on which FSDP2 works with experts: ``efsdp`` alone, or ``replicate x efsdp`` (HSDP)."""
+    shards, replicas = axis(mesh, EXPERT_SHARDS), axis_or_none(mesh, replicate)
+    if replicas is None or replicas.size() == 1:
+        return shards
+    return concatenated(replicas, shards)
+
+
 def check_every_axis_used(mesh: DeviceMesh, names: tuple[str, ...]) -> None:
     """Raise unless the axes called ``names`` tell all ranks of ``mesh`` apart; an axis that is missing has one rank.
 
@@ -139,9 +152,10 @@ def check_every_axis_used(mesh: DeviceMesh, names: tuple[str, ...]) -> None:
 
 def check_degrees(config: ParallelConfig, mesh: DeviceMesh) -> None:
     """Raise ConfigError where a degree of ``config`` is not the size of that axis of ``mesh``; -1 is any size."""
-    sizes = {name: found.size() if (found := axis_or_none(mesh, name)) is not None else 1 for name in NAMES}
-    asked = {name: getattr(config, name) for name in NAMES}
-    wrong = [f"{name}={asked[name]}" for name in NAMES if asked[name] not in (-1, sizes[name])]
+    names = (*NAMES, EXPERTS)
+    sizes = {name: found.size() if (found := axis_or_none(mesh, name)) is not None else 1 for name in names}
+    asked = {name: getattr(config, name) for name in names}
+    wrong = [f"{name}={asked[name]}" for name in names if asked[name] not in (-1, sizes[name])]
     if wrong:
         raise ConfigError(
             f"The config says {', '.join(wrong)}, but the mesh has "

@@ -1,6 +1,6 @@
 """The steps in their order, for a mesh that exists: everything is decided and checked before any is taken.
 
-Tensor (and sequence) parallelism, activation checkpointing, compilation, then FSDP2 or Megatron-FSDP.
+Experts, tensor (and sequence) parallelism, activation checkpointing, compilation, then FSDP2 or Megatron-FSDP.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 from shardwright.distributed.apply import megatron_fsdp
 from shardwright.distributed.apply.activation_checkpointing import apply_activation_checkpointing
 from shardwright.distributed.apply.compile import apply_compile, check_backend
+from shardwright.distributed.apply.expert_parallel import apply_expert_parallel, let_mix
 from shardwright.distributed.apply.fsdp2 import apply_fsdp2
 from shardwright.distributed.apply.fused_kernels import check_fused_kernels
 from shardwright.distributed.apply.generation import generate_together
@@ -35,12 +36,14 @@ from shardwright.distributed.apply.quantized import check_quantized
 from shardwright.distributed.apply.saving import refuse_partial_saves
 from shardwright.distributed.apply.tensor_parallel import apply_tensor_parallel
 from shardwright.distributed.apply.trainers import connect_trainers
+from shardwright.distributed.axes import EXPERTS
 from shardwright.distributed.config import ParallelConfig
 from shardwright.distributed.mesh import (
     axis,
     axis_or_none,
     check_every_axis_used,
     data_parallel_mesh,
+    expert_data_parallel_mesh,
     refuse_context_parallel,
 )
 from shardwright.distributed.planning.decide import decide
@@ -59,6 +62,7 @@ class Axes:
     dp_replicate: str = "dp_replicate"
     dp_shard_cp: str = "dp_shard_cp"
     tp: str = "tp"
+    ep: str = EXPERTS
 
 
 def parallelize_with_fsdp2(
@@ -84,6 +88,7 @@ def parallelize_with_fsdp2(
     dp_mesh = data_parallel_mesh(device_mesh, axes.dp_replicate, axes.dp_shard_cp)
     tp_mesh = axis_or_none(device_mesh, axes.tp)
     tp = 1 if tp_mesh is None else tp_mesh.size()
+    ep_mesh = axis_or_none(device_mesh, axes.ep)
     casts = mp_policy is not None and mp_policy.param_dtype is not None
     check_quantized(model, tp=tp, engine="fsdp2" if mp_policy is not None else "", casts=casts)
     check_fused_kernels(model, tp)
@@ -94,17 +99,21 @@ def parallelize_with_fsdp2(
         ModelReading(model),
         config,
         tp=tp,
+        ep=1 if ep_mesh is None else ep_mesh.size(),
         fsdp2=mp_policy is not None,
         compute_dtype=None if mp_policy is None else mp_policy.param_dtype,
         custom=plan,
     )
     replaced = Replaced(model)
-    _before_sharding(model, device_mesh, tp_mesh, decided)
+    expert_mesh = None if decided.experts is None else expert_data_parallel_mesh(device_mesh, axes.dp_replicate)
+    _before_sharding(model, device_mesh, tp_mesh, decided, ep_mesh)
     mark_parallelized(model, Parallelized(device_mesh, axes.tp, "fsdp2"))
     if decided.data is not None or tp > 1:
         refuse_later_changes(model)
     if decided.data is not None:
-        apply_fsdp2(model, decided.data, dp_mesh, mp_policy, offload_policy)
+        apply_fsdp2(model, decided.data, dp_mesh, mp_policy, offload_policy, expert_mesh)
+        if decided.experts is not None:
+            let_mix(model, decided.experts)
         watch_passes(model, before=look_for_changes)
     open_to_losses(model, decided.readable, axes.tp, fsdp2=decided.data is not None)
     replaced.raise_for_gradients(model)
@@ -136,8 +145,14 @@ def parallelize_with_megatron_fsdp(
     return prepared.shard()
 
 
-def _before_sharding(model: nn.Module, mesh: DeviceMesh, tp_mesh: DeviceMesh | None, decided: DecidedPlan) -> None:
-    """Everything up to the data-parallel sharding: tensor parallelism, activation checkpointing, compilation."""
+def _before_sharding(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    tp_mesh: DeviceMesh | None,
+    decided: DecidedPlan,
+    ep_mesh: DeviceMesh | None = None,
+) -> None:
+    """Everything up to the data-parallel sharding: experts, tensor parallelism, checkpointing, compilation."""
     if decided.compile_backend is not None:
         check_backend(decided.compile_backend)
     if decided.tensor is not None:
@@ -146,6 +161,8 @@ def _before_sharding(model: nn.Module, mesh: DeviceMesh, tp_mesh: DeviceMesh | N
     if not dist.is_initialized() or dist.get_rank() == 0:
         for warning in decided.warnings:
             logger.warning("%s", warning)
+    if decided.experts is not None and ep_mesh is not None:
+        apply_expert_parallel(model, decided.experts, ep_mesh, tp_mesh)
     if decided.tensor is not None and tp_mesh is not None:
         apply_tensor_parallel(model, tp_mesh, decided.tensor, units=decided.summing)
         generate_together(model, tp_mesh)

@@ -45,8 +45,9 @@ class Gathering:
 @dataclass
 class _Unit:
     gathered: int = 0  # bytes of the parameters
-    gather: int = 0  # bytes of the buffer that is gathered, padded where ranks have uneven parts
-    reduce: int = 0  # bytes of the gradients that are reduced, padded too
+    gather: int = 0  # bytes that a rank sends to gather it, padded where ranks have uneven parts
+    trained: bool = False
+    reduce: int = 0  # bytes that it sends to reduce its gradients, padded too
 
 
 def predict_gathering(
@@ -73,8 +74,8 @@ def predict_gathering(
         largest_bytes=max((unit.gathered for unit in used.values()), default=0),
         forward_gathers=len(used),
         backward_gathers=len(used) - len(stay),
-        reduces=sum(unit.reduce > 0 for unit in used.values()),
-        sent=sent * (config.dp_shard - 1) / config.dp_shard,
+        reduces=sum(unit.trained for unit in used.values()),
+        sent=sent,
     )
 
 
@@ -83,7 +84,8 @@ def _add(layout: ParameterLayout, unit: _Unit, config: ParallelConfig) -> None:
     casts = config.precision != Precision()
     compute = getattr(torch, config.precision.param) if casts else layout.dtype
     reduce = getattr(torch, config.precision.reduce) if casts else layout.dtype
-    padded = prod(layout.local_shape(config.dp_shard)) * config.dp_shard
+    sent = prod(layout.local_shape(config.dp_shard)) * (layout.data_parallel(config.dp_shard) - 1)
     unit.gathered += layout.gathered_numel * compute.itemsize
-    unit.gather += padded * compute.itemsize
-    unit.reduce += padded * reduce.itemsize if layout.trained else 0
+    unit.gather += sent * compute.itemsize
+    unit.reduce += sent * reduce.itemsize if layout.trained else 0
+    unit.trained |= layout.trained

@@ -133,7 +133,7 @@ def predict(model: Model, config: ParallelConfig, *, weights: str = "float32") -
         raise ConfigError(f"weights is {weights!r}; it must be one of {', '.join(DTYPES)}.")
     if config.cp > 1:
         raise UnsupportedError(f"cp is {config.cp}: context parallelism is not supported yet. Use cp=1.")
-    config = config.with_(dp_shard=max(config.dp_shard, 1))
+    config = config.with_(dp_shard=config.least_dp_shard)
     built = model if isinstance(model, nn.Module) else build_on_meta(load_config(model), dtype=getattr(torch, weights))
     reading = ModelReading(built)
     weights_of = parameter_layouts(reading, None).values()
@@ -142,8 +142,8 @@ def predict(model: Model, config: ParallelConfig, *, weights: str = "float32") -
     plan, resolved = decided.plan, decided.tensor
     assert plan is not None, "one was asked for"
     assert resolved is not None
-    layouts = list(parameter_layouts(reading, resolved).values())
-    whole = [replace(layout, placement=_WHOLE) for layout in layouts]
+    layouts = list(parameter_layouts(reading, resolved, decided.experts).values())
+    whole = [replace(layout, placement=_WHOLE, ep=None) for layout in layouts]
     return Prediction(
         model=type(built).__name__,
         plan=plan,
@@ -192,7 +192,16 @@ def _decided(reading: ModelReading, config: ParallelConfig) -> DecidedPlan:
     fsdp2 = wants_fsdp2(config, config.dp_replicate * config.dp_shard * config.cp)
     dtype = None if config.precision == Precision() else getattr(torch, config.precision.param)
     own = unit_names(reading) if config.engine == "megatron_fsdp" else []
-    return decide(reading, config, tp=config.tp, fsdp2=fsdp2, compute_dtype=dtype, always_plan=True, own_units=own)
+    return decide(
+        reading,
+        config,
+        tp=config.tp,
+        ep=config.ep,
+        fsdp2=fsdp2,
+        compute_dtype=dtype,
+        always_plan=True,
+        own_units=own,
+    )
 
 
 def _traffic(

@@ -95,7 +95,7 @@ def case_of(
     parallelize: Parallelize = api.parallelize,
 ) -> Case:
     """What :func:`verify` runs, as data; the arguments are its own."""
-    config = config.with_(dp_shard=max(config.dp_shard, 1))
+    config = config.with_(dp_shard=config.least_dp_shard)
     if not isinstance(model, (str, os.PathLike, PreTrainedConfig)):
         return Case(model, batch or text_batch, config, accumulate, parallelize)
     tiny = shrunk_config(load_config(model), config.tp)

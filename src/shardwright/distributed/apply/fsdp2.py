@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from shardwright.distributed.apply.meta_chunks import MetaChunks
 from shardwright.distributed.planning.decided import ROOT, DataPlan, Unit
-from shardwright.distributed.runtime.shard_dim import data_parallel_dim
+from shardwright.distributed.runtime.shard_dim import data_parallel_dim, expert_data_parallel_dim
 
 
 def apply_fsdp2(
@@ -22,17 +22,25 @@ def apply_fsdp2(
     mesh: DeviceMesh,
     mp_policy: MixedPrecisionPolicy | None,
     offload_policy: OffloadPolicy | None = None,
+    expert_mesh: DeviceMesh | None = None,
 ) -> None:
     """Shard ``model`` over ``mesh`` in the units of ``plan``, in place.
 
     Args:
         mesh: one-dimensional for FSDP, ``replicate x shard`` for HSDP.
+        expert_mesh: the same for units of experts.
         mp_policy: its ``output_dtype`` is left to the root: what a block returns goes on in the compute dtype.
     """
     policy = mp_policy or MixedPrecisionPolicy()
     inner = replace(policy, output_dtype=None)
+    # What experts are called with is not cast: the weights of the choices may have another dtype than the tokens.
+    of_experts = replace(inner, cast_forward_inputs=False)
     offload = offload_policy or OffloadPolicy()
     for unit in plan.units:
+        if unit.experts:
+            assert expert_mesh is not None
+            _shard(model, unit, {"mesh": expert_mesh, "mp_policy": of_experts, "offload_policy": offload})
+            continue
         own = policy if unit.modules == (ROOT,) else inner
         _shard(model, unit, {"mesh": mesh, "mp_policy": own, "offload_policy": offload})
     for name, (ahead, behind) in plan.prefetch.items():
@@ -42,7 +50,8 @@ def apply_fsdp2(
 
 
 def _shard(model: nn.Module, unit: Unit, options: dict[str, Any]) -> None:
-    options = {**options, "shard_placement_fn": _placement(model, options["mesh"])}
+    placement = _expert_placement(options["mesh"]) if unit.experts else _placement(model, options["mesh"])
+    options = {**options, "shard_placement_fn": placement}
     options["reshard_after_forward"] = unit.reshard_after_forward
     modules = [model.get_submodule(name) for name in unit.modules]
     with MetaChunks():
@@ -60,5 +69,15 @@ def _placement(model: nn.Module, mesh: DeviceMesh) -> Callable[[nn.Parameter], S
             return None
         dim = data_parallel_dim(names.get(id(param), "A parameter"), param.shape, param.placements, size)
         return Shard(dim) if dim else None
+
+    return place
+
+
+def _expert_placement(mesh: DeviceMesh) -> Callable[[nn.Parameter], Shard]:
+    size = mesh.size(mesh.ndim - 1)
+
+    def place(param: nn.Parameter) -> Shard:
+        assert isinstance(param, DTensor)
+        return Shard(expert_data_parallel_dim(param.to_local().shape, size))
 
     return place

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from shardwright.distributed.config import ParallelConfig, Precision
 from shardwright.distributed.models.blocks import by_list, owns_parameters, shared_parts
-from shardwright.distributed.planning.decided import ROOT, DataPlan, Unit
+from shardwright.distributed.planning.decided import ROOT, DataPlan, ExpertPlan, Unit, innermost
 from shardwright.distributed.planning.embedding_and_head import embedding_and_head_names
 from shardwright.distributed.planning.layout import ParameterLayout
 from shardwright.distributed.replay.reading import ModelReading
@@ -22,9 +22,10 @@ def wants_fsdp2(config: ParallelConfig, ranks: int) -> bool:
     """Whether there is anything for FSDP2 to do: to shard, or to cast.
 
     Args:
-        ranks: over which parameters are sharded or replicated, context-parallel ones included.
+        ranks: over which parameters are sharded or replicated, context-parallel ones included. Experts on ranks of
+            their own may be sharded over tensor-parallel ranks, too.
     """
-    return config.engine == "fsdp2" and (ranks > 1 or config.precision != Precision())
+    return config.engine == "fsdp2" and (ranks > 1 or config.ep > 1 or config.precision != Precision())
 
 
 def decide_data(
@@ -34,6 +35,7 @@ def decide_data(
     config: ParallelConfig,
     *,
     compute_dtype: torch.dtype | None,
+    experts: ExpertPlan | None = None,
     root: bool = True,
 ) -> DataPlan:
     """The units of a model.
@@ -42,6 +44,7 @@ def decide_data(
         blocks: the modules that can be units.
         layouts: by the identity of the parameter.
         compute_dtype: in which parameters are gathered; None where each is in its own.
+        experts: modules that are units of their own, because their parameters lie on other ranks.
         root: whether the model itself is a unit, with every parameter that no other has.
 
     Raises:
@@ -62,13 +65,27 @@ def decide_data(
         *([((ROOT,), False)] if root else []),
     ]
     taken: set[int] = {id(part) for part in model.modules() if isinstance(part, FSDPModule)}
-    made = []
+    made = list(_expert_units(reading, experts, kept, mode))
+    taken |= {id(model.get_submodule(name)) for unit in made for name in unit.modules}
     for modules, reshard in units:
         first = model.get_submodule(modules[0])
         apart = _parts_of_other_dtype(reading, first, taken)
         taken |= {id(model.get_submodule(name)) for name in (*apart, *modules)}
         made.append(Unit(modules, reshard, tuple(apart)))
     return DataPlan(tuple(made), _prefetch(by_list(plain, reading.blocks), config.prefetch))
+
+
+def _expert_units(reading: ModelReading, experts: ExpertPlan | None, kept: set[str], mode: str) -> Iterator[Unit]:
+    """A unit for each module that holds experts, and for whatever stands in it and has parameters of its own.
+
+    Experts stay gathered for as long as the block around them.
+    """
+    for name in experts.modules if experts is not None else ():
+        reshard = mode == "always" or (mode == "default" and innermost(name, kept) == ROOT)
+        for child, part in reading.modules[name].named_children():
+            if any(True for _ in part.parameters()):
+                yield Unit((f"{name}.{child}",), reshard)
+        yield Unit((name,), reshard, experts=True)
 
 
 def kept_gathered(lists: Mapping[str, list[str]], sizes: Mapping[str, int], policy: str, budget: float) -> set[str]:

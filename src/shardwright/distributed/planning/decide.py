@@ -10,6 +10,7 @@ from shardwright.distributed.config import ParallelConfig
 from shardwright.distributed.models.blocks import by_list, every_nth
 from shardwright.distributed.planning.data import decide_data
 from shardwright.distributed.planning.decided import DecidedPlan, Tiles
+from shardwright.distributed.planning.experts import decide_experts
 from shardwright.distributed.planning.layout import parameter_layouts
 from shardwright.distributed.planning.mlps import mlp_names
 from shardwright.distributed.planning.resolved import ResolvedPlan
@@ -17,7 +18,7 @@ from shardwright.distributed.planning.sources import CustomPlan
 from shardwright.distributed.planning.tensor import plan_and_resolve
 from shardwright.distributed.planning.units import blocks_in_use, unit_names
 from shardwright.distributed.replay.reading import ModelReading
-from shardwright.errors import ConfigError
+from shardwright.errors import ConfigError, UnsupportedError
 
 
 def decide(
@@ -25,6 +26,7 @@ def decide(
     config: ParallelConfig,
     *,
     tp: int,
+    ep: int = 1,
     fsdp2: bool,
     compute_dtype: torch.dtype | None = None,
     custom: CustomPlan | None = None,
@@ -35,6 +37,7 @@ def decide(
 
     Args:
         tp: tensor-parallel ranks. The degrees in ``config`` are not read: a mesh has them.
+        ep: expert-parallel ranks.
         fsdp2: whether FSDP2 shards the model.
         compute_dtype: in which FSDP2 gathers parameters; None where each is gathered in its own.
         custom: a tensor-parallel plan, instead of the one that ``config`` names or that would be chosen.
@@ -44,23 +47,34 @@ def decide(
     Raises:
         PlanError: a plan that does not fit the model or ``tp``, or is not exact; units that FSDP2 cannot make.
         ConfigError: settings that would do nothing.
+        UnsupportedError: experts on ranks of their own in compiled blocks.
     """
+    if ep > 1 and config.compile_backend is not None:
+        raise UnsupportedError(
+            f"compile is {config.compile!r} with ep={ep}. How many tokens travel to an expert is only known when a "
+            "block runs, and compiled blocks around that are not exact yet. Leave compile or ep out."
+        )
     plan = resolved = None
+    experts = decide_experts(reading, ep)
     if tp > 1 or always_plan:
         custom = custom if custom is not None else config.plan
-        plan, resolved = plan_and_resolve(reading, custom, tp, sequence_parallel=config.sequence_parallel)
+        spread = () if experts is None else tuple(experts.modules)
+        plan, resolved = plan_and_resolve(
+            reading, custom, tp, sequence_parallel=config.sequence_parallel, spread=spread
+        )
     one_by_one = config.activation_checkpointing != "none" or config.compile_backend is not None
     blocks = unit_names(reading) if fsdp2 or own_units or one_by_one else []
     recomputed = _recomputed(reading, blocks, config)
     data = None
     if fsdp2:
-        layouts = parameter_layouts(reading, resolved)
-        data = decide_data(reading, blocks, layouts, config, compute_dtype=compute_dtype)
+        layouts = parameter_layouts(reading, resolved, experts)
+        data = decide_data(reading, blocks, layouts, config, compute_dtype=compute_dtype, experts=experts)
     tiles = _tiles(reading, config)
     return DecidedPlan(
         plan=plan,
         tensor=resolved,
         data=data,
+        experts=experts,
         blocks=tuple(blocks),
         recomputed=tuple(recomputed),
         activation_checkpointing=config.activation_checkpointing,

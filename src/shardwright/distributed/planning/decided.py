@@ -24,11 +24,39 @@ class Unit:
         modules: names; several where they hold the same parameters. :data:`ROOT` is the model itself.
         reshard_after_forward: whether its parameters are freed after forward, and gathered again in backward.
         apart: modules inside that are sharded by themselves first, because their parameters have another dtype.
+        experts: whether it holds experts that are spread over ranks, which are sharded over the rest of the ranks.
     """
 
     modules: tuple[str, ...]
     reshard_after_forward: bool
     apart: tuple[str, ...] = ()
+    experts: bool = False
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A module whose experts are spread over ranks.
+
+    Attributes:
+        count: how many there are on all ranks.
+        arguments: what its forward calls the tokens, the experts that each goes to, and their weights.
+    """
+
+    count: int
+    arguments: tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class ExpertPlan:
+    """Experts on ranks of their own.
+
+    Attributes:
+        ep: among how many ranks those of each module are spread, in equal parts.
+        modules: by name.
+    """
+
+    ep: int
+    modules: Mapping[str, Experts]
 
 
 @dataclass(frozen=True)
@@ -77,6 +105,7 @@ class DecidedPlan:
         plan: the tensor-parallel plan that applies, as a user can read, save and edit it; None where none is needed.
         tensor: what it means for this model; None with one tensor-parallel rank.
         data: FSDP2's units; None where FSDP2 has no part in it.
+        experts: experts on ranks of their own; None where there are none.
         blocks: the modules that can be gathered, recomputed or compiled one by one.
         recomputed: those that are recomputed in backward, ``activation_checkpointing`` says how.
         activation_checkpointing: ``ParallelConfig.activation_checkpointing``.
@@ -94,6 +123,7 @@ class DecidedPlan:
     plan: ParallelPlan | None
     tensor: ResolvedPlan | None
     data: DataPlan | None
+    experts: ExpertPlan | None = None
     blocks: tuple[str, ...] = ()
     recomputed: tuple[str, ...] = ()
     activation_checkpointing: str = "none"

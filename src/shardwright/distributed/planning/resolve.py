@@ -5,6 +5,7 @@ Pure: needs no process group, no GPU and no weights.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -27,6 +28,7 @@ from shardwright.distributed.runtime.local_arguments import ArgumentCut
 from shardwright.distributed.runtime.local_width import WIDTH, arguments_of
 from shardwright.distributed.styles import canonical_style
 from shardwright.distributed.styles.base import Place, Style
+from shardwright.distributed.styles.experts import SpreadExperts
 from shardwright.distributed.styles.replicated import ReplicatedPartialGradient
 from shardwright.errors import PlanError
 
@@ -39,8 +41,18 @@ def sums(style: Style) -> bool:
     return style.sums
 
 
-def resolve(reading: ModelReading, plan: ParallelPlan, tp: int, *, sequence_parallel: bool = False) -> ResolvedPlan:
+def resolve(
+    reading: ModelReading,
+    plan: ParallelPlan,
+    tp: int,
+    *,
+    sequence_parallel: bool = False,
+    spread: Sequence[str] = (),
+) -> ResolvedPlan:
     """What ``plan`` means for the model on ``tp`` ranks.
+
+    Args:
+        spread: modules whose experts are spread over ranks, whatever the plan says of them.
 
     Raises:
         PlanError: a glob that matches nothing, an unknown style, a style that does not fit its module, heads or widths
@@ -51,6 +63,7 @@ def resolve(reading: ModelReading, plan: ParallelPlan, tp: int, *, sequence_para
     modules = reading.modules
     _check_plain(reading.model)
     _match(reading, plan, resolved)
+    _spread_experts(modules, spread, resolved)
     _specialise(reading, resolved)
     adapt(reading, resolved)
     _split_whole_inputs(reading, resolved)
@@ -106,6 +119,21 @@ def _match(reading: ModelReading, plan: ParallelPlan, resolved: ResolvedPlan) ->
             resolved.modules[module] = StyleUse(name, options, rule=glob)
         for parameter in bare:
             resolved.parameters[parameters[parameter]] = style
+
+
+def _spread_experts(modules: dict[str, nn.Module], spread: Sequence[str], resolved: ResolvedPlan) -> None:
+    """Leave experts that are spread over ranks out of tensor parallelism; what stands in them sees a rank's tokens."""
+    for name in spread:
+        inside = {other for other in modules if other.startswith(f"{name}.")}
+        for other in [other for other in resolved.modules if other == name or other in inside]:
+            del resolved.modules[other]
+        for key in [key for key in resolved.parameters if key[0] == name or key[0] in inside]:
+            del resolved.parameters[key]
+        rule = "its experts are spread over ranks"
+        resolved.modules[name] = StyleUse(SpreadExperts.name, rule=rule, origin="experts")
+        for other in inside:
+            if owns_parameters(modules[other]):
+                resolved.modules[other] = StyleUse(ReplicatedPartialGradient.name, rule=rule, origin="experts")
 
 
 def _specialise(reading: ModelReading, resolved: ResolvedPlan) -> None:

@@ -15,7 +15,7 @@ from shardwright.distributed.runtime.local_arguments import ArgumentCut
 from shardwright.distributed.styles import make_style
 from shardwright.distributed.styles.base import Style
 
-Origin = Literal["plan", "tie", "sequence parallelism", "slices", "adapter", "no rule"]
+Origin = Literal["plan", "tie", "sequence parallelism", "slices", "adapter", "experts", "no rule"]
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 
 from shardwright.distributed.plan import ParallelPlan
@@ -18,7 +19,12 @@ logger = logging.getLogger(__name__)
 
 
 def plan_and_resolve(
-    reading: ModelReading, custom: CustomPlan | None, tp: int, *, sequence_parallel: bool = False
+    reading: ModelReading,
+    custom: CustomPlan | None,
+    tp: int,
+    *,
+    sequence_parallel: bool = False,
+    spread: Sequence[str] = (),
 ) -> tuple[ParallelPlan, ResolvedPlan]:
     """The plan that applies, and what it means for the model on ``tp`` ranks; exact, as far as it can be replayed.
 
@@ -28,13 +34,14 @@ def plan_and_resolve(
     Args:
         custom: a plan to use instead of one that is chosen.
         sequence_parallel: split the residual stream along the sequence; torch styles in ``custom`` may ask for it too.
+        spread: modules whose experts are spread over ranks, and not cut.
 
     Raises:
         PlanError: the plan cannot be read, does not fit the model or ``tp``, or is not exact.
     """
     brought = None if custom is None else brought_plan(custom)
     split = sequence_parallel or (brought is not None and brought.asks_for_sequence_parallel)
-    plan, resolved = _exact(reading, brought, tp, sequence_parallel=split)
+    plan, resolved = _exact(reading, brought, tp, sequence_parallel=split, spread=spread)
     if tp > 1:
         resolved.notes += left_replicated(reading, resolved)
         resolved.warnings += little_cut(reading, resolved)
@@ -42,15 +49,15 @@ def plan_and_resolve(
 
 
 def _exact(
-    reading: ModelReading, brought: Brought | None, tp: int, *, sequence_parallel: bool
+    reading: ModelReading, brought: Brought | None, tp: int, *, sequence_parallel: bool, spread: Sequence[str]
 ) -> tuple[ParallelPlan, ResolvedPlan]:
     plan = choose_plan(reading, brought, tp)
-    resolved = resolve(reading, plan, tp, sequence_parallel=sequence_parallel)
+    resolved = resolve(reading, plan, tp, sequence_parallel=sequence_parallel, spread=spread)
     if tp == 1 or (brought is None and plan.tp == tp):  # one that was derived just now has been replayed
         return plan, resolved
     reason = why_not_exact(reading, resolved)
     if reason is None:
-        return _completed(reading, plan, resolved) if brought is None else (plan, resolved)
+        return _completed(reading, plan, resolved, spread) if brought is None else (plan, resolved)
     if brought is not None:
         raise PlanError(
             f"The plan ({plan.source}) does not compute what {type(reading.model).__name__} computes: replayed on "
@@ -62,13 +69,15 @@ def _exact(
     logger.warning("%s: %s.", type(reading.model).__name__, note)
     derived = derive_plan(reading, tp=tp)
     derived = replace(derived, notes=(f"{note}.", *derived.notes))
-    return derived, resolve(reading, derived, tp, sequence_parallel=sequence_parallel)
+    return derived, resolve(reading, derived, tp, sequence_parallel=sequence_parallel, spread=spread)
 
 
-def _completed(reading: ModelReading, plan: ParallelPlan, resolved: ResolvedPlan) -> tuple[ParallelPlan, ResolvedPlan]:
+def _completed(
+    reading: ModelReading, plan: ParallelPlan, resolved: ResolvedPlan, spread: Sequence[str]
+) -> tuple[ParallelPlan, ResolvedPlan]:
     """A plan of transformers with what it does not mention, where all of it together is exact."""
     more = completed(reading, plan, resolved)
     if more is None:
         return plan, resolved
-    both = resolve(reading, more, resolved.tp, sequence_parallel=resolved.sequence_parallel)
+    both = resolve(reading, more, resolved.tp, sequence_parallel=resolved.sequence_parallel, spread=spread)
     return (plan, resolved) if why_not_exact(reading, both) else (more, both)

@@ -78,6 +78,16 @@ def reduce_scatter(x: Tensor, dim: int, group: Group) -> Tensor:
     return mine.narrow(0, 0, end - start).movedim(0, dim).contiguous()
 
 
+def all_to_all(x: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
+    """The rows that every rank has for this one, in the order of the ranks; not differentiable.
+
+    Args:
+        send: how many rows of ``x`` go to each rank, in the order of the ranks.
+        receive: how many rows come from each.
+    """
+    return _functional.wait_tensor(_functional.all_to_all_single(x.contiguous(), receive, send, group.name))
+
+
 def local_chunk(x: Tensor, dim: int, group: Group) -> Tensor:
     """This rank's chunk of ``x`` along ``dim``."""
     start, end = group.bounds(x.size(dim))
@@ -191,6 +201,23 @@ def scatter(x: Tensor, dim: int, group: Group) -> Tensor:
 def reduce_scatter_from_region(x: Tensor, dim: int, group: Group) -> Tensor:
     """This rank's chunk of the sum of the ranks' partial results; backward gathers."""
     return _Scatter.apply(x, dim, group, True)
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
+        ctx.send, ctx.receive, ctx.group = send, receive, group
+        return all_to_all(x, send, receive, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        _refuse_twice()
+        return exchange(grad, ctx.receive, ctx.send, ctx.group), None, None, None
+
+
+def exchange(x: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
+    """The rows that every rank has for this one (:func:`all_to_all`); backward sends their gradients back."""
+    return _Exchange.apply(x, send, receive, group)
 
 
 class _SumGradients(torch.autograd.Function):

@@ -29,3 +29,12 @@ def data_parallel_dim(name: str, shape: Sequence[int], placements: Sequence[Plac
             "dp_shard, or use dp_replicate."
         )
     return 1
+
+
+def expert_data_parallel_dim(shape: Sequence[int], ranks: int) -> int:
+    """The dim along which FSDP2 cuts a rank's part of stacked experts, ``[experts, ...]``: 0 where ``ranks`` divide it.
+
+    Where they do not (a few large experts over many ranks), the first that they divide: every rank then holds a part,
+    and gathers without padding. Where they divide none, 0.
+    """
+    return next((dim for dim, size in enumerate(shape) if size % ranks == 0), 0)

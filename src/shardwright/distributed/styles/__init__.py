@@ -14,6 +14,7 @@ from shardwright.distributed.styles.experts import (
     ExpertDispatch,
     GroupedGemm,
     IdentityExpert,
+    SpreadExperts,
     SummedOutput,
     TensorParallelExperts,
 )
@@ -62,6 +63,7 @@ _CLASSES: tuple[type[Style], ...] = (
     SummedOutput,
     GroupedGemm,
     ExpertDispatch,
+    SpreadExperts,
 )
 STYLES: dict[str, type[Style]] = {cls.name: cls for cls in _CLASSES}
 

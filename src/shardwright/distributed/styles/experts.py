@@ -108,6 +108,23 @@ class ExpertDispatch(TensorParallelExperts):
         return _DispatchForward(module.__dict__["num_experts"], mesh)
 
 
+class SpreadExperts(Style):
+    """Experts on ranks of their own, over an axis of their own (:mod:`shardwright.distributed.apply.expert_parallel`).
+
+    Tensor parallelism has no part in them: what goes in and what comes out is whole on each of its ranks.
+    """
+
+    name = "expert_parallel"
+    sums = True
+    experts = True
+
+    def placement(self, module: nn.Module, parameter: str) -> Placement:
+        return Shard(0)
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        return module
+
+
 class _IdentityForward(Around):
     def __init__(self, mesh: DeviceMesh) -> None:
         self.size = mesh.size()

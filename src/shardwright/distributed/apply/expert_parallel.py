@@ -1,0 +1,43 @@
+"""Expert parallelism: executes an :class:`ExpertPlan`."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from shardwright.distributed.planning.decided import ExpertPlan
+from shardwright.distributed.runtime.expert_exchange import ExpertExchange
+from shardwright.distributed.runtime.expert_tensors import mix_with
+from shardwright.distributed.runtime.forward import wrap_forward
+from shardwright.distributed.styles.base import distribute_parameter
+
+
+def apply_expert_parallel(model: nn.Module, plan: ExpertPlan, mesh: DeviceMesh, tp_mesh: DeviceMesh | None) -> None:
+    """Cut the experts of ``model`` over ``mesh`` and let tokens travel to them, in place. No data is sent.
+
+    Args:
+        mesh: the one-dimensional ``ep`` mesh.
+        tp_mesh: ranks that are called with the same tokens.
+    """
+    # FSDP2 divides the sum over the ranks of ``efsdp`` by their number. A gradient has come from all of ``dp_shard x cp
+    # x tp``, and is to be divided by the number of ``dp_shard x cp``.
+    factor = (1 if tp_mesh is None else tp_mesh.size()) / mesh.size()
+    for name, experts in plan.modules.items():
+        module = model.get_submodule(name)
+        for own, param in module._parameters.items():
+            if param is not None:
+                distribute_parameter(module, own, mesh, Shard(0))
+        wrap_forward(module, ExpertExchange(experts.count, experts.arguments, mesh, tp_mesh, factor))
+
+
+def let_mix(model: nn.Module, plan: ExpertPlan) -> None:
+    """Let norms and optimizers take the experts' shards together with all others, which lie on another mesh."""
+    owners = {id(param) for name in plan.modules for param in model.get_submodule(name)._parameters.values()}
+    others = [param for param in model.parameters() if id(param) not in owners and isinstance(param, DTensor)]
+    if not others:
+        return
+    mesh = max((param.device_mesh for param in others), key=lambda mesh: mesh.ndim)
+    for param in model.parameters():
+        if id(param) in owners:
+            mix_with(mesh, param)

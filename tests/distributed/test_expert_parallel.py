@@ -1,0 +1,159 @@
+"""Experts on ranks of their own: the same function as one process, whatever the router does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from shardwright import ParallelConfig, load_pretrained, parallelize, save_pretrained
+from shardwright.errors import ConfigError, PlanError, UnsupportedError
+from shardwright.verify import verify
+from shardwright.verify.ranks import RankPool, shared_mesh
+
+EP2 = ParallelConfig(dp_shard=2, ep=2)
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "vocab_size": 64,
+}
+
+
+def mixtral(implementation: str = "grouped_mm", favourite: int | None = None) -> nn.Module:
+    """Four experts, two per token.
+
+    Args:
+        favourite: an expert that every token goes to, with the one behind it; None leaves it to the router.
+    """
+    torch.manual_seed(0)
+    config = MixtralConfig(**SIZES, num_local_experts=4, experts_implementation=implementation)
+    model = MixtralForCausalLM(config)
+    if favourite is not None:
+        for layer in model.model.layers:
+            weight = layer.mlp.gate.weight
+            weight.data.mul_(0.01)
+            layer.input_layernorm.weight.data[0] = 3.0
+            model.model.embed_tokens.weight.data[:, 0] = 10.0
+            weight.data[favourite, 0] = 2.0
+            weight.data[favourite + 1, 0] = 1.0
+    return model
+
+
+def text(number: int) -> Mapping[str, torch.Tensor]:
+    ids = torch.randint(64, (2, 11), generator=torch.Generator().manual_seed(number))
+    return {"input_ids": ids, "labels": ids}
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+def test_every_implementation_of_experts(ranks2: RankPool, implementation: str) -> None:
+    report = verify(partial(mixtral, implementation), EP2, batch=text, accumulate=2, pool=ranks2)
+    assert report.exact, report.summary()
+
+
+@pytest.mark.parametrize("favourite", [0, 2])
+def test_a_rank_that_no_token_comes_to(ranks2: RankPool, favourite: int) -> None:
+    report = verify(partial(mixtral, "grouped_mm", favourite), EP2, batch=text, pool=ranks2)
+    assert report.exact, report.summary()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ParallelConfig(dp_shard=4, ep=2, activation_checkpointing="full"),
+        ParallelConfig(dp_shard=2, tp=2, ep=4, sequence_parallel=True),
+        ParallelConfig(dp_replicate=2, tp=2, dp_shard=1, ep=2),
+        ParallelConfig(dp_shard=1, tp=4, ep=2),
+    ],
+    ids=["efsdp", "ep_over_tp_and_dp", "replicas", "efsdp_over_tp"],
+)
+def test_beside_the_other_axes(ranks4: RankPool, config: ParallelConfig) -> None:
+    report = verify(partial(mixtral, "grouped_mm", 2), config, batch=text, pool=ranks4)
+    assert report.exact, report.summary()
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "deepseek_v3", "nemotron_h"])
+def test_layouts_of_packed_weights(ranks2: RankPool, model_type: str) -> None:
+    """Interleaved and transposed weights with biases; a router in groups with shared experts; no gate."""
+    report = verify(model_type, EP2, pool=ranks2)
+    assert report.exact, report.summary()
+
+
+def _layout_and_files(folder: Path) -> dict[str, tuple[int, ...]]:
+    model = load_pretrained(folder, EP2, shared_mesh(EP2))
+    whole = AutoModelForCausalLM.from_pretrained(folder)
+    for (name, param), (_, expected) in zip(model.named_parameters(), whole.named_parameters(), strict=True):
+        assert isinstance(param, DTensor)
+        assert torch.equal(param.full_tensor(), expected), name
+    save_pretrained(model, folder / "again")
+    return {name: tuple(param.to_local().shape) for name, param in model.named_parameters()}
+
+
+def test_loads_into_shards_and_saves_the_plain_layout(ranks2: RankPool, tmp_path: Path) -> None:
+    mixtral().save_pretrained(tmp_path)
+    shapes = ranks2.run(_layout_and_files, tmp_path)[0]
+    assert shapes["model.layers.0.mlp.experts.gate_up_proj"] == (2, 96, 32)  # two of four experts, whole
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (tmp_path, tmp_path / "again")
+    )
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def _updates_in_one_call() -> None:
+    """Optimizers on GPUs update all parameters in one call, which mixes both meshes."""
+    results = []
+    for foreach in (True, False):
+        model = parallelize(mixtral(), EP2, shared_mesh(EP2))
+        model(**text(dist.get_rank())).loss.backward()
+        params = list(model.parameters())
+        norm = torch.nn.utils.clip_grad_norm_(params, 0.1, foreach=foreach)
+        torch.optim.AdamW(params, lr=0.1, foreach=foreach).step()
+        results.append([norm.full_tensor(), *(param.full_tensor().detach() for param in params)])
+    for one_call, one_by_one in zip(*results, strict=True):
+        torch.testing.assert_close(one_call, one_by_one)
+
+
+def test_updates_in_one_call(ranks2: RankPool) -> None:
+    ranks2.run(_updates_in_one_call)
+
+
+def _llama() -> nn.Module:
+    return LlamaForCausalLM(LlamaConfig(**SIZES))
+
+
+def _refused(build: Any, config: ParallelConfig) -> str:
+    try:
+        parallelize(build(), config, shared_mesh(config))
+    except (PlanError, UnsupportedError) as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("build", "config", "words"),
+    [
+        (_llama, EP2, "LlamaForCausalLM has no experts"),
+        (mixtral, EP2.with_(compile=True), "Leave compile or ep out"),
+    ],
+)
+def test_refused_by_name(ranks2: RankPool, build: Any, config: ParallelConfig, words: str) -> None:
+    answers = ranks2.run(_refused, build, config)
+    assert words in answers[0]
+    assert len(set(answers)) == 1
+
+
+def test_ranks_that_do_not_fit() -> None:
+    with pytest.raises(ConfigError, match=r"ep is 3.*dp_shard \(4\)"):
+        ParallelConfig(ep=3).degrees(4)
+    with pytest.raises(ConfigError, match=r"ep \(2\) is for the engine fsdp2"):
+        ParallelConfig(ep=2, engine="megatron_fsdp")

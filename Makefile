@@ -7,7 +7,7 @@ CONSTRAINTS ?= constraints.txt
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install test test-oldest test-faults test-gpu lint zoo demo bench bench-peers bench-zoo bench-gpu clean
+.PHONY: install test test-oldest test-faults test-gpu lint dist zoo demo bench bench-peers bench-zoo bench-gpu clean
 
 install: $(READY)
 
@@ -35,6 +35,12 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The source archive and the wheel made from it. tests/packaging installs both.
+dist: install
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
+
 zoo: install
 	$(BIN)/python -m shardwright.verify.zoo --output docs/architectures.md
 
@@ -55,4 +61,4 @@ bench-gpu: install
 	$(BIN)/python benchmarks/gpu.py
 
 clean:
-	rm -rf $(VENV) runs build
+	rm -rf $(VENV) runs build dist

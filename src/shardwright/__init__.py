@@ -1,6 +1,9 @@
 """Shardwright: run any transformer sharded over many GPUs, and prove that it is the same function.
 
 Importing this package imports no torch; the names below are loaded when first used.
+
+Further modules: :mod:`shardwright.distributed.parallelizer` (what NeMo Automodel's module of that name offers),
+:mod:`shardwright.losses`, :mod:`shardwright.verify`, :mod:`shardwright.estimate`, :mod:`shardwright.errors`.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ _HOMES = {
     "parallelize": "shardwright.api",
     "save_pretrained": "shardwright.checkpoint.save",
 }
+_MODULES = ("errors", "estimate", "losses", "verify")
 
 __all__ = [
     "ParallelConfig",
@@ -40,6 +44,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'shardwright' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_MODULES, "__version__"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,10 +21,11 @@ from shardwright.distributed.steps import parallelize_with_fsdp2, parallelize_wi
 from shardwright.errors import ConfigError
 
 logger = logging.getLogger(__name__)
+_Model = TypeVar("_Model", bound=nn.Module)
 _HALF = (torch.float16, torch.bfloat16)
 
 
-def parallelize(model: nn.Module, config: ParallelConfig, mesh: DeviceMesh | None = None) -> nn.Module:
+def parallelize(model: _Model, config: ParallelConfig, mesh: DeviceMesh | None = None) -> _Model:
     """Spread ``model`` over the ranks as ``config`` says, in place.
 
     Start the ranks (``torchrun``), build the same model on each (on a device or on ``meta``), call this, then make an
@@ -58,7 +60,8 @@ def parallelize(model: nn.Module, config: ParallelConfig, mesh: DeviceMesh | Non
         return model  # the package's wrapper stands behind its forward
     # Without anything to shard, a settled precision says whether there is anything to cast.
     fsdp2 = wants_fsdp2(config, axis(mesh, AVERAGED).size())
-    return parallelize_with_fsdp2(model, mesh, config, mp_policy=mixed_precision(config.precision) if fsdp2 else None)
+    parallelize_with_fsdp2(model, mesh, config, mp_policy=mixed_precision(config.precision) if fsdp2 else None)
+    return model
 
 
 def mixed_precision(precision: Precision) -> MixedPrecisionPolicy:

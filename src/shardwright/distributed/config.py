@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from math import inf, lcm, prod
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from shardwright.errors import ConfigError
 
@@ -85,6 +85,16 @@ FLOAT32 = Precision(param="float32", reduce="float32", output="float32")
 BF16_MIXED = Precision(param="bfloat16", reduce="float32", output="float32")
 PRECISIONS = {"model": Precision(), "float32": FLOAT32, "bf16": BF16_MIXED}
 
+if TYPE_CHECKING:
+
+    class _Precision:
+        """To a type checker: given as a name, a mapping or a :class:`Precision`, and read as the last."""
+
+        def __get__(self, config: object, owner: type | None = None) -> Precision: ...
+        def __set__(self, config: object, value: Precision | str | Mapping[str, str]) -> None: ...
+else:
+    _Precision = Precision
+
 
 @dataclass(frozen=True)
 class Degrees:
@@ -149,7 +159,7 @@ class ParallelConfig(_Named):
     ep: int = 1
     sequence_parallel: bool = False
     engine: str = "fsdp2"
-    precision: Precision = field(default_factory=Precision)
+    precision: _Precision = field(default_factory=Precision)  # type: ignore[assignment]
     activation_checkpointing: str = "none"
     compile: bool | str = False
     reshard_after_forward: str = "default"

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from shardwright.distributed.apply.guards.fresh import Parallelized, parallelized_model
 from shardwright.distributed.runtime.layout import whole
 from shardwright.errors import ConfigError, UnsupportedError
+from shardwright.hf.arguments import check_degrees
 from shardwright.hf.gathering import gather, gather_objects, plain, reduce
 
 _ITS_OWN = {
     DistributedType.DEEPSPEED: "DeepSpeed",
-    DistributedType.FSDP: "accelerate's own FSDP",
+    DistributedType.FSDP: "its own FSDP",
     DistributedType.MEGATRON_LM: "Megatron-LM",
 }
 
@@ -169,30 +170,12 @@ def _check(accelerator: Accelerator, on: Parallelized) -> None:
             "fp16 mixed precision scales the loss by gradients that each rank sees a part of. Use bf16=True "
             "(mixed_precision='bf16') or ParallelConfig(precision=...)."
         )
-    _check_degrees(accelerator, on)
+    check_degrees(accelerator.parallelism_config, on)
     if accelerator._dataloaders and (on.batches is None or on.batches.size() != world):
         raise ConfigError(
             "A data loader was prepared before the model, so its batches were dealt to all ranks; this model's mesh "
             "has ranks that share a batch. Prepare the model first, or everything at once: accelerator.prepare(model, "
             "optimizer, loader, scheduler)."
-        )
-
-
-def _check_degrees(accelerator: Accelerator, on: Parallelized) -> None:
-    asked = accelerator.parallelism_config
-    if asked is None:
-        return
-    names = on.mesh.mesh_dim_names or ()
-    sizes = {name: on.mesh.size(place) for place, name in enumerate(names)}
-    degrees = {
-        "dp_replicate": asked.dp_replicate_size, "dp_shard": asked.dp_shard_size, "cp": asked.cp_size,
-        "tp": asked.tp_size, "sp": asked.sp_size,
-    }  # fmt: skip
-    wrong = [f"{name}_size={size}" for name, size in degrees.items() if size not in (1, sizes.get(name, 1))]
-    if wrong:
-        raise ConfigError(
-            f"parallelism_config says {', '.join(wrong)}, but the model is sharded on {on.mesh}. Leave "
-            "parallelism_config out: the model's mesh says it all."
         )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from accelerate import ParallelismConfig
+
 from shardwright.distributed.apply.guards.fresh import Parallelized
 from shardwright.errors import ConfigError
 
@@ -13,6 +15,7 @@ def check_arguments(args: Any, on: Parallelized) -> None:
     for name, what in _ALWAYS.items():
         if getattr(args, name, None):
             raise ConfigError(f"{name}={getattr(args, name)!r} does not work on a sharded model. {what}")
+    check_degrees(getattr(args, "parallelism_config", None), on)
     shared = on.batches is None or on.batches.size() < on.mesh.size()
     if not shared:
         return
@@ -22,9 +25,34 @@ def check_arguments(args: Any, on: Parallelized) -> None:
             raise ConfigError(f"{name}={value!r} does not work where ranks share a batch, as on {on.mesh}. {what}")
 
 
+def check_degrees(asked: ParallelismConfig | None, on: Parallelized) -> None:
+    """Raise ConfigError where accelerate's ``ParallelismConfig`` is not the mesh that the model is on."""
+    if asked is None:
+        return
+    sizes = mesh_sizes(on)
+    degrees = {
+        "dp_replicate": asked.dp_replicate_size, "dp_shard": asked.dp_shard_size, "cp": asked.cp_size,
+        "sp": asked.sp_size, "tp": asked.tp_size,
+    }  # fmt: skip
+    wrong = [f"{name}_size={size}" for name, size in degrees.items() if size not in (1, sizes.get(name, 1))]
+    if wrong:
+        raise ConfigError(
+            f"parallelism_config says {', '.join(wrong)}, but the model is sharded on {on.mesh}. Leave it out: the "
+            "model's mesh says it all."
+        )
+
+
+def mesh_sizes(on: Parallelized) -> dict[str, int]:
+    """Axis -> ranks along it."""
+    return {name: on.mesh.size(place) for place, name in enumerate(on.mesh.mesh_dim_names or ())}
+
+
+_TWICE = "It is sharded by Shardwright already. Leave the argument out, or pass a model that is not parallelized."
 _CAST = "Parameters cannot be cast in place. Compute in another dtype with ParallelConfig(precision=...)."
 # Argument -> what to do instead. They are the names of transformers 5.17 to 5.23; one that is not there is not set.
 _ALWAYS = {
+    "fsdp": _TWICE,
+    "deepspeed": _TWICE,
     "use_liger_kernel": (
         "It puts kernels into a model that is sharded already. Apply Liger's kernels to the model first, parallelize "
         "it last; tensor parallelism refuses them."

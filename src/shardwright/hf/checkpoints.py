@@ -34,6 +34,7 @@ from shardwright.checkpoint.together import all_here, barrier, rank_and_world, s
 from shardwright.distributed.apply.guards.fresh import Parallelized
 from shardwright.distributed.runtime.layout import whole
 from shardwright.errors import CheckpointError, UnsupportedError
+from shardwright.hf.arguments import mesh_sizes
 
 log = logging.getLogger(__name__)
 
@@ -134,18 +135,12 @@ def saved_mesh(folder: Path) -> dict[str, int] | None:
     return found
 
 
-def mesh_sizes(on: Parallelized) -> dict[str, int]:
-    """Axis -> ranks along it."""
-    return {name: on.mesh.size(place) for place, name in enumerate(on.mesh.mesh_dim_names or ())}
-
-
-def check_optimizer(optimizer: Any) -> None:
-    """Raise UnsupportedError for an optimizer that cannot work on sharded parameters."""
-    inner = plain_optimizer(optimizer)
-    package = type(inner).__module__.partition(".")[0]
+def check_optimizer(cls: type[Any]) -> None:
+    """Raise UnsupportedError for a class of optimizers that cannot work on sharded parameters."""
+    package = cls.__module__.partition(".")[0]
     if package in _KERNELS:
         raise UnsupportedError(
-            f"{type(inner).__name__} of {package} works on whole tensors, and the parameters are sharded. Use torch's "
+            f"{cls.__name__} of {package} works on whole tensors, and the parameters are sharded. Use torch's "
             "optimizers, for example optim='adamw_torch_fused': its state is sharded along with the parameters."
         )
 

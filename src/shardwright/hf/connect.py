@@ -71,6 +71,8 @@ def _becoming_sharded(self: Any, method: Callable[..., Any], *args: Any, **kwarg
     if isinstance(model, nn.Module) and parallelized_model(model) is not None:
         trainer.become_sharded(self)
     method(self, *args, **kwargs)
+    if isinstance(self, trainer.ShardedTrainer):
+        self.finish_init()
 
 
 class _WhenImported(MetaPathFinder, Loader):

@@ -10,7 +10,8 @@ from shardwright.distributed.apply.guards.fresh import Parallelized
 from shardwright.distributed.axes import AXES
 from shardwright.distributed.mesh import axis_or_none
 from shardwright.distributed.runtime.random_states import share_states
-from shardwright.hf.checkpoints import mesh_sizes, saved_mesh
+from shardwright.hf.arguments import mesh_sizes
+from shardwright.hf.checkpoints import saved_mesh
 
 
 def load_random_states(folder: Path, on: Parallelized, load: Callable[[str], Any]) -> None:

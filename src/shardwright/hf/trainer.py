@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME, Trainer
 
 from shardwright.distributed.apply.guards.fresh import Parallelized, parallelized_model
+from shardwright.distributed.runtime.forward import original_class
 from shardwright.hf import checkpoints
 from shardwright.hf.accelerator import adopt
 from shardwright.hf.arguments import check_arguments
@@ -30,11 +32,20 @@ class ShardedTrainer(Trainer):
 
     model: Any
     lr_scheduler: Any
+    label_smoother: Any
+
+    def finish_init(self) -> None:
+        """Called at the end of ``Trainer.__init__``."""
+        if self.label_smoother is not None:
+            model = self.accelerator.unwrap_model(self.model)
+            inner = model.get_base_model() if "peft_config" in vars(model) else model
+            causal = original_class(inner).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+            self.label_smoother = _LabelSmoother(self.label_smoother.epsilon, causal)
 
     def create_accelerator_and_postprocess(self) -> None:
-        super().create_accelerator_and_postprocess()
         on = self._parallelized()
         check_arguments(self.args, on)
+        super().create_accelerator_and_postprocess()
         adopt(self.accelerator, on)
         self.gather_function = partial(
             self.accelerator.gather_for_metrics, use_gather_object=self.args.eval_use_gather_object
@@ -50,9 +61,12 @@ class ShardedTrainer(Trainer):
             super()._move_model_to_device(model, device)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        optimizer = super().create_optimizer(*(() if model is None else (model,)))
-        checkpoints.check_optimizer(optimizer)
-        return optimizer
+        if self.optimizer is not None:
+            cls: Any = type(checkpoints.plain_optimizer(self.optimizer))
+        else:
+            cls, _ = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        checkpoints.check_optimizer(cls)
+        return super().create_optimizer(*(() if model is None else (model,)))
 
     # How large a batch is: to the accelerator, ranks that share a batch are one process.
 
@@ -131,6 +145,31 @@ class ShardedTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             load_random_states(Path(checkpoint), self._parallelized(), super()._load_rng_state)
+
+
+class _LabelSmoother:
+    """Trainer's, by torch's own cross entropy, which runs on logits that are sharded on the vocabulary.
+
+    Trainer asks for shifted labels by the name of the model's class, which FSDP2 puts a prefix before.
+    """
+
+    def __init__(self, epsilon: float, causal: bool) -> None:
+        self.epsilon = epsilon
+        self._causal = causal
+
+    def __call__(self, output: Any, labels: Tensor, shift_labels: bool = False, num_items_in_batch: Any = None) -> Any:
+        logits = output["logits"] if isinstance(output, dict) else output[0]
+        if self._causal or shift_labels:
+            logits, labels = logits[..., :-1, :], labels[..., 1:]
+        loss = nn.functional.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]),
+            labels.reshape(-1),
+            ignore_index=_IGNORED,
+            reduction="sum",
+            label_smoothing=self.epsilon,
+        )
+        counted = (labels != _IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        return loss / counted
 
 
 def become_sharded(trainer: Trainer) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -22,6 +24,7 @@ __all__ = [
     "make_from_config",
     "names_missing_by_design",
     "names_not_saved",
+    "one_document_in_each_row",
     "own_initialiser",
     "own_tp_plan",
     "set_attention",
@@ -74,6 +77,19 @@ def set_attention(config: PreTrainedConfig, name: str) -> None:
 def set_experts_implementation(config: PreTrainedConfig, name: str) -> None:
     """Choose how experts are computed; the model's own method passes over the towers of some models."""
     config._experts_implementation = name
+
+
+@contextmanager
+def one_document_in_each_row(masking_utils: Any) -> Iterator[None]:
+    """Inside, the positions of tensors without values are taken for those of one document in each row.
+
+    Otherwise transformers makes a mask for several documents, because it cannot look.
+
+    Args:
+        masking_utils: the module ``transformers.masking_utils``.
+    """
+    with patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None):
+        yield
 
 
 # Weights in files

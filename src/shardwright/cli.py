@@ -97,6 +97,40 @@ def plan(model: str, weights: str, save: Path | None, as_json: bool, **degrees: 
 
 @main.command()
 @click.argument("model")
+@click.argument("layout", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--gpus", required=True, type=click.IntRange(1), help="How many, one for each rank.")
+@click.option("--gpu", required=True, help="A device, such as h100-80gb, or a YAML file that describes one.")
+@click.option("--seq-len", required=True, type=int, help="Tokens of a sequence.")
+@click.option("--batch-size", default=1, show_default=True, help="Sequences of a micro-batch, on each data-parallel "
+              "rank.")  # fmt: skip
+@click.option("--accumulation", default=1, show_default=True, help="Micro-batches of a step.")
+@click.option("--optimizer", default="adamw", show_default=True, help="adamw, adamw_fused, adamw_8bit, adafactor, sgd, "
+              "sgd_momentum, muon ...")  # fmt: skip
+@click.option("--weights", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True,
+              help="Dtype in which parameters, gradients and the optimizer's state are kept.")  # fmt: skip
+@click.option("--lora", default=0, help="Rank of LoRA adapters on all linear layers; the rest is frozen.")
+@click.option("--network", default="ib-ndr", show_default=True, help="The fabric between nodes.")
+@click.option("--gpus-per-node", type=click.IntRange(1), help="Instead of what is usual for the device.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def estimate(
+    model: str, layout: tuple[str, ...], seq_len: int, batch_size: int, accumulation: int, optimizer: str,
+    **machine: Any,
+) -> None:  # fmt: skip
+    """Say whether training MODEL fits, and what it takes. Needs no GPU and no weights.
+
+    MODEL is a checkpoint folder, a config.json, or a model type of transformers such as qwen3. KEY=VALUE is any setting
+    of the sharding, for example tp=8 sequence_parallel=true activation_checkpointing=full. Weights are kept in float32
+    and a step computes in bfloat16 unless --weights and precision=... say otherwise.
+    """
+    from shardwright.estimate.estimate_command import parse_layout, run
+    from shardwright.estimate.workload import Workload
+
+    workload = Workload(seq_len, batch_size, accumulation, optimizer)
+    run(model, parse_layout(layout, {"precision": "bf16"}), workload, **machine)
+
+
+@main.command()
+@click.argument("model")
 @click.option("--tp", default=1, show_default=True, help="Tensor-parallel ranks.")
 @click.option("--dp-shard", default=1, show_default=True, help="Ranks that the engine shards over.")
 @click.option("--dp-replicate", default=1, show_default=True, help="Replicas of the sharded model (HSDP).")

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from math import prod
 from typing import Any
 
-import torch
-
-from shardwright.distributed.config import ParallelConfig, Precision
-from shardwright.distributed.planning.decided import DecidedPlan, innermost
+from shardwright.distributed.config import ParallelConfig
+from shardwright.distributed.planning.decided import DecidedPlan
 from shardwright.distributed.planning.layout import ParameterLayout
+from shardwright.estimate.units import unit_bytes
 
 
 @dataclass(frozen=True)
@@ -42,31 +40,16 @@ class Gathering:
         return asdict(self)
 
 
-@dataclass
-class _Unit:
-    gathered: int = 0  # bytes of the parameters
-    gather: int = 0  # bytes that a rank sends to gather it, padded where ranks have uneven parts
-    trained: bool = False
-    reduce: int = 0  # bytes that it sends to reduce its gradients, padded too
-
-
 def predict_gathering(
     layouts: Iterable[ParameterLayout], decided: DecidedPlan, config: ParallelConfig
 ) -> Gathering | None:
-    """The gathers of FSDP2's units under ``config``; None where FSDP2 has no part in it.
-
-    Parameters of one dtype per unit are taken for granted; FSDP2 gathers others apart.
-    """
+    """The gathers of FSDP2's units under ``config``; None where FSDP2 has no part in it."""
     plan = decided.data
     if plan is None:
         return None
-    units = {unit.modules[0]: _Unit() for unit in plan.units}
-    unit_of = {name: unit.modules[0] for unit in plan.units for name in unit.modules}
-    for layout in layouts:
-        _add(layout, units[unit_of[innermost(layout.module, unit_of)]], config)
-    used = {name: unit for name, unit in units.items() if unit.gathered}
+    used = {name: unit for name, unit in unit_bytes(layouts, plan, config).items() if unit.gathered}
     stay = {unit.modules[0] for unit in plan.units if not unit.reshard_after_forward} & set(used)
-    sent = sum(unit.reduce + unit.gather * (1 if name in stay else 2) for name, unit in used.items())
+    sent = sum(unit.sent_reducing + unit.sent_gathering * (1 if name in stay else 2) for name, unit in used.items())
     return Gathering(
         units=len(used),
         kept=len(stay & set(decided.blocks)),
@@ -74,18 +57,6 @@ def predict_gathering(
         largest_bytes=max((unit.gathered for unit in used.values()), default=0),
         forward_gathers=len(used),
         backward_gathers=len(used) - len(stay),
-        reduces=sum(unit.trained for unit in used.values()),
+        reduces=sum(unit.gradients > 0 for unit in used.values()),
         sent=sent,
     )
-
-
-def _add(layout: ParameterLayout, unit: _Unit, config: ParallelConfig) -> None:
-    """Add a parameter to its unit."""
-    casts = config.precision != Precision()
-    compute = getattr(torch, config.precision.param) if casts else layout.dtype
-    reduce = getattr(torch, config.precision.reduce) if casts else layout.dtype
-    sent = prod(layout.local_shape(config.dp_shard)) * (layout.data_parallel(config.dp_shard) - 1)
-    unit.gathered += layout.gathered_numel * compute.itemsize
-    unit.gather += sent * compute.itemsize
-    unit.reduce += sent * reduce.itemsize if layout.trained else 0
-    unit.trained |= layout.trained

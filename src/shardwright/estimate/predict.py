@@ -137,8 +137,8 @@ def predict(model: Model, config: ParallelConfig, *, weights: str = "float32") -
     built = model if isinstance(model, nn.Module) else build_on_meta(load_config(model), dtype=getattr(torch, weights))
     reading = ModelReading(built)
     weights_of = parameter_layouts(reading, None).values()
-    settled = config.with_(precision=config.precision.settled(_dtypes(weights_of)))
-    decided = _decided(reading, settled)
+    settled = config.with_(precision=config.precision.settled(dtypes_of(weights_of)))
+    decided = decided_plan(reading, settled, always_plan=True)
     plan, resolved = decided.plan, decided.tensor
     assert plan is not None, "one was asked for"
     assert resolved is not None
@@ -149,7 +149,7 @@ def predict(model: Model, config: ParallelConfig, *, weights: str = "float32") -
         plan=plan,
         decided=decided,
         config=config,
-        weights=", ".join(_dtypes(layouts)),
+        weights=", ".join(dtypes_of(layouts)),
         blocks=dict(Counter(numbers_to_globs(name) for name in reading.blocks)),
         rows=tuple(module_rows(built, plan, resolved, layouts, settled)),
         parameters=sum(layout.numel for layout in layouts),
@@ -167,7 +167,7 @@ def predict(model: Model, config: ParallelConfig, *, weights: str = "float32") -
 _WHOLE = torch.distributed.tensor.Replicate()
 
 
-def _dtypes(layouts: Iterable[ParameterLayout]) -> list[str]:
+def dtypes_of(layouts: Iterable[ParameterLayout]) -> list[str]:
     """The dtypes that the parameters are kept in, the commonest first."""
     counts: Counter[torch.dtype] = Counter()
     for layout in layouts:
@@ -184,11 +184,16 @@ def _attributes(resolved: ResolvedPlan) -> dict[str, dict[str, int]]:
 
 
 def _compute_dtype(layouts: Iterable[ParameterLayout], config: ParallelConfig) -> torch.dtype:
-    return getattr(torch, _dtypes(layouts)[0] if config.precision == Precision() else config.precision.param)
+    return getattr(torch, dtypes_of(layouts)[0] if config.precision == Precision() else config.precision.param)
 
 
-def _decided(reading: ModelReading, config: ParallelConfig) -> DecidedPlan:
-    """What ``shardwright.parallelize`` would decide on so many ranks."""
+def decided_plan(reading: ModelReading, config: ParallelConfig, *, always_plan: bool = False) -> DecidedPlan:
+    """What :func:`shardwright.parallelize` would decide on so many ranks.
+
+    Args:
+        config: with all degrees and the precision settled.
+        always_plan: choose a tensor-parallel plan with one rank, too, for a report.
+    """
     fsdp2 = wants_fsdp2(config, config.dp_replicate * config.dp_shard * config.cp)
     dtype = None if config.precision == Precision() else getattr(torch, config.precision.param)
     own = unit_names(reading) if config.engine == "megatron_fsdp" else []
@@ -199,7 +204,7 @@ def _decided(reading: ModelReading, config: ParallelConfig) -> DecidedPlan:
         ep=config.ep,
         fsdp2=fsdp2,
         compute_dtype=dtype,
-        always_plan=True,
+        always_plan=always_plan,
         own_units=own,
     )
 

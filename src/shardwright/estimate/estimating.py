@@ -1,0 +1,169 @@
+"""``estimate``: memory, traffic and speed of one layout on one kind of machine, as data."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from shardwright.distributed.config import DTYPES, ParallelConfig
+from shardwright.distributed.models.build import build_on_meta, load_config
+from shardwright.distributed.replay.reading import ModelReading
+from shardwright.errors import ConfigError, UnsupportedError
+from shardwright.estimate.hardware import Machine
+from shardwright.estimate.overheads import Overheads, overheads
+from shardwright.estimate.peak import Moment, peak
+from shardwright.estimate.predict import Model
+from shardwright.estimate.step_memory import step_moments
+from shardwright.estimate.subject import Subject
+from shardwright.estimate.trace.tracer import Tracer
+from shardwright.estimate.workload import Workload
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a step of one layout takes on one rank: the first, which has the most where parts are uneven.
+
+    Attributes:
+        model: the model's class name.
+        config: the layout, all degrees filled in.
+        moments: of a step, with their bytes.
+        overheads: what the device holds beside tensors.
+        parameters: of the whole model.
+        why_formula: why the activations come from a formula rather than from a trace; empty where they do not.
+    """
+
+    model: str
+    config: ParallelConfig
+    workload: Workload
+    machine: Machine
+    parameters: int
+    moments: tuple[Moment, ...]
+    overheads: Overheads
+    why_formula: str = ""
+
+    @property
+    def peak(self) -> Moment:
+        """The moment with the most bytes."""
+        return peak(self.moments)
+
+    @property
+    def memory(self) -> int:
+        """Bytes that are needed on the device, overheads included."""
+        return self.peak.total + self.overheads.total
+
+    @property
+    def free(self) -> int:
+        """Bytes of the device that are left; below zero where the layout does not fit."""
+        return self.machine.device.memory - self.memory
+
+    @property
+    def fits(self) -> bool:
+        return self.free >= 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data, for JSON."""
+        at = self.peak
+        return {
+            "model": self.model,
+            "parameters": self.parameters,
+            "sharding": self.config.to_dict(),
+            "workload": self.workload.to_dict(),
+            "gpu": self.machine.key,
+            "ranks": self.config.least_world_size,
+            "fits": self.fits,
+            "memory": {
+                "device": self.machine.device.memory,
+                "needed": self.memory,
+                "free": self.free,
+                "tensors": at.total,
+                "peak": {"phase": at.phase, "where": at.where or "outside of the blocks", "parts": dict(at.parts)},
+                "context": self.overheads.context,
+                "communicators": self.overheads.communicators,
+                "fragmentation": self.overheads.fragmentation,
+            },
+            "activations_from": self.why_formula or "trace",
+        }
+
+
+def read_model(model: Model, weights: str, lora: int = 0) -> ModelReading:
+    """The model on meta, read for estimates.
+
+    Args:
+        weights: dtype that the parameters are kept in; a model's own counts where ``model`` is one.
+        lora: rank of adapters on all linear layers, everything else frozen; 0: all of the model is trained.
+
+    Raises:
+        ConfigError: there is no such model; adapters without peft.
+    """
+    if weights not in DTYPES:
+        raise ConfigError(f"weights is {weights!r}; it must be one of {', '.join(DTYPES)}.")
+    built = model if isinstance(model, nn.Module) else build_on_meta(load_config(model), dtype=getattr(torch, weights))
+    return ModelReading(_with_adapters(built, lora) if lora else built)
+
+
+def _with_adapters(model: nn.Module, rank: int) -> nn.Module:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ConfigError("LoRA adapters need peft: pip install 'shardwright[peft]'.") from error
+    adapters: Any = LoraConfig(r=rank, target_modules="all-linear")
+    with torch.device("meta"):
+        made: nn.Module = get_peft_model(model, adapters, autocast_adapter_dtype=False)
+    return made
+
+
+def estimate(
+    reading: ModelReading,
+    config: ParallelConfig,
+    workload: Workload,
+    machine: Machine,
+    *,
+    gpus: int,
+    tracer: Tracer | None = None,
+) -> Estimate:
+    """What a step takes. Nothing is run on a device and no weight is allocated.
+
+    Args:
+        config: ``dp_shard=-1`` takes the ranks that are left.
+        gpus: how many ranks.
+        tracer: to share traces between estimates of one model.
+
+    Raises:
+        ConfigError, PlanError: what :func:`shardwright.parallelize` would refuse, with the same message.
+        UnsupportedError: context parallelism, Megatron-FSDP.
+    """
+    if config.cp > 1:
+        raise UnsupportedError(f"cp is {config.cp}: context parallelism is not supported yet. Use cp=1.")
+    if config.ep > 1:
+        raise UnsupportedError(
+            f"ep is {config.ep}: how many tokens travel to each expert is only known when a model runs, so this is not "
+            "estimated yet. shardwright plan shows what each rank keeps. Estimate with ep=1."
+        )
+    if config.engine != "fsdp2":
+        raise UnsupportedError(
+            f"The peak of a step under {config.engine} is not known here; shardwright plan shows what it keeps between "
+            "steps. Estimate with engine=fsdp2, which keeps as much or less."
+        )
+    subject = Subject.of(reading, config, gpus)
+    traced = (tracer or Tracer()).trace(subject, workload.batch_size, workload.seq_len)
+    found = step_moments(subject, workload, traced.parts)
+    return Estimate(
+        model=type(reading.model).__name__,
+        config=subject.config,
+        workload=workload,
+        machine=machine,
+        parameters=sum(layout.numel for layout in subject.layouts),
+        moments=tuple(found),
+        overheads=overheads(subject.config, peak(found).total),
+        why_formula=traced.why_not,
+    )
+
+
+def largest_parts(parts: Mapping[str, int]) -> list[tuple[str, int]]:
+    """The parts of a moment, the largest first, without those that are empty."""
+    return [(name, size) for name, size in Counter(parts).most_common() if size]

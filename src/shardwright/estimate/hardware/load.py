@@ -1,0 +1,171 @@
+"""Reading the files of devices and fabrics."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from shardwright.errors import ConfigError
+
+_FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Efficiencies:
+    """The shares of their peaks that kernels reach.
+
+    Attributes:
+        matmul: of the dense peak, for large products.
+        attention: of the dense peak, forward.
+        attention_backward: of the dense peak.
+        memory: of the memory bandwidth.
+        fused: the share of the bytes of memory-bound kernels that is left where blocks are compiled.
+        launch_us: microseconds of the host for each kernel.
+    """
+
+    matmul: float
+    attention: float
+    attention_backward: float
+    memory: float
+    fused: float
+    launch_us: float
+
+
+@dataclass(frozen=True)
+class Device:
+    """One kind of accelerator.
+
+    Attributes:
+        memory_mib: what the driver shows.
+        teraflops: dense peak by dtype.
+        memory_gb_per_s: of its own memory.
+        fabric: that joins the devices of a node.
+        gpus_per_node: how many there are.
+        source: where the numbers come from.
+        efficiencies: measured on this device (``shardwright calibrate``); None: those of the package.
+        dollars_per_hour: for one device; None where nobody said.
+    """
+
+    name: str
+    memory_mib: int
+    teraflops: Mapping[str, float]
+    memory_gb_per_s: float
+    fabric: str
+    gpus_per_node: int
+    source: str
+    efficiencies: Efficiencies | None = None
+    dollars_per_hour: float | None = None
+
+    @property
+    def memory(self) -> int:
+        """Bytes."""
+        return self.memory_mib * 2**20
+
+    def peak(self, dtype: str) -> float:
+        """Floating-point operations a second of dense products; float32 products run in full precision."""
+        return self.teraflops.get(dtype, self.teraflops["float32"]) * 1e12
+
+
+@dataclass(frozen=True)
+class Fabric:
+    """What joins devices.
+
+    Attributes:
+        gb_per_s: of one device, in one direction.
+        latency_us: of one step of a ring.
+        efficiency: the share of ``gb_per_s`` that large collectives reach.
+        source: where the numbers come from.
+    """
+
+    name: str
+    gb_per_s: float
+    latency_us: float
+    efficiency: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A device, and the fabrics inside and between nodes."""
+
+    key: str
+    device: Device
+    inside: Fabric
+    between: Fabric
+    efficiencies: Efficiencies
+
+
+def known_devices() -> list[str]:
+    """The names that :func:`load_machine` knows."""
+    return sorted(path.stem for path in (_FOLDER / "devices").glob("*.yaml"))
+
+
+def load_machine(device: str, *, network: str = "ib-ndr", gpus_per_node: int | None = None) -> Machine:
+    """A device by name, or by the path of a file of the same form.
+
+    Args:
+        network: the fabric between nodes, by name or path.
+        gpus_per_node: instead of the device's own.
+
+    Raises:
+        ConfigError: there is no such device or fabric, or its file is not of that form.
+    """
+    found = _device(device)
+    if gpus_per_node is not None:
+        found = replace(found, gpus_per_node=gpus_per_node)
+    own = found.efficiencies
+    efficiencies = own if own is not None else _made(Efficiencies, _read(_FOLDER / "efficiencies.yaml"), "efficiencies")
+    return Machine(Path(device).stem, found, _fabric(found.fabric), _fabric(network), efficiencies)
+
+
+def _device(name: str) -> Device:
+    data = _read(_path("devices", name))
+    if isinstance(data.get("efficiencies"), Mapping):
+        data["efficiencies"] = _made(Efficiencies, data["efficiencies"], name)
+    return _made(Device, data, name)
+
+
+def _fabric(name: str) -> Fabric:
+    return _made(Fabric, _read(_path("fabrics", name)), name)
+
+
+def _path(kind: str, name: str) -> Path:
+    if name.endswith((".yaml", ".yml")):
+        if not Path(name).is_file():
+            raise ConfigError(f"There is no file {name} (looked from {Path.cwd()}).")
+        return Path(name)
+    path = _FOLDER / kind / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(each.stem for each in (_FOLDER / kind).glob("*.yaml"))
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise ConfigError(
+            f"There is no {kind[:-1]} {name!r}.{hint} Known: {', '.join(known)}. For another one pass the path of a "
+            "YAML file with the same keys, or measure it with shardwright calibrate."
+        )
+    return path
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} must be a mapping of keys to values.")
+    return data
+
+
+def _made(cls: type[Any], data: Mapping[str, Any], name: str) -> Any:
+    known = {field.name for field in fields(cls)}
+    if unknown := set(data) - known:
+        raise ConfigError(f"{name} has unknown key(s) {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}.")
+    try:
+        return cls(**data)
+    except TypeError as error:
+        raise ConfigError(f"{name} lacks keys that a {cls.__name__.lower()} needs: {error}.") from error

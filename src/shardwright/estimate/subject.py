@@ -1,0 +1,71 @@
+"""What an estimate is about: a model that has been read, and what is decided for it under a config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from shardwright.distributed.config import ParallelConfig, Precision
+from shardwright.distributed.planning.decided import DecidedPlan
+from shardwright.distributed.planning.layout import ParameterLayout, parameter_layouts
+from shardwright.distributed.replay.reading import ModelReading
+from shardwright.estimate.predict import decided_plan, dtypes_of
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under one config.
+
+    Attributes:
+        config: with all degrees and the precision settled.
+        decided: what :func:`shardwright.parallelize` would do.
+        layouts: of its parameters, in the model's order.
+    """
+
+    reading: ModelReading
+    config: ParallelConfig
+    decided: DecidedPlan
+    layouts: tuple[ParameterLayout, ...] = field(repr=False)
+
+    @classmethod
+    def of(cls, reading: ModelReading, config: ParallelConfig, ranks: int) -> Subject:
+        """The model on so many ranks.
+
+        Raises:
+            ConfigError, PlanError, UnsupportedError: as :func:`shardwright.parallelize`.
+        """
+        degrees = config.degrees(ranks)
+        whole = parameter_layouts(reading, None).values()
+        settled = config.with_(dp_shard=degrees.dp_shard, precision=config.precision.settled(dtypes_of(whole)))
+        decided = decided_plan(reading, settled)
+        return cls(
+            reading, settled, decided, tuple(parameter_layouts(reading, decided.tensor, decided.experts).values())
+        )
+
+    @cached_property
+    def compute(self) -> torch.dtype:
+        """The dtype that a step computes in."""
+        precision = self.config.precision
+        return getattr(torch, dtypes_of(self.layouts)[0] if precision == Precision() else precision.param)
+
+    @property
+    def cast(self) -> torch.dtype | None:
+        """The dtype that parameters are cast to for a step; None where nothing is."""
+        return None if self.config.precision == Precision() else self.compute
+
+    @property
+    def output(self) -> torch.dtype | None:
+        """The dtype that outputs are cast to; None where they are not."""
+        precision = self.config.precision
+        return None if precision == Precision() else getattr(torch, precision.output)
+
+    @property
+    def ranks(self) -> int:
+        return self.config.least_world_size
+
+    @property
+    def data_parallel(self) -> int:
+        """Ranks that work on batches of their own."""
+        return self.config.dp_shard * self.config.dp_replicate

@@ -1,0 +1,132 @@
+"""How many bytes of tensors are alive, and which kernels run, segment by segment of a step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from shardwright.estimate.trace.kernels import Kernel, Sending, kernel_of, sending_of
+
+_GROUPED = torch.ops.aten._grouped_mm.default
+_VALUE = torch.ops.aten._local_scalar_dense.default
+
+
+@dataclass
+class Segment:
+    """What happens between two moments of a step on one rank.
+
+    Attributes:
+        name: what runs: a block's name, or ``""`` for what lies between blocks.
+        backward: in backward rather than in forward.
+        delta: bytes that are alive at its end and were not at its beginning; gradients of parameters left out.
+        peak: the most bytes alive in it, above those alive at its beginning, gradients of its parameters included.
+        gradients: bytes of gradients that parameters hold at its end and did not at its beginning.
+        input: bytes of the first tensor that the block is given, in forward.
+        kernels: what it computes, and how often.
+        sent: the collectives of tensor parallelism in it, and how often.
+    """
+
+    name: str
+    backward: bool
+    delta: int = 0
+    peak: int = 0
+    gradients: int = 0
+    input: int = 0
+    kernels: Counter[Kernel] = field(default_factory=Counter)
+    sent: Counter[Sending] = field(default_factory=Counter)
+
+
+class Live(TorchDispatchMode):
+    """Follows the storages that operations inside make, and cuts time into segments.
+
+    Args:
+        gradients: bytes of the gradients that parameters hold at the moment.
+        tp: ranks of the collectives.
+    """
+
+    def __init__(self, gradients: Callable[[], int] = lambda: 0, tp: int = 1) -> None:
+        super().__init__()
+        self.segments: list[Segment] = []
+        self.peak = self.now = 0
+        self._gradients, self._tp = gradients, tp
+        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._start = self._start_gradients = 0
+        self._backward = False
+
+    def begin(self, name: str, *, backward: bool | None = None) -> None:
+        """End the running segment, and begin one."""
+        self._close()
+        self._backward = self._backward if backward is None else backward
+        self.segments.append(Segment(name, self._backward))
+        self._start, self._start_gradients = self.now, self._gradients()
+
+    def end(self) -> None:
+        """End the last segment."""
+        self._close()
+
+    def _close(self) -> None:
+        self._count()
+        if self.segments:
+            segment = self.segments[-1]
+            segment.gradients = self._gradients() - self._start_gradients
+            segment.delta = self.now - self._start - segment.gradients
+
+    def _count(self) -> None:
+        self._storages = {key: kept for key, kept in self._storages.items() if not kept[0].expired()}
+        self.now = sum(size for _, size in self._storages.values())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it turns into local operations, which come by here again
+        kwargs = kwargs or {}
+        if func is _VALUE:
+            return 0.0 if args[0].is_floating_point() else 0  # checks of values find nothing to object to
+        given = {_key(leaf) for leaf in tree_leaves((args, kwargs)) if _is_tensor(leaf)}
+        result = _result(func, args, kwargs)
+        for leaf in tree_leaves(result):
+            if _is_tensor(leaf):
+                self._take(leaf, given)
+        if self.segments:
+            segment = self.segments[-1]
+            segment.peak = max(segment.peak, self.now - self._start)
+            if (sending := sending_of(func, args, self._tp)) is not None:
+                segment.sent[sending] += 1
+            elif (kernel := kernel_of(func, args, kwargs, result)) is not None:
+                segment.kernels[kernel] += 1
+        return result
+
+    def _take(self, tensor: Tensor, given: set[int]) -> None:
+        key = _key(tensor)
+        if key in self._storages and not self._storages[key][0].expired():
+            return
+        if key in given:
+            return  # a view of what was there before
+        storage = tensor.untyped_storage()
+        self._storages[key] = (StorageWeakRef(storage), storage.nbytes())
+        self._count()
+        self.peak = max(self.peak, self.now)
+
+
+def _result(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if func is not _GROUPED or args[0].dtype == torch.bfloat16:
+        return func(*args, **kwargs)
+    # The fake kernel of grouped products knows bfloat16 alone.
+    halved = [arg.bfloat16() if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args]
+    return func(*halved, **kwargs).to(args[0].dtype)
+
+
+def _key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _is_tensor(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and not isinstance(leaf, DTensor) and leaf.device.type != "meta"

@@ -1,0 +1,71 @@
+"""``Tracer``: traces of one model, each made once."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+import torch.distributed as dist
+
+from shardwright.distributed.replay.record import CODE_ERRORS
+from shardwright.errors import ConfigError
+from shardwright.estimate.subject import Subject
+from shardwright.estimate.trace.formula import formula_parts
+from shardwright.estimate.trace.run import traced_step
+from shardwright.estimate.trace.short import shorten
+from shardwright.estimate.trace.whole import Part, whole_step
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Traced:
+    """The parts of one forward and backward.
+
+    Attributes:
+        why_not: why the model could not be traced, so that the parts come from a formula; empty where it could.
+    """
+
+    parts: tuple[Part, ...]
+    why_not: str = ""
+
+
+@dataclass
+class Tracer:
+    """Traces, kept by what they depend on."""
+
+    _made: dict[str, Traced] = field(default_factory=dict)
+
+    def trace(self, subject: Subject, rows: int, length: int) -> Traced:
+        """A forward and backward of ``rows`` sequences of ``length`` tokens on one rank.
+
+        Raises:
+            ConfigError: this process is a rank of a group already, and the trace needs one of its own.
+        """
+        if subject.config.tp > 1 and dist.is_initialized():
+            raise ConfigError(
+                "torch.distributed is initialised in this process, and an estimate with tensor parallelism makes a "
+                "group of its own. Ask for it in another process: shardwright estimate on the command line."
+            )
+        key = _key(subject, rows, length)
+        if key not in self._made:
+            self._made[key] = _traced(subject, rows, length)
+        return self._made[key]
+
+
+def _key(subject: Subject, rows: int, length: int) -> str:
+    """Everything of a config that a trace depends on, as text; the degrees of data parallelism are not among it."""
+    config, decided = subject.config, subject.decided
+    shown = (config.tp, config.sequence_parallel, config.plan, decided.recomputed, decided.activation_checkpointing)
+    return repr((rows, length, *shown, decided.tiles, subject.cast, subject.output))
+
+
+def _traced(subject: Subject, rows: int, length: int) -> Traced:
+    try:
+        short = shorten(subject.reading, subject.decided, subject.cast)
+        segments = traced_step(short, rows, length, output=subject.output)
+        return Traced(tuple(whole_step(short, segments)))
+    except CODE_ERRORS as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        logger.debug("%s cannot be traced: %s", type(subject.reading.model).__name__, reason)
+        return Traced(tuple(formula_parts(subject, rows * length)), reason)

@@ -123,4 +123,4 @@ def test_code_that_needs_values_gets_a_formula() -> None:
         peak(step_moments(subject, WORK, found.parts)).total
         for subject, found in zip(subjects, (formula, traced), strict=True)
     ]
-    assert peaks[0] == pytest.approx(peaks[1], rel=0.6)
+    assert 0.5 < peaks[0] / peaks[1] < 2

@@ -85,8 +85,8 @@ def print_estimate(found: Estimate, console: Console) -> None:
     console.print(table)
     if found.why_formula:
         console.print(
-            "[yellow]The activations come from a formula, which is off by up to 60 %[/]: the model's code cannot be run "
-            f"on tensors without values ({found.why_formula})."
+            "[yellow]The activations come from a formula, which is off by up to 60 %[/]: the model's code cannot be "
+            f"run on tensors without values ({found.why_formula})."
         )
 
 

@@ -7,7 +7,7 @@ CONSTRAINTS ?= constraints.txt
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install test test-oldest test-faults test-gpu lint dist zoo demo bench bench-peers bench-zoo bench-gpu clean
+.PHONY: install test test-oldest test-faults matrix fuzz test-gpu lint dist zoo demo bench bench-peers bench-zoo bench-gpu clean
 
 install: $(READY)
 
@@ -25,6 +25,14 @@ test-oldest:
 
 test-faults: install
 	$(BIN)/python -m pytest -m fault
+
+# Two hours on two cores; writes its tables into docs/checkpoints.md.
+matrix: install
+	$(BIN)/python tests/faults/matrix.py --write
+
+# 20,000 damaged files; a quarter of an hour.
+fuzz: install
+	$(BIN)/python tests/faults/fuzz.py
 
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu

@@ -3,27 +3,92 @@
 from __future__ import annotations
 
 import os
+import resource
+import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
 from shardwright import __version__
-from shardwright.errors import ShardwrightError
+from shardwright.errors import ConfigError, RunError, ShardwrightError, StoppedError, from_system
+from shardwright.untrusted import printable
 
 _SECONDS_FOR_RANK_0 = 3
+_LEAST_FILES = 64
+_LEAST_MEMORY = 2**30
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+class _SignalError(BaseException):
+    """A signal that ends this process. No ``Exception``: what runs is not meant to catch it."""
 
 
 class _Commands(click.Group):
     """A group that turns every :class:`ShardwrightError` into one paragraph on stderr and exit code 1."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except ShardwrightError as error:
-            tell(error)
-            ctx.exit(error.exit_code)
+        with _listening() as received:
+            try:
+                _require_limits()
+                return super().invoke(ctx)
+            except ShardwrightError as error:
+                told = error
+            except (KeyboardInterrupt, _SignalError):
+                told = StoppedError("Stopped by SIGINT.")
+            except Exception as error:
+                refused = from_system(error)
+                if refused is None and not received:
+                    raise
+                told = refused or RunError(str(error))
+        # Compiled code that is interrupted while it is imported raises errors of its own instead of the signal's.
+        told = StoppedError(f"Stopped by {received[0]}.") if received else told
+        tell(told)
+        ctx.exit(told.exit_code)
+
+
+def _require_limits() -> None:
+    """Raises ConfigError where torch could not even be imported, or would end the process without a word."""
+    for limit, least, what in (
+        (resource.RLIMIT_NOFILE, _LEAST_FILES, "files open at once (ulimit -n)"),
+        (resource.RLIMIT_AS, _LEAST_MEMORY, "bytes of address space (ulimit -v)"),
+    ):
+        allowed = resource.getrlimit(limit)[0]
+        if allowed != resource.RLIM_INFINITY and allowed < least:
+            raise ConfigError(
+                f"This process may have {allowed:,} {what}; at least {least:,} are needed. Raise the limit."
+            )
+
+
+@contextmanager
+def _listening() -> Iterator[list[str]]:
+    """Inside, a signal that would end this process without a word, and leave its folders behind, is raised as an error.
+
+    Not in a rank that another launcher has started: it may be told to end while it waits in compiled code. Signals that
+    this process was started to ignore, as by nohup, stay ignored.
+
+    Yields:
+        names of the signals that have come.
+    """
+    received: list[str] = []
+
+    def stop(number: int, _: Any) -> None:
+        received.append(signal.Signals(number).name)
+        raise _SignalError
+
+    started = not {"RANK", "SLURM_STEP_NUM_TASKS"} & os.environ.keys()
+    before = {number: signal.getsignal(number) for number in _SIGNALS} if started else {}
+    heard = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+    for number in heard:
+        signal.signal(number, stop)
+    try:
+        yield received
+    finally:
+        for number, handler in heard.items():
+            signal.signal(number, handler)
 
 
 def tell(error: ShardwrightError) -> None:
@@ -31,13 +96,11 @@ def tell(error: ShardwrightError) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from shardwright.train.place import place_from_environment
-
-    place = place_from_environment(os.environ)
-    if place is not None and place.rank != 0:
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
         time.sleep(_SECONDS_FOR_RANK_0)  # torchrun stops every rank when the first one ends
         return
-    Console(stderr=True).print(Text("Error: ", style="bold red").append(str(error), style="default"), soft_wrap=True)
+    text = Text("Error: ", style="bold red").append(printable(str(error)), style="default")
+    Console(stderr=True).print(text, soft_wrap=True)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -56,13 +119,9 @@ def train(config: Path, overrides: tuple[str, ...]) -> None:
 
     Starts as many local ranks as the config asks for, or uses those that torchrun or srun has started.
     """
-    from shardwright.train.config import load_config
+    from shardwright.train.start import start
 
-    settings = load_config(config, overrides)
-
-    from shardwright.train.launch import run
-
-    run(settings, os.environ)
+    start(config, overrides)
 
 
 @main.command()
@@ -164,11 +223,16 @@ def verify(
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--trust-remote-code", is_flag=True, help="Run the model's own code, which is in the checkpoint.")
-def export(checkpoint: Path, out: Path, trust_remote_code: bool) -> None:
+@click.option("--overwrite", is_flag=True, help="Replace in OUT what Shardwright wrote there; all else stays.")
+def export(checkpoint: Path, out: Path, trust_remote_code: bool, overwrite: bool) -> None:
     """Turn a training CHECKPOINT (or the newest of a run's folder) into a Hugging Face folder OUT. Needs no GPU."""
+    from shardwright.checkpoint.run_info import find_checkpoint
+
+    checkpoint = find_checkpoint(checkpoint)
+
     from shardwright.checkpoint.export import export as export_checkpoint
 
-    export_checkpoint(checkpoint, out, trust_remote_code)
+    export_checkpoint(checkpoint, out, trust_remote_code, overwrite)
 
 
 @main.command()
@@ -176,6 +240,10 @@ def export(checkpoint: Path, out: Path, trust_remote_code: bool) -> None:
 @click.option("--no-check", is_flag=True, help="Do not read all files to compare their checksums.")
 def inspect(checkpoint: Path, no_check: bool) -> None:
     """Say what is in a training CHECKPOINT (or the newest one of a run's folder), and whether it is whole."""
+    from shardwright.checkpoint.run_info import find_checkpoint
+
+    checkpoint = find_checkpoint(checkpoint)  # one that is not there is told without importing torch
+
     from shardwright.checkpoint.export import inspect as inspect_checkpoint
 
     click.echo("\n".join(inspect_checkpoint(checkpoint, check=not no_check).lines()))

@@ -51,6 +51,32 @@ class PreemptedError(RunError):
     exit_code = 75
 
 
+class StoppedError(RunError):
+    """A command that a signal has ended."""
+
+
+_NO_ROOM = ("can't allocate memory", "can't start new thread", "Too many open files", "out of memory")
+
+
+def from_system(error: BaseException) -> RunError | None:
+    """What the operating system refused, as one of our errors; None for an error that is not the system's.
+
+    A full disk, a file that may not be written, too little memory, too many open files: nothing that a traceback
+    explains.
+    """
+    if isinstance(error, OSError):
+        where = "".join(f" ({name!r})" for name in (error.filename, error.filename2) if name is not None)
+        return RunError(f"The system refused: {error.strerror or error}{where}.")
+    if isinstance(error, MemoryError):
+        return RunError("There is not enough memory: this machine has no more, or a limit (ulimit -v) is too low.")
+    text = " ".join(str(error).split())
+    if isinstance(error, RuntimeError | ImportError) and any(sign in text for sign in _NO_ROOM):
+        return RunError(f"The system refused: {text[:300]}")
+    if isinstance(error, ImportError) and ".so" in text:  # a library of compiled code that does not load
+        return RunError(f"A library cannot be loaded: {text[:300]}. Is a limit (ulimit) too low, or one missing?")
+    return None
+
+
 def sizes_that_work(count: int, size: int) -> str:
     """For a refusal: the numbers of ranks that divide ``count``, and the largest of them up to ``size``."""
     sizes = [n for n in range(1, count + 1) if count % n == 0]

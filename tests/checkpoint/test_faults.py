@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from shardwright.checkpoint.manifest import verify
-from shardwright.checkpoint.store import list_checkpoints
+from shardwright.checkpoint.run_info import list_checkpoints
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(1500)]
 

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardwright.checkpoint.folder import is_plain_name, read_index
+from shardwright.checkpoint.folder import read_index
 from shardwright.checkpoint.manifest import parse_manifest
 from shardwright.errors import CheckpointError
+from shardwright.untrusted import is_plain_name
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),

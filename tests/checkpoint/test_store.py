@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from shardwright.checkpoint.export import export, inspect
 from shardwright.checkpoint.load import init_pretrained
 from shardwright.checkpoint.manifest import MANIFEST
+from shardwright.checkpoint.run_info import list_checkpoints
 from shardwright.checkpoint.state import RunState
-from shardwright.checkpoint.storage import SafeReader
-from shardwright.checkpoint.store import CheckpointStore, latest_checkpoint, list_checkpoints, load_checkpoint
+from shardwright.checkpoint.store import CheckpointStore, latest_checkpoint, load_checkpoint
 from shardwright.errors import CheckpointError
 from shardwright.verify.ranks import RankPool
 
@@ -149,13 +149,6 @@ def test_damage_is_found_before_anything_is_loaded(ranks2: RankPool, tmp_path: P
             assert all(word in message for word in words), message
     for message in ranks2.run(_refused, good, "qwen3_tied"):
         assert "another model" in message
-
-
-def test_metadata_cannot_run_code(tmp_path: Path) -> None:
-    (tmp_path / ".metadata").write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "hacked").encode() + b"'\ntR.")
-    with pytest.raises(CheckpointError, match=r"os\.system|posix\.system"):
-        SafeReader(tmp_path).read_metadata()
-    assert not (tmp_path / "hacked").exists()
 
 
 def _one_rank_alone(root: Path) -> None:

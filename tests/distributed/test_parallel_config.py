@@ -12,7 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardwright import ParallelConfig
-from shardwright.distributed.config import BF16_MIXED, CHECKPOINTING_MODES, DTYPES, ENGINES, Degrees, Precision
+from shardwright.distributed.config import (
+    BF16_MIXED,
+    CHECKPOINTING_MODES,
+    DTYPES,
+    ENGINES,
+    Degrees,
+    Precision,
+    runs_code,
+)
 from shardwright.errors import ConfigError
 
 DEGREE = st.integers(1, 8)
@@ -52,9 +60,14 @@ JSON = st.recursive(
 
 @given(CONFIGS)
 def test_survives_json_yaml_and_dict(config: ParallelConfig) -> None:
+    assert ParallelConfig.from_dict(config.to_dict()) == config
+    if runs_code(config.plan):  # nothing that is read from a text may name Python code
+        for read, text in ((ParallelConfig.from_json, config.to_json()), (ParallelConfig.from_yaml, config.to_yaml())):
+            with pytest.raises(ConfigError, match="names Python code"):
+                read(text)
+        config = config.with_(plan=f"{config.plan}.yaml")
     assert ParallelConfig.from_json(config.to_json()) == config
     assert ParallelConfig.from_yaml(config.to_yaml()) == config
-    assert ParallelConfig.from_dict(config.to_dict()) == config
     assert hash(config) == hash(ParallelConfig.from_dict(config.to_dict()))
 
 

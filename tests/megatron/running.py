@@ -15,8 +15,8 @@ from training import device_type, environment
 
 from shardwright.distributed.config import Degrees
 from shardwright.distributed.mesh import make_mesh
-from shardwright.train.config import load_config
-from shardwright.train.prepare import CONFIG, prepare
+from shardwright.train.config import JOB_CONFIG, load_config
+from shardwright.train.prepare import prepare
 from shardwright.train.rank import train
 
 BASE = {
@@ -62,7 +62,7 @@ def mesh_of(degrees: Degrees, device: str) -> DeviceMesh:
 
 
 def run_job(job: Path) -> None:
-    config = load_config(job / CONFIG)
+    config = load_config(job / JOB_CONFIG)
     with environment():
         train(config, job, mesh_of(config.sharding.degrees(dist.get_world_size()), device_type()))
 

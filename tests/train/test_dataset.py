@@ -10,9 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardwright.train.dataset import IGNORE, Order, TokenRows, deal, write_packed, write_separate
+from shardwright.train.dataset import IGNORE, Order, TokenRows, Tokens, deal, write_packed, write_separate
 
-TEXTS = [[1, 2, 3, 0], [4, 0], [5, 6, 7, 8, 9, 0]]
+
+def _tokens(ids: list[int], last: bool = True) -> Tokens:
+    return Tokens(np.array(ids, dtype=np.int32), last)
+
+
+TEXTS = [_tokens([1, 2, 3, 0]), _tokens([4, 0]), _tokens([5, 6, 7, 8, 9, 0])]
 
 
 def test_packed_rows_have_every_token_as_a_target_once(tmp_path: Path) -> None:
@@ -48,7 +53,7 @@ def test_a_row_of_padding_counts_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("texts", [[], [[1]], [[1, 2, 3]]])
 def test_too_little_text_makes_no_row(tmp_path: Path, texts: list[list[int]]) -> None:
-    assert write_packed(texts, tmp_path, sequence_length=3)[0].sequences == 0
+    assert write_packed(map(_tokens, texts), tmp_path, sequence_length=3)[0].sequences == 0
 
 
 @given(

@@ -142,7 +142,7 @@ def test_what_does_not_fit_the_model_is_told(tokenizer: PreTrainedTokenizerBase,
         check_fit(config, tokenizer, sequence_length=65)
     with pytest.raises(UnsupportedError, match="vit is no causal language model"):
         model_config(ModelSettings(config={"model_type": "vit"}), tokenizer)
-    with pytest.raises(ConfigError, match=r"has no config\.json, so it is no checkpoint"):
+    with pytest.raises(ConfigError, match=r"no config\.json in the folder .* so it is no checkpoint"):
         model_config(ModelSettings(path=str(tmp_path)), tokenizer)
 
 

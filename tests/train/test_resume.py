@@ -19,13 +19,12 @@ from test_train import make_job, train_in_rank
 from torch import Tensor
 
 from shardwright.checkpoint.manifest import verify
-from shardwright.checkpoint.store import list_checkpoints
+from shardwright.checkpoint.run_info import list_checkpoints
 from shardwright.cli import main
 from shardwright.errors import CheckpointError, ConfigError, RunError
 from shardwright.train import checkpointing
-from shardwright.train.config import load_config
+from shardwright.train.config import JOB_CONFIG, load_config
 from shardwright.train.loop import Trainer
-from shardwright.train.prepare import CONFIG
 from shardwright.train.rank import train
 from shardwright.verify.ranks import RankPool, shared_mesh
 
@@ -163,7 +162,7 @@ def test_a_gradient_that_is_no_number(ranks2: RankPool, tmp_path: Path, mesh: st
 
 
 def _rank_1_is_another(job: Path, what: str) -> str:
-    config = load_config(job / CONFIG)
+    config = load_config(job / JOB_CONFIG)
     real = checkpointing._code_digest
     if dist.get_rank() == 1 and what == "config":
         config = replace(config, optimizer=replace(config.optimizer, lr=0.5))

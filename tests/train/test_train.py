@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shardwright.errors import ParityError, RunError, ShardwrightError
-from shardwright.train.config import TrainConfig, load_config
+from shardwright.train.config import JOB_CONFIG, TrainConfig, load_config
 from shardwright.train.dataset import IGNORE, Order, TokenRows
 from shardwright.train.model import build_whole_model, model_config
 from shardwright.train.optim import rate
-from shardwright.train.prepare import CONFIG, TOKENIZER, prepare
+from shardwright.train.prepare import TOKENIZER, prepare
 from shardwright.train.rank import train
 from shardwright.train.tokenizer import load_tokenizer
 from shardwright.verify.ranks import RankPool, shared_mesh
@@ -61,7 +61,7 @@ def make_job(folder: Path, overrides: list[str]) -> tuple[TrainConfig, Path]:
 
 
 def train_in_rank(job: Path) -> None:
-    config = load_config(job / CONFIG)
+    config = load_config(job / JOB_CONFIG)
     train(config, job, shared_mesh(config.sharding))
 
 

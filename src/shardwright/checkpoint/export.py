@@ -9,46 +9,38 @@ from pathlib import Path
 from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
 
+from shardwright.checkpoint.atomic import require_replaceable
+from shardwright.checkpoint.description import read_generation_config, read_tokenizer
 from shardwright.checkpoint.fill import to_empty
 from shardwright.checkpoint.manifest import read_manifest, verify
+from shardwright.checkpoint.run_info import DESCRIPTION, STATE, RunInfo, find_checkpoint, read_info
 from shardwright.checkpoint.save import save_pretrained
 from shardwright.checkpoint.source import class_in, read_config
-from shardwright.checkpoint.state import MODEL, OPTIMIZER, model_tensors
+from shardwright.checkpoint.state import MODEL, OPTIMIZER, model_tensors, require_alike
 from shardwright.checkpoint.storage import SafeReader, read_tensors
-from shardwright.checkpoint.store import DESCRIPTION, STATE, RunInfo, list_checkpoints, read_info
 from shardwright.distributed.models.build import build_on_meta
+from shardwright.distributed.models.config_json import read_config_json
 from shardwright.errors import CheckpointError
+from shardwright.untrusted import printable, usable_path
 
 
-def find_checkpoint(path: Path) -> Path:
-    """``path`` itself, or the newest checkpoint in it.
-
-    Raises:
-        CheckpointError: neither.
-    """
-    if (path / "run.json").is_file():
-        return path
-    for root in (path, path / "checkpoints"):
-        if found := list_checkpoints(root):
-            return found[-1]
-    raise CheckpointError(f"{path} is no training checkpoint and contains none (a folder such as step-00000100).")
-
-
-def export(path: Path, out: Path, trust_remote_code: bool = False) -> None:
+def export(path: Path, out: Path, trust_remote_code: bool = False, overwrite: bool = False) -> None:
     """Write the model in a training checkpoint as a folder that plain transformers loads.
 
     Args:
         path: a checkpoint, or the folder of a run: its newest one.
-        out: the folder to make; a model folder of that name is replaced. Host memory: the whole model.
+        out: the folder to make. Host memory: the whole model.
         trust_remote_code: run model code that is in the checkpoint.
+        overwrite: where ``out`` is there already, replace the files that its manifest lists. All others stay.
 
     Raises:
         CheckpointError: damaged, or ``out`` cannot be written.
     """
     folder = find_checkpoint(path)
-    verify(folder)
+    out = usable_path(out, "The folder to export to", CheckpointError)
+    require_replaceable(out, overwrite)
+    verify(folder, exactly=True)
     reader = SafeReader(folder / STATE)
     stored = _model_part(reader.read_metadata())
     config = read_config(folder / DESCRIPTION, trust_remote_code)
@@ -57,13 +49,13 @@ def export(path: Path, out: Path, trust_remote_code: bool = False) -> None:
     tensors = model_tensors(model)
     if set(tensors) != set(stored):
         raise CheckpointError(f"{folder} does not hold a {type(model).__name__} as its config says.")
+    require_alike(tensors, stored)
     read_tensors(tensors, reader)
-    if (folder / DESCRIPTION / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder / DESCRIPTION, local_files_only=True)
+    model.generation_config = read_generation_config(folder / DESCRIPTION) or model.generation_config
     tokenizer = None
     if (folder / DESCRIPTION / "tokenizer_config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(folder / DESCRIPTION, local_files_only=True)
-    save_pretrained(model, out, tokenizer)
+        tokenizer = read_tokenizer(folder / DESCRIPTION, trust_remote_code)
+    save_pretrained(model, out, tokenizer, overwrite=overwrite)
 
 
 def _model_part(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
@@ -113,7 +105,7 @@ class Contents:
             **{key: value for key, value in info.notes.items() if not isinstance(value, (dict, list))},
             "versions": ", ".join(f"{name} {version}" for name, version in info.versions.items()),
         }
-        return [f"{key:<12}{value}" for key, value in facts.items()]
+        return [printable(f"{key:<12}{value}") for key, value in facts.items()]
 
 
 def inspect(path: Path, check: bool = True) -> Contents:
@@ -128,14 +120,14 @@ def inspect(path: Path, check: bool = True) -> Contents:
     """
     folder = find_checkpoint(path)
     if check:
-        verify(folder)
+        verify(folder, exactly=True)
     sums = read_manifest(folder)
     metadata = SafeReader(folder / STATE).read_metadata()
     stored = _model_part(metadata)
     return Contents(
         folder=folder,
         info=read_info(folder),
-        model_type=PreTrainedConfig.get_config_dict(folder / DESCRIPTION)[0]["model_type"],
+        model_type=str(read_config_json(folder / DESCRIPTION, trusted=True).get("model_type")),
         parameters=sum(prod(value.size) for value in stored.values()),
         dtypes=dict(Counter(str(value.properties.dtype).removeprefix("torch.") for value in stored.values())),
         optimizer_tensors=sum(name.startswith(OPTIMIZER) for name in metadata.state_dict_metadata),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -20,9 +21,11 @@ from shardwright.checkpoint.initial import Initialiser
 from shardwright.checkpoint.layout import Box, owned_parts
 from shardwright.checkpoint.slices import SliceReader, open_slices, split_box
 from shardwright.checkpoint.together import rank_and_world
-from shardwright.errors import CheckpointError
+from shardwright.errors import CheckpointError, ConfigError
 
 log = logging.getLogger(__name__)
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # converted into each other
 
 Read = Callable[[Tensor], object]  # puts values into a tensor of their shape
 
@@ -31,7 +34,11 @@ def to_empty(model: nn.Module, device: torch.device | str) -> None:
     """Give every tensor of ``model`` (this rank's part of it) memory on ``device``, with no value in it yet.
 
     ``torch.nn.Module.to_empty`` keeps the ties of DTensors and unties plain parameters; here both stay tied.
+
+    Raises:
+        ConfigError: they are larger than the memory that ``device`` has in all.
     """
+    _require_room(model, torch.device(device))
     homes: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
     for module in model.modules():
         for key, parameter in module._parameters.items():
@@ -43,8 +50,28 @@ def to_empty(model: nn.Module, device: torch.device | str) -> None:
                 module._parameters[key] = first._parameters[first_key]
 
 
-def check_fit(plan: LoadPlan, skeleton: PreTrainedModel, folder: Path) -> None:
-    """Whether ``plan`` gives every tensor of ``skeleton`` a value of its shape.
+def _require_room(model: nn.Module, device: torch.device) -> None:
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    needed = sum(_local(tensor).nbytes for tensor in tensors.values())
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    else:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise ConfigError(
+            f"The part of the model that one rank holds takes {needed / 2**30:,.1f} GiB, and {device} has "
+            f"{there / 2**30:,.1f} GiB in all. Shard it over more ranks (dp_shard, tp), or look at the sizes "
+            "in its config."
+        )
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part of ``tensor``."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def check_fit(plan: LoadPlan, skeleton: PreTrainedModel, folder: Path, entries: Mapping[str, Entry]) -> None:
+    """Whether ``plan`` gives every tensor of ``skeleton`` a value of its shape, from ``entries`` of its kind.
 
     Raises:
         CheckpointError: it does not; the message has the names.
@@ -56,6 +83,8 @@ def check_fit(plan: LoadPlan, skeleton: PreTrainedModel, folder: Path) -> None:
                 f"{name} has shape {tuple(reading.shape)} in {folder} and {tuple(tensors[name].shape)} in the model. "
                 "The weights belong to another config; load them with the config.json they came with."
             )
+        for entry in reading.entries if name in tensors else ():
+            _require_kind(entry, entries[entry].dtype, name, tensors[name].dtype, folder)
     found = {id(tensors[name]) for name in plan.readings if name in tensors}
     optional = [re.compile(pattern) for pattern in skeleton._keys_to_ignore_on_load_missing or ()]
     missing = [
@@ -70,6 +99,20 @@ def check_fit(plan: LoadPlan, skeleton: PreTrainedModel, folder: Path) -> None:
         )
     if plan.unused and rank_and_world()[0] == 0:
         log.warning("%d entries of %s are not part of the model: %s", len(plan.unused), folder, _some(plan.unused))
+
+
+def _require_kind(entry: str, stored: torch.dtype, name: str, dtype: torch.dtype, folder: Path) -> None:
+    """Raises CheckpointError where numbers of one kind would be put into a tensor of another."""
+    alike = _is_integer(stored) and _is_integer(dtype)
+    if not (stored in _FLOATS if dtype in _FLOATS else stored is dtype or alike):
+        raise CheckpointError(
+            f"{entry} in {folder} holds {stored}, but {name} in the model is {dtype}. Where weights are quantised, "
+            "such numbers stand for others: dequantise the model first."
+        )
+
+
+def _is_integer(dtype: torch.dtype) -> bool:
+    return not dtype.is_floating_point and not dtype.is_complex
 
 
 def _some(names: tuple[str, ...]) -> str:
@@ -104,7 +147,7 @@ def _each_part(
     take: Callable[[Tensor, Read], None],
 ) -> None:
     """Call ``take(part of the local tensor, what reads its values)`` for all of this rank's part of ``tensor``."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    local = _local(tensor)
     parts = owned_parts(tensor)
     if reading.lazy is None:
         whole = reading.compute(reader.whole) if parts else None
@@ -169,7 +212,7 @@ def fill_the_rest(model: nn.Module, initial: Initialiser, filled: set[str]) -> N
         if key in module._buffers and not isinstance(tensor, DTensor):
             module._buffers[key] = value.to(tensor.device)
             continue
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        local = _local(tensor)
         for part in owned_parts(tensor):
             local[part.local].copy_(value[part.whole])
 

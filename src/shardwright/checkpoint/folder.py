@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from shardwright.errors import CheckpointError
+from shardwright.untrusted import ToldAs, is_plain_name, parse_json, read_file, shown
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_HEADER_BYTES = 32 * 2**20  # of one file; a hundred thousand tensors have about 12 MB
+_MOST_TENSORS = 200_000  # of a folder; a model of a trillion parameters, each expert by itself, has about 140,000
+_LONGEST_NAME = 512
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -36,7 +38,7 @@ def open_folder(path: Path) -> dict[str, Entry]:
             one that does not agree with the files.
     """
     if (path / INDEX).is_file():
-        places = read_index((path / INDEX).read_bytes(), INDEX)
+        places = read_index(read_file(path / INDEX, CheckpointError), INDEX)
     elif (path / SINGLE).is_file():
         return _entries(path, SINGLE)
     else:
@@ -46,6 +48,7 @@ def open_folder(path: Path) -> dict[str, Entry]:
         if not (path / file).is_file():
             raise CheckpointError(f"{path} has no {file}, which its {INDEX} names. Fetch or copy the folder again.")
         entries |= {name: entry for name, entry in _entries(path, file).items() if places.get(name, file) == file}
+        _require_names(entries, path)
     lost = sorted(set(places) - set(entries))
     if lost:
         raise CheckpointError(
@@ -61,45 +64,54 @@ def read_index(text: bytes, name: str) -> dict[str, str]:
     Raises:
         CheckpointError: not such JSON, or a file name that is not the plain name of a safetensors file.
     """
-    try:
-        data: Any = json.loads(text)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{name} is not valid JSON: {error}.") from error
+    data = parse_json(text, name, CheckpointError)
     places = data.get("weight_map") if isinstance(data, Mapping) else None
     if not isinstance(places, Mapping):
         raise CheckpointError(f"{name} has no mapping 'weight_map', so it is no index of safetensors files.")
+    _require_names(places, name)
     for tensor, file in places.items():
         if not isinstance(file, str) or not is_plain_name(file) or not file.endswith(".safetensors"):
             raise CheckpointError(
-                f"{name} puts {tensor!r} into {file!r}. Only plain names of .safetensors files are read: no folders, "
-                "no paths. If you trust the folder, move the file into it and correct the index."
+                f"{name} puts {shown(tensor)} into {shown(file)}. Only plain names of .safetensors files are read: no "
+                "folders, no paths. If you trust the folder, move the file into it and correct the index."
             )
     return dict(places)
 
 
-def is_plain_name(file: str) -> bool:
-    """Whether ``file`` names something in a folder, and nothing outside of it on any system."""
-    return bool(file) and file not in (".", "..") and not any(c in '/\\:*?"<>|' or ord(c) < 32 for c in file)
-
-
 def _entries(path: Path, file: str) -> dict[str, Entry]:
-    try:
-        with safe_open(path / file, framework="pt") as opened:  # checks the header, and that the file has all values
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
-            offsets = _offsets(path / file)
-            return {
-                name: Entry(file, offsets[name], tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()
-            }
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path / file} is damaged: {error}. Fetch or copy it again.") from error
+    offsets = _offsets(path / file)
+    _require_names(offsets, path / file)
+    with (
+        ToldAs(CheckpointError, f"{path / file} is damaged", " Fetch or copy it again."),
+        safe_open(path / file, framework="pt") as opened,  # checks the header, and that the file has all values
+    ):
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+        return {name: Entry(file, offsets[name], tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+
+
+def _require_names(tensors: Collection[str], where: Path | str) -> None:
+    """Raises CheckpointError for more tensors, or longer names of tensors, than any model has."""
+    if len(tensors) > _MOST_TENSORS:
+        raise CheckpointError(f"{where} holds more than {_MOST_TENSORS:,} tensors, which no model has.")
+    longest = max(tensors, key=len, default="")
+    if len(longest) > _LONGEST_NAME:
+        raise CheckpointError(f"{where} names a tensor {shown(longest)}, in {len(longest):,} characters.")
 
 
 def _offsets(file: Path) -> dict[str, int]:
     """Where the values of each tensor begin, in bytes: safetensors reads the header, but does not tell."""
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(length))
-    return {name: 8 + length + told["data_offsets"][0] for name, told in header.items() if name != "__metadata__"}
+    with ToldAs(CheckpointError, f"{file} is damaged", " Fetch or copy it again."):
+        if not file.is_file():
+            raise CheckpointError(f"{file} is no regular file, so it is not read.")
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            if length > _HEADER_BYTES:
+                raise CheckpointError(
+                    f"{file} begins with a header of {length:,} bytes; headers are read up to {_HEADER_BYTES:,}. It is "
+                    "no safetensors file, or damaged."
+                )
+            header = parse_json(opened.read(length), f"The header of {file}", CheckpointError)
+        return {name: 8 + length + told["data_offsets"][0] for name, told in header.items() if name != "__metadata__"}
 
 
 def _nothing_to_read(path: Path) -> str:

@@ -10,19 +10,21 @@ from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from shardwright.api import parallelize
 from shardwright.checkpoint.conversion import plan_load
+from shardwright.checkpoint.description import GENERATION, read_generation_config
 from shardwright.checkpoint.fill import check_complete, check_fit, fill_from_folder, fill_the_rest, to_empty
-from shardwright.checkpoint.folder import open_folder
+from shardwright.checkpoint.folder import INDEX, open_folder
 from shardwright.checkpoint.initial import Initialiser
-from shardwright.checkpoint.manifest import MANIFEST, verify
+from shardwright.checkpoint.manifest import MANIFEST, require_listed, verify
 from shardwright.checkpoint.source import class_in, local_folder, read_config
 from shardwright.checkpoint.together import rank_and_world, same_error_everywhere
 from shardwright.distributed.config import ParallelConfig
 from shardwright.distributed.mesh import make_mesh
 from shardwright.distributed.models.build import build_on_meta
+from shardwright.distributed.models.config_json import CONFIG
 from shardwright.errors import CheckpointError
 
 
@@ -68,17 +70,16 @@ def load_pretrained(
     mesh = make_mesh(config) if mesh is None else mesh
     with same_error_everywhere(f"Loading {path}"):
         folder = local_folder(path, revision, trust_remote_code)
-        if checksums and (folder / MANIFEST).is_file():
-            _compare_checksums(folder)
         entries = open_folder(folder)
+        if checksums and (folder / MANIFEST).is_file():
+            _compare_checksums(folder, {entry.file for entry in entries.values()}, trust_remote_code)
         model_config = read_config(folder, trust_remote_code)
         cls = model_class or class_in(folder, model_config, trust_remote_code)
         skeleton = build_on_meta(model_config, cls, dtype, **kwargs)
         plan = plan_load(skeleton, entries)
-        check_fit(plan, skeleton, folder)
+        check_fit(plan, skeleton, folder, entries)
         model = build_on_meta(model_config, cls, dtype, **kwargs)
-        if (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        model.generation_config = read_generation_config(folder) or model.generation_config
     vars(model)["_weight_conversions"] = plan.conversions  # where transformers and save_pretrained look for them
     model = _empty_shards(model, config, mesh)
     with same_error_everywhere(f"Loading {path}"):
@@ -88,9 +89,11 @@ def load_pretrained(
     return model.eval()
 
 
-def _compare_checksums(folder: Path) -> None:
+def _compare_checksums(folder: Path, weights: set[str], with_code: bool) -> None:
+    """Code that is not run may be missing: it is not fetched from a hub. What is read must be in the manifest."""
     try:
-        verify(folder, *rank_and_world())
+        verify(folder, *rank_and_world(), without=() if with_code else (".py",))
+        require_listed(folder, [CONFIG, GENERATION, INDEX, *sorted(weights)])
     except CheckpointError as error:
         raise CheckpointError(
             f"{error} Copy the folder again; or, where its weights were replaced on purpose, remove its {MANIFEST}."

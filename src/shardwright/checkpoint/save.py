@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 
-from shardwright.checkpoint.atomic import abandon, begin, finish, unfinished
+from shardwright.checkpoint.atomic import FolderWriter, unfinished
 from shardwright.checkpoint.conversion import SavePlan, Writing, plan_save
 from shardwright.checkpoint.folder import INDEX
 from shardwright.checkpoint.manifest import Sums, sums_of, write_manifest
@@ -25,6 +26,7 @@ from shardwright.checkpoint.together import all_here, barrier, from_all, rank_an
 from shardwright.distributed.models.build import build_on_meta
 from shardwright.distributed.runtime.layout import whole as made_whole
 from shardwright.errors import CheckpointError, UnsupportedError
+from shardwright.untrusted import usable_path
 
 _PATTERN = "model{suffix}.safetensors"
 
@@ -35,6 +37,7 @@ def save_pretrained(
     path: str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
+    overwrite: bool = False,
     max_shard_size: int | str = "5GB",
     timeout: float = 120.0,
 ) -> None:
@@ -45,22 +48,24 @@ def save_pretrained(
     a rank needs host memory for one file, and device memory for one whole weight (one group of weights, where they
     are converted together, such as the experts of one layer).
 
-    Beside them stands ``manifest.json``, the checksums of the weights, by which :func:`load_pretrained` finds damage.
-    The folder appears under its name when it is whole; a model folder of that name is replaced.
+    Beside them stands ``manifest.json``, the checksums of all files, by which :func:`load_pretrained` finds damage.
+    The folder appears under its name when it is whole.
 
     Args:
         model: a transformers model, sharded or not.
         path: the folder.
         tokenizer: saved along with it.
+        overwrite: where ``path`` is there already, replace the files that its manifest lists. All others stay; one that
+            has the name of a new file is an error.
         max_shard_size: size of a file, in bytes or as ``"5GB"``.
         timeout: seconds to wait for ranks that have not called this yet.
 
     Raises:
         CheckpointError: not all ranks made this call in time; the folder cannot be written (a full disk, not shared by
-            all ranks, something there that is no model folder); on every rank alike.
+            all ranks, something there that would be replaced); on every rank alike.
         UnsupportedError: not a transformers model.
     """
-    folder = Path(path).absolute()
+    folder = usable_path(path, "The folder to save to", CheckpointError).resolve()
     all_here(f"save_pretrained({folder})", timeout)
     rank, _ = rank_and_world()
     with same_error_everywhere(f"Saving to {folder}"):
@@ -70,10 +75,11 @@ def save_pretrained(
             plan.entries, get_storage_size=_bytes_of, filename_pattern=_PATTERN, max_shard_size=max_shard_size
         )
         _check_ties(model, skeleton)
-        if rank == 0:
-            _check_replaceable(folder)
-            begin(folder)
-    try:
+    with ExitStack() as stack:
+        writer = None
+        with same_error_everywhere(f"Saving to {folder}"):
+            if rank == 0:
+                writer = stack.enter_context(FolderWriter(folder, overwrite))
         with same_error_everywhere(f"Saving to {folder}"):
             if not unfinished(folder).is_dir():
                 raise CheckpointError(
@@ -82,17 +88,13 @@ def save_pretrained(
         _write_files(model, skeleton, plan, split.filename_to_tensors, unfinished(folder))
         sums = _checksums(list(split.filename_to_tensors), unfinished(folder))
         with same_error_everywhere(f"Saving to {folder}"):
-            if rank == 0:
-                write_manifest(unfinished(folder), sums)
+            if writer is not None:
                 if split.is_sharded:
                     total = {"total_parameters": skeleton.num_parameters(), **split.metadata}
-                    _write_index(unfinished(folder), total, split.tensor_to_filename)
-                write_description(skeleton, tokenizer, unfinished(folder))
-                finish(folder)
-    except CheckpointError:
-        if rank == 0:
-            abandon(folder)
-        raise
+                    _write_index(writer.path, total, split.tensor_to_filename)
+                write_description(skeleton, tokenizer, writer.path)
+                write_manifest(writer.path, sums)
+                writer.finish()
     barrier()
 
 
@@ -137,11 +139,6 @@ def _check_ties(model: nn.Module, skeleton: nn.Module) -> None:
                 f"The config ties {name} to {other}, but in this model they are two weights. Set "
                 "model.config.tie_word_embeddings to False to save both, or tie them again."
             )
-
-
-def _check_replaceable(folder: Path) -> None:
-    if folder.exists() and not (folder / "config.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} exists and is no model folder, so it is not replaced. Choose another name.")
 
 
 def _write_files(

@@ -17,6 +17,7 @@ from transformers.utils.hub import HF_MODULES_CACHE
 
 from shardwright.distributed.models.build import load_config, model_class
 from shardwright.errors import CheckpointError, ConfigError, UnsupportedError
+from shardwright.untrusted import usable_path
 
 _HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]  # of the HTTP library that huggingface_hub is built on
 _WANTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
@@ -32,8 +33,9 @@ def local_folder(path: str | Path, revision: str | None = None, trust_remote_cod
     Raises:
         CheckpointError: neither a folder nor a name of a repository that can be reached.
     """
-    if Path(path).is_dir():
-        return Path(path)
+    found = usable_path(path, "The model folder", CheckpointError)
+    if found.is_dir():
+        return found
     if not isinstance(path, str) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
         raise CheckpointError(f"There is no folder {path} (looked from {Path.cwd()}).")
     wanted = [*_WANTED, *(_CODE if trust_remote_code else ())]
@@ -70,8 +72,8 @@ def class_in(folder: Path, config: PreTrainedConfig, trust_remote_code: bool = F
     Raises:
         ConfigError: neither, or the code cannot be imported.
     """
-    own: dict[str, str] = getattr(config, "auto_map", None) or {}
-    models = {auto: place for auto, place in own.items() if auto.startswith("AutoModel")}
+    own: dict[str, Any] = getattr(config, "auto_map", None) or {}
+    models = {auto: place for auto, place in own.items() if auto.startswith("AutoModel") and isinstance(place, str)}
     named = [auto for auto, place in models.items() if place.rpartition(".")[2] in (config.architectures or ())]
     auto = next(iter([*named, *models]), None)
     if auto is None or not trust_remote_code:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from shardwright.distributed.apply.megatron_fsdp import state_like
 from shardwright.errors import CheckpointError
+from shardwright.untrusted import shown
 
 MODEL = "model."
 OPTIMIZER = "optimizer."
@@ -22,15 +24,25 @@ OPTIMIZER = "optimizer."
 
 @dataclass
 class RunState:
-    """The parts of a run that change while it trains."""
+    """The parts of a run that change while it trains.
+
+    Attributes:
+        keeps: the names of what the optimizer keeps for a parameter that has been updated; None: not known, so that a
+            checkpoint is believed about it.
+    """
 
     model: nn.Module
     optimizer: Optimizer
     schedule: LRScheduler | None = None
+    keeps: frozenset[str] | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Every parameter, persistent buffer and optimizer tensor, by name; tied weights once."""
-        return {**model_tensors(self.model), **self._optimizer_tensors()}
+        return {**self.weights(), **self._optimizer_tensors()}
+
+    def weights(self) -> dict[str, Tensor]:
+        """Those of :meth:`tensors` that are the model's."""
+        return model_tensors(self.model)
 
     def data(self) -> dict[str, Any]:
         """The rest: hyper-parameters with the names of their parameters, and the schedule's position."""
@@ -48,44 +60,65 @@ class RunState:
         """Give the optimizer the (empty) tensors that a checkpoint with ``metadata`` has, shards where it has shards.
 
         Raises:
-            CheckpointError: the checkpoint is of other parameters.
+            CheckpointError: the checkpoint is of other parameters, shapes or dtypes. The optimizer is as before then.
         """
-        for parameter, name in self._names().items():
-            prefix = f"{OPTIMIZER}{name}."
-            stored = {
-                key.removeprefix(prefix): value
-                for key, value in metadata.state_dict_metadata.items()
-                if key.startswith(prefix) and "." not in key.removeprefix(prefix)
-            }
-            self.optimizer.state[parameter] = {
-                key: self._empty(parameter, value)
-                for key, value in stored.items()
-                if isinstance(value, TensorStorageMetadata)
-            }
-        missing = set(self.tensors()) - set(metadata.state_dict_metadata)
-        extra = set(metadata.state_dict_metadata) - set(self.tensors())
+        stored: dict[str, Any] = dict(metadata.state_dict_metadata)
+        kept = {parameter: self._stored_for(parameter, name, stored) for parameter, name in self._names().items()}
+        names = {
+            *self.weights(),
+            *(f"{OPTIMIZER}{name}.{key}" for parameter, name in self._names().items() for key in kept[parameter]),
+        }
+        missing, extra = names - set(stored), set(stored) - names
         if missing or extra:
             raise CheckpointError(
                 f"The checkpoint is of another model: it lacks {_some(missing)} and has {_some(extra)} on top. Resume "
                 "with the model and optimizer it was made with."
             )
+        require_alike(self.weights(), stored)
+        for parameter, values in kept.items():
+            self.optimizer.state[parameter] = {key: self._empty(parameter, value) for key, value in values.items()}
+
+    def _stored_for(self, parameter: Tensor, name: str, stored: Mapping[str, Any]) -> dict[str, TensorStorageMetadata]:
+        """What the checkpoint has of the optimizer's state of one parameter, of sizes and kinds that make sense."""
+        prefix = f"{OPTIMIZER}{name}."
+        found = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
+        found = {key: value for key, value in found.items() if "." not in key}
+        if self.keeps is not None and found and found.keys() != self.keeps:
+            raise CheckpointError(
+                f"The checkpoint has {', '.join(sorted(found))} of the optimizer for {name}; this one keeps "
+                f"{', '.join(sorted(self.keeps))}. Resume with the optimizer it was made with."
+            )
+        for key, value in found.items():
+            dtype, size = value.properties.dtype, tuple(value.size)
+            if value.size.numel() > max(parameter.numel(), 1) or len(size) > parameter.ndim:
+                raise CheckpointError(
+                    f"{prefix}{key} has the shape {size}; its parameter has {tuple(parameter.shape)}."
+                )
+            if size == tuple(parameter.shape) and dtype.is_floating_point != parameter.is_floating_point():
+                raise CheckpointError(f"{prefix}{key} is {dtype}, but its parameter {parameter.dtype}.")
+        return found
 
     def restore(self, data: Mapping[str, Any]) -> None:
         """Put :meth:`data` back.
 
         Raises:
-            CheckpointError: other parameter groups.
+            CheckpointError: other parameter groups, or values of other kinds.
         """
         here, there = self.data()["groups"], data["groups"]
-        if [group["params"] for group in here] != [group["params"] for group in there]:
+        names = [group.get("params") if isinstance(group, Mapping) else None for group in there]
+        if [group["params"] for group in here] != names:
             raise CheckpointError(
                 f"The optimizer has {len(here)} parameter groups and the checkpoint {len(there)}, or they hold other "
                 "parameters. Resume with the optimizer it was made with."
             )
+        schedule = _scalars(self.schedule.state_dict()) if self.schedule is not None else {}
+        stored_schedule = data.get("schedule") or {}
+        for mine, stored in [*zip(here, there, strict=True), (schedule, stored_schedule)]:
+            _require_same_kinds(mine, stored)
         for group, stored in zip(self.optimizer.param_groups, there, strict=True):
             group.update({key: _like(group.get(key), value) for key, value in stored.items() if key != "params"})
-        if self.schedule is not None and data["schedule"] is not None:
-            self.schedule.load_state_dict({**self.schedule.state_dict(), **data["schedule"]})
+        if self.schedule is not None and stored_schedule:
+            self.schedule.load_state_dict({**self.schedule.state_dict(), **stored_schedule})
 
     def _names(self) -> dict[Tensor, str]:
         """Parameters of the optimizer -> the first of their names in the model."""
@@ -130,6 +163,17 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+def require_alike(tensors: Mapping[str, Tensor], stored: Mapping[str, Any]) -> None:
+    """Raises CheckpointError where a checkpoint's record of one of ``tensors`` has another shape or dtype."""
+    for name, tensor in tensors.items():
+        here, there = (tuple(tensor.shape), tensor.dtype), (tuple(stored[name].size), stored[name].properties.dtype)
+        if here != there:
+            raise CheckpointError(
+                f"{name} is {there[0]} {there[1]} in the checkpoint and {here[0]} {here[1]} in the model. Use the "
+                "model and the dtype it was made with."
+            )
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):  # a learning rate kept as a tensor
         return value.item()
@@ -140,6 +184,26 @@ def _like(current: Any, stored: Any) -> Any:
     if isinstance(current, Tensor):
         return torch.full_like(current, stored)
     return tuple(stored) if isinstance(current, tuple) else stored
+
+
+def _require_same_kinds(here: Mapping[str, Any], stored: Any) -> None:
+    """Raises CheckpointError unless ``stored`` has values for the keys of ``here``, of their kinds and finite."""
+    what = "of the optimizer or its schedule"
+    if not isinstance(stored, Mapping) or not set(stored) <= set(here):
+        raise CheckpointError(f"The checkpoint has {shown(stored)} {what}, where this one has {shown(dict(here))}.")
+    for key, value in stored.items():
+        if _kind(value) != _kind(here[key]) and not (value is None or here[key] is None):
+            raise CheckpointError(f"{key} {what} is {shown(value)} in the checkpoint and {shown(here[key])} here.")
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            raise CheckpointError(f"{key} {what} is {shown(value)} in the checkpoint; it must be finite.")
+
+
+def _kind(value: Any) -> Any:
+    """What must agree: numbers are alike, lists are where their elements are."""
+    if isinstance(value, list):
+        return [_kind(one) for one in value]
+    return float if isinstance(value, int) and not isinstance(value, bool) else type(value)
 
 
 def _scalars(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
+import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,66 +16,58 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
 
-from shardwright.checkpoint.folder import is_plain_name
+from shardwright.checkpoint.distcp import Window, parse_metadata, read_tensor
 from shardwright.checkpoint.pieces import Pieces
 from shardwright.errors import CheckpointError
+from shardwright.untrusted import read_file
 
-_MODULES = {
-    "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
-    "torch.serialization": ("_get_layout",),
-    "torch": ("Size",),
-    "pathlib": ("Path", "PosixPath", "PurePosixPath", "WindowsPath"),
-    "pathlib._local": ("Path", "PosixPath", "PurePosixPath", "WindowsPath"),
-}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Makes the plain records that torch.distributed.checkpoint's metadata consists of, and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == dcp_metadata.__name__ and "." not in name and name in _METADATA_CLASSES:
-            return _METADATA_CLASSES[name]
-        if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
-            return vars(torch)[name]
-        if name in _MODULES.get(module, ()):
-            return super().find_class(module, name)
-        raise CheckpointError(
-            f"The checkpoint's metadata wants to make a {module}.{name}, which no checkpoint contains. It was tampered "
-            "with; do not use it."
-        )
-
-
-_METADATA_CLASSES = {
-    name: value
-    for name, value in vars(dcp_metadata).items()
-    if isinstance(value, type) and value.__module__ == dcp_metadata.__name__
-}
+_METADATA_BYTES = 512 * 2**20  # of the metadata: about 300 bytes for each chunk, of which every rank has one per tensor
 
 
 class SafeReader(dcp.FileSystemReader):
-    """Reads tensors with ``weights_only`` (as its base does) and metadata without running anything."""
+    """Reads metadata and tensors as :mod:`.distcp` does, and runs nothing."""
+
+    _metadata: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        data = (Path(self.path) / ".metadata").read_bytes()
-        try:
-            metadata = _MetadataUnpickler(io.BytesIO(data)).load()
-        except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, TypeError, ValueError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(f"{self.path}/.metadata is damaged: {error}.") from error
-        if not isinstance(metadata, Metadata):
-            raise CheckpointError(f"{self.path}/.metadata is no metadata of a checkpoint.")
-        for stored in metadata.storage_data.values():
-            if not is_plain_name(stored.relative_path):
-                raise CheckpointError(
-                    f"{self.path}/.metadata names {stored.relative_path!r}, which is not in its folder."
-                )
-        metadata.storage_meta = metadata.storage_meta or dcp_metadata.StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+        if self._metadata is None:
+            file = Path(self.path) / ".metadata"
+            self._metadata = parse_metadata(read_file(file, CheckpointError, _METADATA_BYTES), str(file))
+            self._metadata.storage_meta = dcp_metadata.StorageMeta(load_id=self.load_id)
+        return self._metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        chunks: dict[tuple[str, torch.Size], tuple[torch.dtype, torch.Size]] = {}
+        for key, stored in self.read_metadata().state_dict_metadata.items():
+            assert isinstance(stored, TensorStorageMetadata)
+            chunks |= {(key, chunk.offsets): (stored.properties.dtype, chunk.sizes) for chunk in stored.chunks}
+        items = [(self.storage_data[item.storage_index], item) for item in plan.items]
+        for info, item in sorted(items, key=lambda pair: (pair[0].relative_path, pair[0].offset)):
+            path, index = Path(self.path) / info.relative_path, item.storage_index
+            name = f"{index.fqn} in {path}"
+            with path.open("rb") as stream:
+                if stream.seek(0, os.SEEK_END) < info.offset + info.length:
+                    raise CheckpointError(f"{name} is beyond the end of the file, which was cut.")
+                dtype, sizes = chunks[index.fqn, index.offset or torch.Size()]
+                tensor = read_tensor(Window(stream, info.offset, info.length), dtype, sizes, name)
+            box = tuple(slice(o, o + n) for o, n in zip(item.storage_offsets, item.lengths, strict=True))
+            target = planner.resolve_tensor(item).detach()
+            target.copy_(tensor[box])
+            planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+
+class _TensorsOnly(DefaultLoadPlanner):
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        raise CheckpointError(f"The checkpoint has bytes for {read_item.dest_index.fqn}; only tensors are read.")
 
 
 class _Files(FileSystem):
@@ -103,7 +95,8 @@ def write_tensors(pieces: dict[str, Pieces], folder: Path, group: dist.ProcessGr
     writer = dcp.FileSystemWriter(folder, sync_files=True)
     writer.fs = _Files()
     try:
-        dcp.save(pieces, storage_writer=writer, process_group=group, no_dist=not dist.is_initialized())
+        with _alone():
+            dcp.save(pieces, storage_writer=writer, process_group=group, no_dist=not dist.is_initialized())
     except CheckpointException as error:
         raise CheckpointError(f"Cannot write {folder}: {_causes(error)}.") from error
 
@@ -116,9 +109,21 @@ def read_tensors(into: Mapping[str, Tensor], reader: SafeReader) -> None:
     """
     pieces = {name: Pieces(tensor) for name, tensor in into.items()}
     try:
-        dcp.load(pieces, storage_reader=reader, no_dist=not dist.is_initialized())
+        with _alone():
+            dcp.load(pieces, storage_reader=reader, planner=_TensorsOnly(), no_dist=not dist.is_initialized())
     except CheckpointException as error:
         raise CheckpointError(f"Cannot read {reader.path}: {_causes(error)}.") from error
+
+
+@contextmanager
+def _alone() -> Generator[None, None, None]:
+    """Without torch's warning that there is one process only: an export has no other."""
+    if dist.is_initialized():
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _causes(error: CheckpointException) -> str:

@@ -1,23 +1,15 @@
-"""``CheckpointStore``: the checkpoints of one training run.
-
-A checkpoint is a folder ``step-00000120`` with
-
-- ``state/``: model and optimizer, written by torch.distributed.checkpoint, readable at any mesh;
-- ``random-00003.safetensors``: the random states of rank 3;
-- ``model/``: config and tokenizer, so that ``shardwright export`` needs nothing else;
-- ``run.json``: step, data position, schedule, metric, mesh, versions;
-- ``manifest.json``: size and checksum of every other file.
-
-It is written under a name that begins with a dot and renamed when all of it is on the disk.
-"""
+"""``CheckpointStore``: the checkpoints of one training run, folders as :mod:`.run_info` describes them."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,49 +18,35 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shardwright import __version__
-from shardwright.checkpoint.atomic import abandon, begin, finish, recover, remove, unfinished
-from shardwright.checkpoint.manifest import MANIFEST, Sums, sums_of, verify, write_manifest
+from shardwright.checkpoint.atomic import FolderWriter, recover_all, remove, unfinished
+from shardwright.checkpoint.manifest import Sums, sums_of, verify, write_manifest
 from shardwright.checkpoint.pieces import Pieces
+from shardwright.checkpoint.run_info import (
+    DESCRIPTION,
+    NAME,
+    RUN,
+    SET_ASIDE,
+    STATE,
+    RunInfo,
+    list_checkpoints,
+    read_info,
+)
 from shardwright.checkpoint.save import skeleton_of, write_description
 from shardwright.checkpoint.state import RunState
 from shardwright.checkpoint.storage import SafeReader, read_tensors, write_tensors
 from shardwright.checkpoint.together import all_here, barrier, from_all, rank_and_world, same_error_everywhere
 from shardwright.errors import CheckpointError
+from shardwright.untrusted import ToldAs, read_file
 
-RUN = "run.json"
-STATE = "state"
-DESCRIPTION = "model"
-_NAME = re.compile(r"step-\d{8}")
+log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class RunInfo:
-    """What ``run.json`` says.
-
-    Attributes:
-        step: optimizer steps that have been taken.
-        progress: the caller's own data (position in the data, losses, ...), JSON.
-        metric: what the best checkpoint is chosen by, less is better; None: not measured.
-        state: :meth:`shardwright.checkpoint.state.RunState.data`.
-        world_size: ranks that wrote it.
-        notes: the caller's description of the run (degrees, config), for people and for ``shardwright inspect``.
-        versions: of torch, transformers and Shardwright.
-        saved: when, in UTC.
-    """
-
-    step: int
-    progress: dict[str, Any]
-    metric: float | None
-    state: dict[str, Any]
-    world_size: int
-    notes: dict[str, Any]
-    versions: dict[str, str]
-    saved: str
+_OURS = re.compile(f"{NAME.pattern}|{SET_ASIDE.pattern}")
+_RANDOM_BYTES = 2**20  # of a file of random states; those of a CPU and a GPU have 5 KB
 
 
 class CheckpointStore:
@@ -159,10 +137,11 @@ class CheckpointStore:
     def _write(self, pieces: dict[str, Pieces], random: dict[str, Tensor], info: RunInfo, rank: int) -> None:
         folder = self.root / f"step-{info.step:08d}"
         temporary = unfinished(folder)
-        with self._agreed(folder):
-            if rank == 0:
-                begin(folder)
-        try:
+        with ExitStack() as stack:
+            writer = None
+            with self._agreed(folder):
+                if rank == 0:
+                    writer = stack.enter_context(FolderWriter(folder, overwrite=True))
             with self._agreed(folder):
                 (temporary / STATE).mkdir(exist_ok=True)
             write_tensors(pieces, temporary / STATE, self._group)
@@ -174,29 +153,22 @@ class CheckpointStore:
             for part in from_all(sums, self._group):
                 gathered |= part
             with self._agreed(folder):
-                if rank == 0:
-                    self._finish(folder, info, gathered)
-        except CheckpointError:
-            if rank == 0:
-                abandon(folder)
-            raise
+                if writer is not None:
+                    self._finish(writer, info, gathered)
         barrier(self._group)
 
-    def _finish(self, folder: Path, info: RunInfo, sums: Sums) -> None:
+    def _finish(self, writer: FolderWriter, info: RunInfo, sums: Sums) -> None:
         """The parts that rank 0 writes, then the name."""
-        temporary = unfinished(folder)
-        write_description(self._skeleton, self._tokenizer, temporary / DESCRIPTION)
-        (temporary / RUN).write_text(json.dumps(asdict(info), indent=1), encoding="utf-8")
-        rest = [path for path in temporary.rglob("*") if path.is_file()]
-        rest = [path for path in rest if path.relative_to(temporary).as_posix() not in sums]
-        write_manifest(temporary, sums | sums_of(temporary, rest))
-        finish(folder)
+        write_description(self._skeleton, self._tokenizer, writer.path / DESCRIPTION)
+        (writer.path / RUN).write_text(json.dumps(asdict(info), indent=1), encoding="utf-8")
+        write_manifest(writer.path, sums)
+        writer.finish()
+        remove_set_aside(self.root)
         self._prune()
 
     def _prune(self) -> None:
         folders = list_checkpoints(self.root)
-        infos = {folder: read_info(folder) for folder in folders}
-        measured = [(info.metric, -info.step, folder) for folder, info in infos.items() if info.metric is not None]
+        measured = [(info.metric, -info.step, folder) for folder, info in _infos(folders) if info.metric is not None]
         best = {min(measured)[2]} if measured else set()
         for folder in folders[: -self._keep_last]:
             if folder not in best:
@@ -206,6 +178,15 @@ class CheckpointStore:
         return same_error_everywhere(f"Saving {folder}", self._group)
 
 
+def _infos(folders: list[Path]) -> Iterator[tuple[Path, RunInfo]]:
+    """Of those that can be read; one that is damaged keeps no new one from being saved."""
+    for folder in folders:
+        try:
+            yield folder, read_info(folder)
+        except CheckpointError as error:
+            log.warning("%s", error)
+
+
 def _random_states() -> dict[str, Tensor]:
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -213,10 +194,24 @@ def _random_states() -> dict[str, Tensor]:
     return states
 
 
-def list_checkpoints(root: Path) -> list[Path]:
-    """The whole checkpoints in ``root``, oldest first."""
-    found = root.iterdir() if root.is_dir() else []
-    return sorted(path for path in found if _NAME.fullmatch(path.name) and (path / MANIFEST).is_file())
+def set_aside(root: Path, after: int) -> list[Path]:
+    """Take the checkpoints in ``root`` of later steps than ``after`` out of the way of a run that does not go on from
+    them: they keep their content and get a name that begins with a dot. Returns their new places.
+    """
+    moved = []
+    for folder in list_checkpoints(root):
+        if int(folder.name.removeprefix("step-")) > after:
+            names = (folder.with_name(f".{folder.name}.replaced{number or ''}") for number in itertools.count())
+            place = next(name for name in names if not name.exists())
+            moved.append(folder.rename(place))
+    return moved
+
+
+def remove_set_aside(root: Path) -> None:
+    """Remove what :func:`set_aside` has put away, since a new checkpoint is whole."""
+    for path in sorted(root.iterdir()):
+        if SET_ASIDE.fullmatch(path.name):
+            remove(path)
 
 
 def latest_checkpoint(root: Path) -> Path | None:
@@ -225,22 +220,21 @@ def latest_checkpoint(root: Path) -> Path | None:
     answer = None
     with same_error_everywhere(f"Looking for checkpoints in {root}"):
         if rank == 0 and root.is_dir():
-            recover(root)
+            recover_all(root, _OURS)
             answer = next(reversed(list_checkpoints(root)), None)
     return from_all(answer)[0]
 
 
-def read_info(folder: Path) -> RunInfo:
-    """What ``run.json`` in ``folder`` says.
-
-    Raises:
-        CheckpointError: it cannot be read, or is of another format.
-    """
-    try:
-        data = json.loads((folder / RUN).read_text(encoding="utf-8"))
-        return RunInfo(**data)
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder / RUN} cannot be read: {error}. Resume from another checkpoint.") from error
+def _restore_random_states(file: Path) -> None:
+    with ToldAs(CheckpointError, f"{file} is damaged"):
+        states = load(read_file(file, CheckpointError, _RANDOM_BYTES))
+        here = _random_states()
+        for device in here.keys() & states.keys():
+            if states[device].dtype is not torch.uint8 or states[device].shape != here[device].shape:
+                raise CheckpointError(f"{file} has {tuple(states[device].shape)} {states[device].dtype} for {device}.")
+        torch.set_rng_state(states["cpu"])
+        if "cuda" in here and "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"])
 
 
 @torch.no_grad()
@@ -259,7 +253,7 @@ def load_checkpoint(folder: Path, state: RunState) -> RunInfo:
     folder = folder.absolute()
     rank, world = rank_and_world()
     with same_error_everywhere(f"Loading {folder}"):
-        verify(folder, rank, world)
+        verify(folder, rank, world, exactly=True)
     with same_error_everywhere(f"Loading {folder}"):
         info = read_info(folder)
         reader = SafeReader(folder / STATE)
@@ -268,8 +262,5 @@ def load_checkpoint(folder: Path, state: RunState) -> RunInfo:
     with same_error_everywhere(f"Loading {folder}"):
         state.restore(info.state)
         if info.world_size == world:
-            states = load_file(folder / f"random-{rank:05d}.safetensors")
-            torch.set_rng_state(states["cpu"])
-            if "cuda" in states and torch.cuda.is_available():
-                torch.cuda.set_rng_state(states["cuda"])
+            _restore_random_states(folder / f"random-{rank:05d}.safetensors")
     return info

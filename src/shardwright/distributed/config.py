@@ -14,6 +14,7 @@ from math import inf, lcm, prod
 from typing import TYPE_CHECKING, Any, Self
 
 from shardwright.errors import ConfigError
+from shardwright.untrusted import parse_json, parse_yaml, shown
 
 ENGINES = ("fsdp2", "megatron_fsdp")
 CHECKPOINTING_MODES = ("none", "full", "selective")
@@ -21,6 +22,7 @@ EVERY = re.compile(r"every_([1-9]\d*)")
 RESHARDING = ("default", "always", "never")
 DTYPES = ("float32", "bfloat16", "float16")
 MODEL = "model"
+PLAN_FILES = (".yaml", ".yml", ".json")
 # The settings that the other engine does not have.
 FSDP2_ONLY = (
     "ep", "loss_tiles", "mlp_tiles", "offload_activations", "reshard_after_forward", "keep_gathered_gib", "shard_ends",
@@ -33,7 +35,7 @@ def _only_known(cls: Any, names: Iterable[Any]) -> None:
     unknown = sorted(set(names) - known, key=str)
     if unknown:
         raise ConfigError(
-            f"Unknown key(s) {', '.join(map(repr, unknown))} for {cls.__name__}. Known: {', '.join(sorted(known))}."
+            f"Unknown key(s) {', '.join(map(shown, unknown))} for {cls.__name__}. Known: {', '.join(sorted(known))}."
         )
 
 
@@ -67,7 +69,7 @@ class Precision(_Named):
             value = getattr(self, name)
             if value not in (MODEL, *DTYPES):
                 allowed = ", ".join((MODEL, *DTYPES))
-                raise ConfigError(f"precision.{name} is {value!r}; it must be one of {allowed}.")
+                raise ConfigError(f"precision.{name} is {shown(value)}; it must be one of {allowed}.")
 
     def settled(self, dtypes: Sequence[str]) -> Precision:
         """This precision for a model whose parameters are of ``dtypes``, the commonest first.
@@ -176,22 +178,22 @@ class ParallelConfig(_Named):
             _degree(name, getattr(self, name), least=-1 if name == "dp_shard" else 1)
         for name in ("sequence_parallel", "offload_activations", "shard_ends"):
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be true or false.")
+                raise ConfigError(f"{name} is {shown(getattr(self, name))}; it must be true or false.")
         if not isinstance(self.compile, bool) and not (isinstance(self.compile, str) and self.compile):
             raise ConfigError(
-                f"compile is {self.compile!r}; it must be true, false, or the name of a torch.compile backend."
+                f"compile is {shown(self.compile)}; it must be true, false, or the name of a torch.compile backend."
             )
         _one_of("engine", self.engine, ENGINES)
         mode = self.activation_checkpointing
         if not (isinstance(mode, str) and (mode in CHECKPOINTING_MODES or EVERY.fullmatch(mode))):
             allowed = ", ".join(CHECKPOINTING_MODES)
             raise ConfigError(
-                f"activation_checkpointing is {mode!r}; it must be one of {allowed}, or every_2, every_3 ..."
+                f"activation_checkpointing is {shown(mode)}; it must be one of {allowed}, or every_2, every_3 ..."
             )
         self._check_activations()
         self._check_resharding()
         if self.plan is not None and not isinstance(self.plan, str):
-            raise ConfigError(f"plan is {self.plan!r}; it must be a path, a dotted name, or left out.")
+            raise ConfigError(f"plan is {shown(self.plan)}; it must be a path, a dotted name, or left out.")
         object.__setattr__(self, "precision", _precision(self.precision))
 
     def _check_activations(self) -> None:
@@ -213,14 +215,15 @@ class ParallelConfig(_Named):
         _one_of("reshard_after_forward", self.reshard_after_forward, RESHARDING)
         budget = self.keep_gathered_gib
         if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 <= budget < inf:
-            raise ConfigError(f"keep_gathered_gib is {budget!r}; it must be a number of GiB, 0 or more.")
+            raise ConfigError(f"keep_gathered_gib is {shown(budget)}; it must be a number of GiB, 0 or more.")
         if budget and self.reshard_after_forward != "default":
             raise ConfigError(
                 f"keep_gathered_gib is {budget}, which reshard_after_forward {self.reshard_after_forward!r} leaves no "
                 'choice to. Set reshard_after_forward to "default", or leave keep_gathered_gib out.'
             )
         defaults = {field.name: field.default for field in fields(self)}
-        changed = [f"{name} ({getattr(self, name)!r})" for name in FSDP2_ONLY if getattr(self, name) != defaults[name]]
+        chosen = {name: getattr(self, name) for name in FSDP2_ONLY if getattr(self, name) != defaults[name]}
+        changed = [f"{name} ({shown(value)})" for name, value in chosen.items()]
         if changed and self.engine != "fsdp2":
             raise ConfigError(f"{', '.join(changed)} is for the engine fsdp2; {self.engine} has no such setting.")
 
@@ -297,42 +300,48 @@ class ParallelConfig(_Named):
     def from_dict(cls, data: Mapping[str, Any]) -> ParallelConfig:
         """The config described by ``data``; raises ConfigError on a key that does not exist."""
         if not isinstance(data, Mapping):
-            raise ConfigError(f"A parallel config must be a mapping of keys to values, not {data!r}.")
+            raise ConfigError(f"A parallel config must be a mapping of keys to values, not {shown(data)}.")
         _only_known(cls, data)
         return cls(**data)
 
     @classmethod
     def from_json(cls, text: str) -> ParallelConfig:
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"Not valid JSON: {error}.") from error
-        return cls.from_dict(data)
+        return cls._from_file(parse_json(text, "The parallel config", ConfigError))
 
     @classmethod
     def from_yaml(cls, text: str) -> ParallelConfig:
-        import yaml
+        data = parse_yaml(text, "The parallel config", ConfigError)
+        return cls._from_file({} if data is None else data)
 
-        try:
-            data = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"Not valid YAML: {error}") from error
-        return cls.from_dict({} if data is None else data)
+    @classmethod
+    def _from_file(cls, data: Any) -> ParallelConfig:
+        config = cls.from_dict(data)
+        if runs_code(config.plan):
+            raise ConfigError(
+                f"plan is {shown(config.plan)}, which names Python code. A config that is read from a text does not "
+                "run code: pass it with with_(plan=...), or save the plan as YAML and name that file."
+            )
+        return config
 
     def with_(self, **changes: Any) -> ParallelConfig:
         """A copy with some fields changed."""
         return replace(self, **changes)
 
 
+def runs_code(plan: str | None) -> bool:
+    """Whether a plan is a dotted path, whose module is imported, and not a file."""
+    return plan is not None and not plan.endswith(PLAN_FILES)
+
+
 def _degree(name: str, value: Any, *, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least or value == 0:
         allowed = "a whole number >= 1, or -1 for what is left" if least == -1 else "a whole number >= 1"
-        raise ConfigError(f"{name} is {value!r}; it must be {allowed}.")
+        raise ConfigError(f"{name} is {shown(value)}; it must be {allowed}.")
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}.")
+        raise ConfigError(f"{name} is {shown(value)}; it must be one of {', '.join(allowed)}.")
 
 
 def _precision(value: Any) -> Precision:
@@ -341,11 +350,11 @@ def _precision(value: Any) -> Precision:
     if isinstance(value, str):
         if value not in PRECISIONS:
             raise ConfigError(
-                f"precision is {value!r}; it must be one of {', '.join(PRECISIONS)}, or a mapping with the keys "
+                f"precision is {shown(value)}; it must be one of {', '.join(PRECISIONS)}, or a mapping with the keys "
                 "param, reduce and output."
             )
         return PRECISIONS[value]
     if isinstance(value, Mapping):
         _only_known(Precision, value)
         return Precision(**value)
-    raise ConfigError(f"precision is {value!r}; it must be a name or a mapping.")
+    raise ConfigError(f"precision is {shown(value)}; it must be a name or a mapping.")

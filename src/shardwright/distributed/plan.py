@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shardwright.errors import PlanError
+from shardwright.untrusted import parse_json, parse_yaml, shown
 
 _KEYS = ("styles", "optional", "local_attributes", "local_arguments", "source", "tp", "notes")
 
@@ -49,18 +50,18 @@ class ParallelPlan:
             raise PlanError(f"styles must be a mapping of globs to style names, not {type(self.styles).__name__}.")
         for glob, style in self.styles.items():
             if not isinstance(glob, str) or not glob or glob != glob.strip():
-                raise PlanError(f"{glob!r} is not a glob over module names.")
+                raise PlanError(f"{shown(glob)} is not a glob over module names.")
             if not isinstance(style, str) or not style:
-                raise PlanError(f"The style of {glob!r} is {style!r}; it must be a style name.")
+                raise PlanError(f"The style of {shown(glob)} is {shown(style)}; it must be a style name.")
         _require_strings("optional", self.optional)
         _require_strings("notes", self.notes)
         stray = sorted(set(self.optional) - set(self.styles))
         if stray:
             raise PlanError(f"optional names {', '.join(map(repr, stray))}, which styles does not have.")
-        if self.tp is not None and (not isinstance(self.tp, int) or self.tp < 1):
-            raise PlanError(f"tp is {self.tp!r}; it must be a whole number >= 1, or left out.")
+        if self.tp is not None and (not isinstance(self.tp, int) or isinstance(self.tp, bool) or self.tp < 1):
+            raise PlanError(f"tp is {shown(self.tp)}; it must be a whole number >= 1, or left out.")
         if not isinstance(self.source, str):
-            raise PlanError(f"source is {self.source!r}; it must be a string.")
+            raise PlanError(f"source is {shown(self.source)}; it must be a string.")
         object.__setattr__(self, "styles", dict(self.styles))
         object.__setattr__(self, "optional", frozenset(self.optional))
         for key in ("local_attributes", "local_arguments"):
@@ -93,28 +94,18 @@ class ParallelPlan:
             raise PlanError(f"A plan must be a mapping with the keys {', '.join(_KEYS)}, not {type(data).__name__}.")
         unknown = sorted(set(data) - set(_KEYS), key=str)
         if unknown:
-            raise PlanError(f"Unknown key(s) {', '.join(map(repr, unknown))} in a plan. Known: {', '.join(_KEYS)}.")
+            raise PlanError(f"Unknown key(s) {', '.join(map(shown, unknown))} in a plan. Known: {', '.join(_KEYS)}.")
         if "styles" not in data:
             raise PlanError("A plan needs the key 'styles': a mapping of globs over module names to style names.")
         return cls(**data)
 
     @classmethod
-    def from_json(cls, text: str) -> ParallelPlan:
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise PlanError(f"Not valid JSON: {error}.") from error
-        return cls.from_dict(data)
+    def from_json(cls, text: str | bytes) -> ParallelPlan:
+        return cls.from_dict(parse_json(text, "The plan", PlanError))
 
     @classmethod
-    def from_yaml(cls, text: str) -> ParallelPlan:
-        import yaml
-
-        try:
-            data = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise PlanError(f"Not valid YAML: {error}") from error
-        return cls.from_dict(data)
+    def from_yaml(cls, text: str | bytes) -> ParallelPlan:
+        return cls.from_dict(parse_yaml(text, "The plan", PlanError))
 
     def diff(self, other: ParallelPlan) -> list[str]:
         """One line per glob on which the two plans differ: ``- glob: style`` is here only, ``+ glob: style`` there."""
@@ -168,20 +159,26 @@ def merge_plans(plans: Mapping[str, ParallelPlan]) -> ParallelPlan:
 
 def _require_strings(name: str, values: Iterable[Any]) -> None:
     if isinstance(values, str) or not isinstance(values, Iterable) or any(not isinstance(v, str) for v in values):
-        raise PlanError(f"{name} must be a list of strings, not {values!r}.")
+        raise PlanError(f"{name} must be a list of strings, not {shown(values)}.")
 
 
 def _lists_by_glob(key: str, value: Any) -> dict[str, tuple[str, ...]]:
     if not isinstance(value, Mapping):
         raise PlanError(f"{key} must be a mapping of globs over module names to lists of names.")
     for glob, names in value.items():
-        _require_strings(f"{key} of {glob!r}", names)
+        _require_strings(f"The globs of {key}", [glob])
+        _require_strings(f"{key} of {shown(glob)}", names)
     return {glob: tuple(names) for glob, names in value.items()}
 
 
 def glob_to_regex(glob: str) -> re.Pattern[str]:
     """The regular expression of a glob over dotted names. ``*`` never crosses a dot."""
-    return re.compile(r"[^.]*".join(re.escape(part) for part in glob.split("*")))
+    first, *parts = (re.escape(part) for part in glob.split("*"))
+    if not parts:
+        return re.compile(first)
+    # What lies between two stars is taken where it first occurs, and not tried again: time linear in the name.
+    between = "".join(f"(?>[^.]*?{part})" for part in parts[:-1])
+    return re.compile(f"{first}{between}[^.]*{parts[-1]}")
 
 
 def match_names(glob: str, names: Iterable[str]) -> list[str]:

@@ -35,6 +35,7 @@ from shardwright.distributed.apply.guards.fresh import Parallelized
 from shardwright.distributed.runtime.layout import whole
 from shardwright.errors import CheckpointError, UnsupportedError
 from shardwright.hf.arguments import mesh_sizes
+from shardwright.untrusted import read_json
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ def load_model(model: nn.Module, folder: Path) -> None:
         entries = open_folder(folder)
         skeleton = skeleton_of(model)
         plan = plan_load(skeleton, entries)
-        check_fit(plan, skeleton, folder)
+        check_fit(plan, skeleton, folder, entries)
     fill_from_folder(model, folder, entries, plan)
 
 
@@ -118,7 +119,7 @@ def load_optimizer(model: nn.Module, optimizer: Any, folder: Path) -> bool:
                 )
             log.warning("%s has no optimizer: training goes on with a new one.", folder)
             return False
-        data = json.loads((folder / DATA).read_text(encoding="utf-8"))
+        data = _data(folder)
         state = _OptimizerState(model, plain_optimizer(optimizer))
         reader = SafeReader(folder / STATE)
         state.prepare(reader.read_metadata())
@@ -131,8 +132,15 @@ def load_optimizer(model: nn.Module, optimizer: Any, folder: Path) -> bool:
 def saved_mesh(folder: Path) -> dict[str, int] | None:
     """The axes of the mesh that wrote the checkpoint in ``folder``; None where it does not say so."""
     file = folder / DATA
-    found: dict[str, int] | None = json.loads(file.read_text(encoding="utf-8"))["mesh"] if file.is_file() else None
-    return found
+    return _data(folder)["mesh"] if file.is_file() else None
+
+
+def _data(folder: Path) -> dict[str, Any]:
+    """What stands beside the optimizer's tensors: its groups, and the mesh."""
+    data = read_json(folder / DATA, CheckpointError)
+    if not isinstance(data, dict) or not isinstance(data.get("groups"), list) or not isinstance(data.get("mesh"), dict):
+        raise CheckpointError(f"{folder / DATA} has no list 'groups' or no mapping 'mesh'. It is damaged.")
+    return data
 
 
 def check_optimizer(cls: type[Any]) -> None:
@@ -155,8 +163,8 @@ def plain_optimizer(optimizer: Any) -> Optimizer:
 class _OptimizerState(RunState):
     """The optimizer alone: the weights are beside it, as a Hugging Face folder."""
 
-    def tensors(self) -> dict[str, Tensor]:
-        return self._optimizer_tensors()
+    def weights(self) -> dict[str, Tensor]:
+        return {}
 
 
 def _save_state(model: nn.Module, folder: Path) -> None:

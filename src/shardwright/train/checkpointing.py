@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,14 +20,27 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import shardwright
+from shardwright.checkpoint.run_info import RunInfo, find_checkpoint
 from shardwright.checkpoint.state import RunState
-from shardwright.checkpoint.store import CheckpointStore, latest_checkpoint, load_checkpoint
-from shardwright.checkpoint.together import from_all
+from shardwright.checkpoint.store import (
+    CheckpointStore,
+    latest_checkpoint,
+    load_checkpoint,
+    remove_set_aside,
+    set_aside,
+)
+from shardwright.checkpoint.together import from_all, same_error_everywhere
 from shardwright.distributed.axes import NAMES
-from shardwright.errors import ConfigError, PreemptedError, ShardwrightError
+from shardwright.errors import CheckpointError, ConfigError, PreemptedError, ShardwrightError
 from shardwright.train.config import TrainConfig
 from shardwright.train.loop import Trainer
+from shardwright.train.optim import KEPT, set_step
 from shardwright.train.output import CHECKPOINTS
+from shardwright.untrusted import shown, usable_path
+
+log = logging.getLogger(__name__)
+
+_SETTINGS = ("initial_lr", "betas", "eps", "weight_decay")  # of the optimizer, that the config has
 
 
 class Checkpoints:
@@ -44,10 +58,12 @@ class Checkpoints:
         device: torch.device,
     ) -> None:
         self._config = config
-        self._state = RunState(trainer.model, trainer.optimizer, trainer.schedule)
+        self._trainer = trainer
+        self._state = RunState(trainer.model, trainer.optimizer, trainer.schedule, KEPT)
+        self._schedule_steps = config.schedule.steps or config.steps
         self._device = device
         self._degrees = " x ".join(f"{axis}={mesh[axis].size()}" for axis in NAMES)
-        self._folder = Path(config.output.dir) / CHECKPOINTS
+        self._folder = usable_path(config.output.dir, "output.dir", ConfigError) / CHECKPOINTS
         self._asked_to_stop = False
         self._saved_step = 0
         self._store: CheckpointStore | None = None
@@ -77,14 +93,48 @@ class Checkpoints:
             CheckpointError: it is damaged, or of another model; on every rank.
         """
         wanted = self._config.checkpoint.resume
-        folder = Path(wanted) if isinstance(wanted, str) else latest_checkpoint(self._folder) if wanted else None
+        folder: Path | None
+        if isinstance(wanted, str):
+            folder = find_checkpoint(usable_path(wanted, "checkpoint.resume", ConfigError))
+        else:
+            folder = latest_checkpoint(self._folder) if wanted else None
         if folder is None:
             return 0
+        mine = [{key: group[key] for key in _SETTINGS} for group in self._trainer.optimizer.param_groups]
+        rates: list[Any] = list(self._trainer.schedule.base_lrs)
         info = load_checkpoint(folder, self._state)
         if info.step > self._config.steps:
             raise ConfigError(f"{folder} is of step {info.step}, but the run has only {self._config.steps} steps.")
+        self._schedule_steps = self._config.schedule.steps or _schedule_steps(info, folder) or self._config.steps
+        self._keep_settings(mine, rates, info.step)
         self._saved_step = info.step
         return info.step
+
+    def set_aside(self, done: int) -> None:
+        """Take checkpoints of steps after ``done`` out of the way: they belong to what this run does not go on with.
+
+        They go when the first new checkpoint is whole. Collective.
+        """
+        with same_error_everywhere(f"Moving checkpoints in {self._folder}"):
+            moved = set_aside(self._folder, done) if dist.get_rank() == 0 else []
+        if moved:
+            log.warning("Set aside until there is a new checkpoint: %s", ", ".join(map(str, moved)))
+
+    def _keep_settings(self, mine: list[dict[str, Any]], rates: list[Any], step: int) -> None:
+        """What the config says about the optimizer holds, and not what the checkpoint says; the schedule goes on."""
+        groups = self._trainer.optimizer.param_groups
+        for group, settings in zip(groups, mine, strict=True):
+            changed = [f"{key} {group[key]} -> {value}" for key, value in settings.items() if group[key] != value]
+            if changed:
+                log.warning("The config has other settings than the checkpoint: %s.", ", ".join(changed))
+            group.update(settings)
+        self._trainer.schedule.base_lrs = rates
+        set_step(self._trainer.schedule, step, self._schedule_steps)
+        if self._schedule_steps != (self._config.schedule.steps or self._config.steps):
+            log.warning(
+                "The learning rate keeps to the %d steps that the run began with; schedule.steps sets others.",
+                self._schedule_steps,
+            )
 
     def after(self, step: int, metric: float | None) -> None:
         """Called by every rank after ``step`` (from 0): save where it is due, or where SIGTERM asks for it.
@@ -112,9 +162,16 @@ class Checkpoints:
         if self._store is not None and done:
             self._save(self._store, done, None, wait=True)
 
+    def finished(self) -> None:
+        """The run has ended as it should: what was set aside is replaced, with a checkpoint or without. Collective."""
+        with same_error_everywhere(f"Removing what was set aside in {self._folder}"):
+            if dist.get_rank() == 0 and self._folder.is_dir():
+                remove_set_aside(self._folder)
+
     def _save(self, store: CheckpointStore, done: int, metric: float | None, wait: bool) -> None:
         if done != self._saved_step:
-            store.save(self._state, done, {"data_step": done}, metric=metric, notes={"mesh": self._degrees}, wait=wait)
+            progress = {"data_step": done, "schedule_steps": self._schedule_steps}
+            store.save(self._state, done, progress, metric=metric, notes={"mesh": self._degrees}, wait=wait)
             self._saved_step = done
         elif wait:
             store.wait()
@@ -125,6 +182,16 @@ class Checkpoints:
 
     def _note(self, _: int, __: FrameType | None) -> None:
         self._asked_to_stop = True
+
+
+def _schedule_steps(info: RunInfo, folder: Path) -> int | None:
+    """The steps of the schedule that the run began with; None where a checkpoint does not say."""
+    steps = info.progress.get("schedule_steps")
+    if steps is not None and (type(steps) is not int or not 1 <= steps < 2**53):
+        raise CheckpointError(f"schedule_steps in {folder} is {shown(steps)}; it must be a number of steps.")
+    if info.progress.get("data_step") != info.step:
+        raise CheckpointError(f"data_step in {folder} is {shown(info.progress.get('data_step'))}, not {info.step}.")
+    return steps
 
 
 def first_not_finite(model: torch.nn.Module) -> str | None:

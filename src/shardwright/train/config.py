@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,12 +10,18 @@ from typing import Any
 
 import yaml
 
-from shardwright.distributed.config import DTYPES, ParallelConfig
+from shardwright.distributed.config import DTYPES, ParallelConfig, runs_code
 from shardwright.errors import ConfigError
 from shardwright.train.settings import apply_overrides, build, read_yaml
+from shardwright.untrusted import shown
 
 DEVICES = ("auto", "cpu", "cuda")
+JOB_CONFIG = "config.yaml"  # of a job folder: the run, as its ranks read it
 NOT_FINITE = ("raise", "stop", "skip")
+_LEAST_PHASE = 60.0  # seconds: importing torch and transformers in several ranks at once takes some
+_MOST_TOKENS = 2**27  # of one sequence, or of a vocabulary
+_NAME_A_PLAN = ("sharding", "sharding.plan")  # the keys of overrides that do
+_MOST_SEQUENCES = 2**20  # of one step
 
 
 @dataclass(frozen=True)
@@ -55,8 +62,11 @@ class TokenizerSettings:
     def __post_init__(self) -> None:
         if self.path is not None and self.vocab_size is not None:
             raise ConfigError("give path (a saved tokenizer) or vocab_size (train one), not both.")
-        if self.vocab_size is not None and self.vocab_size < 257:
-            raise ConfigError(f"vocab_size is {self.vocab_size}; 256 bytes and an end-of-text token need at least 257.")
+        if self.vocab_size is not None and not 257 <= self.vocab_size <= _MOST_TOKENS:
+            raise ConfigError(
+                f"vocab_size is {self.vocab_size}; 256 bytes and an end-of-text token need at least 257, and "
+                f"{_MOST_TOKENS:,} are the most."
+            )
 
 
 @dataclass(frozen=True)
@@ -87,8 +97,8 @@ class DataSettings:
     def __post_init__(self) -> None:
         if not self.paths:
             raise ConfigError("paths is empty; name the text files, folders or globs to train on.")
-        _at_least("sequence_length", self.sequence_length, 2)
-        _at_least("validation", self.validation, 0)
+        _between("sequence_length", self.sequence_length, 2, _MOST_TOKENS)
+        _between("validation", self.validation, 0)
 
 
 @dataclass(frozen=True)
@@ -102,11 +112,10 @@ class OptimizerSettings:
 
     def __post_init__(self) -> None:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError(f"betas is {list(self.betas)}; it must be two numbers in [0, 1).")
-        if self.lr <= 0:
-            raise ConfigError(f"lr is {self.lr}; it must be above 0.")
+            raise ConfigError(f"betas is {shown(list(self.betas))}; it must be two numbers in [0, 1).")
+        _positive("lr", self.lr)
         for name in ("eps", "weight_decay"):
-            _at_least(name, getattr(self, name), 0)
+            _between(name, getattr(self, name), 0)
 
 
 @dataclass(frozen=True)
@@ -115,14 +124,19 @@ class ScheduleSettings:
 
     Attributes:
         warmup_steps: steps until ``optimizer.lr`` is reached.
-        final_fraction: the share of ``optimizer.lr`` that is left at the last step.
+        final_fraction: the share of ``optimizer.lr`` that is left at the last step, and after it.
+        steps: how many steps that is; null: the ``steps`` of the run. A run that is resumed keeps those it began with,
+            so that more ``steps`` do not make the rate jump, unless they are set here.
     """
 
     warmup_steps: int = 0
     final_fraction: float = 0.1
+    steps: int | None = None
 
     def __post_init__(self) -> None:
-        _at_least("warmup_steps", self.warmup_steps, 0)
+        _between("warmup_steps", self.warmup_steps, 0)
+        if self.steps is not None:
+            _between("steps", self.steps, 1)
         if not 0 <= self.final_fraction <= 1:
             raise ConfigError(f"final_fraction is {self.final_fraction}; it must be between 0 and 1.")
 
@@ -146,8 +160,8 @@ class OutputSettings:
     tensorboard: bool | None = None
 
     def __post_init__(self) -> None:
-        _at_least("log_every", self.log_every, 1)
-        _at_least("validate_every", self.validate_every, 0)
+        _between("log_every", self.log_every, 1)
+        _between("validate_every", self.validate_every, 0)
 
 
 @dataclass(frozen=True)
@@ -165,8 +179,8 @@ class CheckpointSettings:
     resume: bool | str = False
 
     def __post_init__(self) -> None:
-        _at_least("every", self.every, 0)
-        _at_least("keep", self.keep, 1)
+        _between("every", self.every, 0)
+        _between("keep", self.keep, 1)
 
 
 @dataclass(frozen=True)
@@ -189,6 +203,9 @@ class TrainConfig:
             checkpoint and model are saved, with the weights of the step before. ``"skip"`` leaves that update out and
             goes on.
         step_timeout: seconds after which a step counts as hanging: the ranks end and say which collective they were in.
+        phase_timeout: the same for every other part of a run: starting, waiting for the data, building the model,
+            resuming, the first step (which may compile), an evaluation, a checkpoint, the final save. Null: that of a
+            step, but at least 60.
     """
 
     model: ModelSettings
@@ -209,22 +226,26 @@ class TrainConfig:
     check_first_step: bool = False
     not_finite: str = "raise"
     step_timeout: float = 1800.0
+    phase_timeout: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation"):
-            _at_least(name, getattr(self, name), 1)
-        _at_least("seed", self.seed, 0)
+        _between("steps", self.steps, 1)
+        for name in ("batch_size", "accumulation"):
+            _between(name, getattr(self, name), 1, _MOST_SEQUENCES)
+        _between("seed", self.seed, 0)
         if self.ranks is not None:
-            _at_least("ranks", self.ranks, 1)
-        if self.clip_norm is not None and self.clip_norm <= 0:
-            raise ConfigError(f"clip_norm is {self.clip_norm}; it must be above 0, or null for no clipping.")
+            _between("ranks", self.ranks, 1)
+        if self.clip_norm is not None:
+            _positive("clip_norm", self.clip_norm, ", or null for no clipping")
         _one_of("device", self.device, DEVICES)
         _one_of("not_finite", self.not_finite, NOT_FINITE)
-        if self.step_timeout <= 0:
-            raise ConfigError(f"step_timeout is {self.step_timeout}; it must be above 0 seconds.")
-        if self.schedule.warmup_steps > self.steps:
+        _positive("step_timeout", self.step_timeout)
+        if self.phase_timeout is not None:
+            _positive("phase_timeout", self.phase_timeout, ", or null")
+        if self.schedule.warmup_steps > (self.schedule.steps or self.steps):
             raise ConfigError(
-                f"schedule.warmup_steps is {self.schedule.warmup_steps}, more than the {self.steps} steps of the run."
+                f"schedule.warmup_steps is {self.schedule.warmup_steps}, more than the "
+                f"{self.schedule.steps or self.steps} steps of the {'schedule' if self.schedule.steps else 'run'}."
             )
         if self.model.path is None and self.tokenizer == TokenizerSettings():
             raise ConfigError(
@@ -236,6 +257,11 @@ class TrainConfig:
                 f"data.sequence_length is {self.data.sequence_length}, which sharding.cp = {self.sharding.cp} "
                 "does not divide."
             )
+
+    @property
+    def seconds_per_phase(self) -> float:
+        """``phase_timeout``, or what stands for null there."""
+        return max(self.step_timeout, _LEAST_PHASE) if self.phase_timeout is None else self.phase_timeout
 
     def check_ranks(self, world_size: int) -> None:
         """Whether the batch can be dealt out to ``world_size`` ranks.
@@ -263,8 +289,23 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
     """The run described by a YAML file, with ``section.key=value`` overrides applied.
 
     Raises:
-        ConfigError: one paragraph that names the key at fault and what it could be.
+        ConfigError: one paragraph that names the key at fault and what it could be; a plan in the file that is Python
+            code, which only an override may name.
     """
+    overrides = list(overrides)
+    config = read_config(path, overrides)
+    if runs_code(config.sharding.plan) and not any(text.partition("=")[0] in _NAME_A_PLAN for text in overrides):
+        plan = config.sharding.plan
+        raise ConfigError(
+            f"sharding.plan in {path} is {shown(plan)}, which names Python code. A config does not run code by itself: "
+            f"read it, and if you trust it say so on the command line with sharding.plan={plan}. A plan that is saved "
+            "as YAML needs no trust."
+        )
+    return config
+
+
+def read_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
+    """As :func:`load_config`, of a file that this program has written: it may name code."""
     data = apply_overrides(read_yaml(Path(path)), overrides)
     for section in ("model", "data"):
         if section not in data:
@@ -279,11 +320,18 @@ def _plain(value: Any) -> Any:
     return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
 
 
-def _at_least(name: str, value: float, least: int) -> None:
-    if value < least:
-        raise ConfigError(f"{name} is {value}; it must be at least {least}.")
+def _between(name: str, value: float, least: int, most: float = math.inf) -> None:
+    """Both may be reached, infinity and NaN never."""
+    if not (least <= value <= most and value < math.inf):
+        limit = f"at least {least}" if value < least else f"at most {most:,}" if value < math.inf else "a finite number"
+        raise ConfigError(f"{name} is {value}; it must be {limit}.")
+
+
+def _positive(name: str, value: float, otherwise: str = "") -> None:
+    if not 0 < value < math.inf:
+        raise ConfigError(f"{name} is {value}; it must be a finite number above 0{otherwise}.")
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}.")
+        raise ConfigError(f"{name} is {shown(value)}; it must be one of {', '.join(allowed)}.")

@@ -18,6 +18,7 @@ from torch import Tensor
 IGNORE = -100  # a target that is not counted, torch's convention
 _PADDING = -1
 TOKENS = "tokens.bin"
+_TARGETS = "targets.bin"
 _SHAPE = "tokens.json"
 
 
@@ -30,7 +31,20 @@ class Shape:
     stride: int
 
 
-def write_packed(token_lists: Iterable[list[int]], folder: Path, sequence_length: int) -> tuple[Shape, int]:
+@dataclass(frozen=True)
+class Tokens:
+    """Some tokens of a text, the next after those before.
+
+    Attributes:
+        ids: one-dimensional, int32.
+        last: the text ends with them.
+    """
+
+    ids: np.ndarray
+    last: bool = True
+
+
+def write_packed(parts: Iterable[Tokens], folder: Path, sequence_length: int) -> tuple[Shape, int]:
     """All texts one after the other in one file; the tokens after the last whole sequence are not used.
 
     Returns:
@@ -38,25 +52,32 @@ def write_packed(token_lists: Iterable[list[int]], folder: Path, sequence_length
     """
     total = 0
     with (folder / TOKENS).open("wb") as file:
-        for tokens in token_lists:
-            np.asarray(tokens, dtype=np.int32).tofile(file)
-            total += len(tokens)
+        for part in parts:
+            part.ids.tofile(file)
+            total += len(part.ids)
     return _write_shape(folder, Shape(max(total - 1, 0) // sequence_length, sequence_length, sequence_length)), total
 
 
-def write_separate(token_lists: Iterable[list[int]], folder: Path, sequence_length: int) -> tuple[Shape, int]:
-    """Every text in rows of its own, the last one padded; returns what :func:`write_packed` does."""
+def write_separate(parts: Iterable[Tokens], folder: Path, sequence_length: int) -> tuple[Shape, int]:
+    """Every text in rows of its own, the last one padded; returns what :func:`write_packed` does.
+
+    How many targets each row has goes into a file of its own, so that nobody has to read the rows to count them.
+    """
     total = rows = 0
     width = sequence_length + 1
-    with (folder / TOKENS).open("wb") as file:
-        for tokens in token_lists:
-            total += len(tokens)
-            for start in range(0, len(tokens) - 1, sequence_length):
+    rest = np.empty(0, dtype=np.int32)  # of the text that is being written: its last token begins the next row
+    with (folder / TOKENS).open("wb") as tokens, (folder / _TARGETS).open("wb") as targets:
+        for part in parts:
+            total += len(part.ids)
+            rest = np.concatenate([rest, part.ids])
+            while len(rest) >= width or (part.last and len(rest) > 1):
                 row = np.full(width, _PADDING, dtype=np.int32)
-                part = tokens[start : start + width]
-                row[: len(part)] = part
-                row.tofile(file)
+                row[: len(rest[:width])] = rest[:width]
+                row.tofile(tokens)
+                np.int32(min(len(rest), width) - 1).tofile(targets)
+                rest = rest[sequence_length:]
                 rows += 1
+            rest = rest[:0] if part.last else rest
     return _write_shape(folder, Shape(rows, sequence_length, width)), total
 
 
@@ -87,6 +108,8 @@ class TokenRows:
     def __init__(self, folder: Path) -> None:
         self.shape = Shape(**json.loads((folder / _SHAPE).read_text()))
         self._tokens = np.memmap(folder / TOKENS, dtype=np.int32, mode="r")
+        padded = (folder / _TARGETS).is_file()
+        self._targets = np.memmap(folder / _TARGETS, dtype=np.int32, mode="r") if padded else None
 
     def __len__(self) -> int:
         return self.shape.sequences
@@ -101,8 +124,11 @@ class TokenRows:
         return Batch(tokens[:, :-1].clamp(min=0), labels)
 
     def targets(self, rows: np.ndarray) -> int:
-        """How many positions of these rows have a target: what the loss is divided by."""
-        return int((self.batch(rows).labels != IGNORE).sum())
+        """How many positions of these rows have a target: what the loss is divided by. Reads no row."""
+        there = rows[rows >= 0]
+        if self._targets is None:
+            return len(there) * self.shape.sequence_length
+        return int(self._targets[there].sum(dtype=np.int64))
 
 
 class Order:

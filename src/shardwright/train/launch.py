@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 import sys
-import tempfile
-from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from uuid import uuid4
 
@@ -18,47 +18,67 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from shardwright.checkpoint.store import list_checkpoints
+from shardwright.checkpoint.run_info import list_checkpoints
 from shardwright.distributed.apply import megatron_fsdp
 from shardwright.distributed.mesh import default_device_type, make_mesh
-from shardwright.errors import ConfigError, PreemptedError, RunError, ShardwrightError
+from shardwright.errors import ConfigError, PreemptedError, RunError, ShardwrightError, from_system
+from shardwright.scratch import scratch_folder
 from shardwright.train.config import TrainConfig
+from shardwright.train.meeting import check_devices, device_type, joined
 from shardwright.train.metrics import use_tensorboard
 from shardwright.train.output import CHECKPOINTS, check_output
-from shardwright.train.place import Place, place_from_environment
+from shardwright.train.place import Place
 from shardwright.train.prepare import Say, digest, prepare
-from shardwright.train.rank import device_of, device_type, process_group, train
+from shardwright.train.rank import train
+from shardwright.train.watchdog import Watchdog
+from shardwright.untrusted import usable_path
 
 _TAIL = 30
+_RANKS, _RANKS_PER_CORE = 64, 4  # the most that are started on one machine, whatever its cores; and for each of them
+_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 _LOGGERS = ("", ".agent.server.api", ".agent.server.local_elastic_agent", ".multiprocessing.errors")
 
 
-def run(config: TrainConfig, environment: Mapping[str, str]) -> None:
-    """The whole run. Whatever can be checked without ranks is checked before there are any.
-
-    Args:
-        environment: where torchrun or srun left this process's place; ``os.environ``.
+def run_on_local_ranks(config: TrainConfig) -> None:
+    """The whole run, on ranks that are started here. Whatever can be checked without them is checked before.
 
     Raises:
         ShardwrightError: one paragraph, whichever rank it came from.
     """
-    place = place_from_environment(environment)
-    ranks = place.world_size if place else local_ranks(config)
-    check_engine(config)
-    check_devices(config, place.local_world_size if place else ranks)
-    config.check_ranks(ranks)
-    check_output(config.output, resume=bool(config.checkpoint.resume))
-    use_tensorboard(config.output.tensorboard)
-    with tempfile.TemporaryDirectory(prefix="shardwright-") as folder:
-        job = Path(folder)
-        if place is not None:
-            device = device_of(config, place)
-            with process_group(place, device):
-                prepared = _prepare_once_per_machine(config, job, place)
-                train(config, prepared, make_mesh(config.sharding, device.type))
-            return
+    ranks = local_ranks(config)
+    _check(config, ranks)
+    check_devices(config, ranks)
+    _require_cores(config, ranks)
+    with scratch_folder() as job:
         prepare(config, job, _narrator(quiet=False))
         _start_ranks(ranks, job, config)
+
+
+def run_here(config: TrainConfig, place: Place, watchdog: Watchdog) -> None:
+    """The run as one of the ranks that a launcher has started. Raises ShardwrightError, the same on every rank."""
+    _check(config, place.world_size)
+    with joined(config, place, watchdog) as (located, device), ExitStack() as stack:
+        job = stack.enter_context(scratch_folder()) if located.local_rank == 0 else None
+        watchdog.begin("preparing the data, or waiting for it")
+        prepared = _prepare_once_per_machine(config, job, located)
+        train(config, prepared, make_mesh(config.sharding, device.type), watchdog)
+
+
+def _check(config: TrainConfig, ranks: int) -> None:
+    check_engine(config)
+    config.check_ranks(ranks)
+    check_output(config.output, config.checkpoint.resume)
+    use_tensorboard(config.output.tensorboard)
+
+
+def _require_cores(config: TrainConfig, ranks: int) -> None:
+    """Raises ConfigError for more processes than this machine could start."""
+    most = max(_RANKS, _RANKS_PER_CORE * (os.cpu_count() or 1))
+    if ranks > most:
+        raise ConfigError(
+            f"The config asks for {ranks:,} ranks on this machine, which has {os.cpu_count()} cores; {most} are the "
+            "most that are started. Lower ranks or the degrees, or start ranks on more machines with torchrun or srun."
+        )
 
 
 def local_ranks(config: TrainConfig) -> int:
@@ -76,28 +96,15 @@ def check_engine(config: TrainConfig) -> None:
         megatron_fsdp.check_config(config.sharding, device_type(config))
 
 
-def check_devices(config: TrainConfig, local_world_size: int) -> None:
-    """Raises ConfigError where a GPU is asked for and there is none, or not one for every rank."""
-    count = torch.cuda.device_count()
-    if config.device == "cuda" and count == 0:
-        raise ConfigError("device is cuda, but torch finds no GPU here. Set device to auto or cpu.")
-    if config.device != "cpu" and 0 < count < local_world_size:
-        fitting = f"sharding.dp_shard={count} sharding.tp=1 sharding.sequence_parallel=false"
-        raise ConfigError(
-            f"{local_world_size} ranks on this machine need a GPU each, and it has {count}. Lower the degrees, for "
-            f"example with {fitting}" + ("." if config.sharding.engine == "megatron_fsdp" else ", or set device=cpu.")
-        )
-
-
-def _prepare_once_per_machine(config: TrainConfig, job: Path, place: Place) -> Path:
-    """The job folder of this machine, made by its first rank; an error there is raised on every rank."""
+def _prepare_once_per_machine(config: TrainConfig, job: Path | None, place: Place) -> Path:
+    """The job folder of this machine, filled by its first rank; an error there is raised on every rank."""
     made: tuple[str, str, str] | ShardwrightError | None = None
-    if place.local_rank == 0:
+    if job is not None:
         try:
             prepare(config, job, _narrator(quiet=place.rank != 0))
             made = (socket.gethostname(), str(job), digest(job))
-        except ShardwrightError as error:
-            made = error
+        except (ShardwrightError, OSError, MemoryError) as error:
+            made = error if isinstance(error, ShardwrightError) else from_system(error)
     everyone: list[tuple[str, str, str] | ShardwrightError | None] = [None] * place.world_size
     dist.all_gather_object(everyone, made)
     for one in everyone:
@@ -127,6 +134,9 @@ def _start_ranks(ranks: int, job: Path, config: TrainConfig) -> None:
     for part in _LOGGERS:  # each has a level of its own; what they tell is told below, in one paragraph
         logging.getLogger(f"torch.distributed.elastic{part}").setLevel(logging.CRITICAL)
     redirects = {rank: Std.ERR if rank == 0 else Std.ALL for rank in range(ranks)}
+    # torch's launcher puts handlers of its own in the place of these. What is ignored, as under nohup, stays ignored.
+    handlers = {number: signal.getsignal(number) for number in _HANDLED}
+    handlers = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
     launch = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -136,20 +146,25 @@ def _start_ranks(ranks: int, job: Path, config: TrainConfig) -> None:
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
         max_restarts=0,
+        signals_to_handle=",".join(number.name for number in handlers),
         logs_specs=DefaultLogsSpecs(log_dir=str(job / "logs"), redirects=redirects),
     )
+    command = ("-P", "-m", "shardwright.train.worker", str(job), str(os.getpid()))  # -P: no code from this folder
     try:
-        elastic_launch(launch, sys.executable)("-m", "shardwright.train.worker", str(job))
+        elastic_launch(launch, sys.executable)(*command)
     except ChildFailedError as error:
         raise _cause(error, job) from None
     except SignalException as error:
         raise _stopped(error.sigval, ranks, config) from None
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _stopped(signal_: signal.Signals, ranks: int, config: TrainConfig) -> RunError:
     """What to say when this process was told to end and has ended the ranks, which had time to save a checkpoint."""
     what = f"Stopped by {signal_.name}; all {ranks} ranks have ended."
-    saved = list_checkpoints(Path(config.output.dir) / CHECKPOINTS)
+    saved = list_checkpoints(usable_path(config.output.dir, "output.dir", ConfigError) / CHECKPOINTS)
     if signal_ is not signal.SIGTERM or not saved:
         return RunError(what)
     return PreemptedError(f"{what} The same command with checkpoint.resume=true goes on from {saved[-1]}.")

@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
 from shardwright.checkpoint.load import init_pretrained, init_whole, load_pretrained
 from shardwright.distributed.config import ParallelConfig
+from shardwright.distributed.models.build import load_config
+from shardwright.distributed.models.config_json import check_values
 from shardwright.errors import ConfigError, UnsupportedError
 from shardwright.train.config import ModelSettings
 from shardwright.train.settings import unknown_key
+from shardwright.untrusted import ToldAs, shown, usable_path
 
 # Keys that transformers still takes although they are no fields of its configs any more.
 _OLDER_KEYS = ("rope_theta", "rope_scaling", "torch_dtype")
@@ -43,34 +45,29 @@ def model_config(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) ->
 
 def _from_files(path: Path, settings: ModelSettings) -> PreTrainedConfig:
     key = "model.path" if settings.path is not None else "model.config"
+    path = usable_path(path, key, ConfigError)
     if not path.exists():
         raise ConfigError(f"There is no {path}, which {key} names (looked from {Path.cwd()}).")
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ConfigError(f"The folder {path}, which {key} names, has no config.json, so it is no checkpoint.")
-    try:
-        return AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        raise ConfigError(f"transformers cannot read the model config in {path}: {_one_line(error)}") from None
+    return load_config(path)
 
 
 def _from_mapping(data: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     values = dict(data)
+    check_values(values, "model.config")
     model_type = values.pop("model_type", None)
     if model_type not in CONFIG_MAPPING:
         near = get_close_matches(str(model_type), list(CONFIG_MAPPING), n=3)
         hint = f"Did you mean {' or '.join(near)}?" if near else "It is the model_type in a config.json, such as llama."
-        raise ConfigError(f"model.config.model_type is {model_type!r}, which transformers does not know. {hint}")
+        raise ConfigError(f"model.config.model_type is {shown(model_type)}, which transformers does not know. {hint}")
     known = _known_keys(model_type)
     for key in values:
         if key not in known:
-            raise ConfigError(unknown_key(f"model.config.{key}", key, known))
+            raise ConfigError(unknown_key(f"model.config.{key}", str(key), known))
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     if "vocab_size" in known:
         special["vocab_size"] = len(tokenizer)
-    try:
+    with ToldAs(ConfigError, f"transformers refuses this {model_type} config"):
         return AutoConfig.for_model(model_type, **{**special, **values})
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        raise ConfigError(f"transformers refuses this {model_type} config: {_one_line(error)}") from None
 
 
 def _known_keys(model_type: str) -> set[str]:
@@ -85,9 +82,10 @@ def check_fit(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, sequ
         ConfigError: it cannot; the message has both sizes.
     """
     text = config.get_text_config().to_dict()
-    if len(tokenizer) > text["vocab_size"]:
+    vocabulary = text.get("vocab_size")
+    if not isinstance(vocabulary, int) or len(tokenizer) > vocabulary:
         raise ConfigError(
-            f"The tokenizer has {len(tokenizer):,} tokens, but the model's vocabulary is {text['vocab_size']:,}. Use "
+            f"The tokenizer has {len(tokenizer):,} tokens, but the model's vocabulary is {shown(vocabulary)}. Use "
             "the tokenizer that belongs to the model, or (from scratch) leave vocab_size out of model.config."
         )
     positions = text.get("max_position_embeddings")
@@ -120,12 +118,10 @@ def build_whole_model(settings: ModelSettings, config: PreTrainedConfig, seed: i
 
 
 def _load(path: str, dtype: torch.dtype) -> nn.Module:
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, local_files_only=True, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"transformers cannot load the checkpoint in {path}: {_one_line(error)}") from None
+    settings = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+    loaded: Any
+    with ToldAs(ConfigError, f"transformers cannot load the checkpoint in {path}"):
+        loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, **settings)
     model, report = loaded
     if report["missing_keys"]:
         names = sorted(report["missing_keys"])
@@ -134,7 +130,3 @@ def _load(path: str, dtype: torch.dtype) -> nn.Module:
             "start at random. Use a whole checkpoint of this model type."
         )
     return model
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -1,15 +1,28 @@
 """Which rank this process is, as the launcher that started it says. Standard library only.
 
-torchrun and srun tell a process its place through environment variables; that protocol is all that is read here.
+Launchers tell a process its place through environment variables; that protocol is all that is read here. A process that
+is one of several and cannot find the others is refused: each would train a model of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
-_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-_SRUN = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
+from shardwright.errors import ConfigError
+
+_LOCAL = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_MEETING = ("MASTER_ADDR", "MASTER_PORT")
+_SRUN = (
+    "SLURM_PROCID",
+    "SLURM_LOCALID",
+    "SLURM_NODEID",
+    "SLURM_STEP_TASKS_PER_NODE",
+    "SLURM_STEP_NODELIST",
+    "SLURM_JOB_ID",
+)
+# The number of processes, by launchers that say no more than a process's own number.
+_OTHERS = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "an MPI launcher", "MV2_COMM_WORLD_SIZE": "mpirun"}
 
 
 @dataclass(frozen=True)
@@ -18,41 +31,99 @@ class Place:
 
     Attributes:
         rank: 0 to ``world_size - 1``.
-        local_rank: the same among the ranks of this machine.
+        local_rank: the same among the ranks of this machine; None: not known before the ranks have met.
         init_method: where the ranks meet, as ``torch.distributed.init_process_group`` takes it.
         attempt: how often torchrun has started the ranks of this machine anew.
     """
 
     rank: int
     world_size: int
-    local_rank: int
-    local_world_size: int
+    local_rank: int | None
+    local_world_size: int | None
     init_method: str
     attempt: int = 0
 
+    def among(self, hosts: Sequence[str]) -> Place:
+        """This place with its numbers on this machine, where ``hosts`` has the name of every rank's machine."""
+        here = [rank for rank, host in enumerate(hosts) if host == hosts[self.rank]]
+        return replace(self, local_rank=here.index(self.rank), local_world_size=len(here))
+
 
 def place_from_environment(environment: Mapping[str, str]) -> Place | None:
-    """The place torchrun or srun gave this process; None when it was started by hand.
+    """The place that a launcher gave this process; None when it was started by hand.
 
-    A shell inside a Slurm allocation, or ``srun`` with a single task, counts as started by hand: the job then starts
-    its own local ranks.
+    torchrun says all of it. A launcher that says rank, world size and where to meet, and nothing about the machine
+    (Kubernetes operators), leaves that to be found out. ``srun`` has its own words. A shell inside a Slurm allocation,
+    or a single task, counts as started by hand: the job then starts its own local ranks.
+
+    Raises:
+        ConfigError: this process is one of several, and what the others need to be found is missing or no number.
     """
-    if all(name in environment for name in _TORCHRUN):
-        rank, world_size, local_rank, local_world_size = (int(environment[name]) for name in _TORCHRUN)
-        attempt = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
-        return Place(rank, world_size, local_rank, local_world_size, "env://", attempt)
-    if all(name in environment for name in _SRUN) and int(environment["SLURM_STEP_NUM_TASKS"]) > 1:
-        host = first_host(environment["SLURM_STEP_NODELIST"])
-        port = 20000 + int(environment["SLURM_JOB_ID"]) % 20000  # every task computes the same one
-        tasks = tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])[int(environment["SLURM_NODEID"])]
-        return Place(
-            rank=int(environment["SLURM_PROCID"]),
-            world_size=int(environment["SLURM_STEP_NUM_TASKS"]),
-            local_rank=int(environment["SLURM_LOCALID"]),
-            local_world_size=tasks,
-            init_method=f"tcp://{host}:{port}",
+    world_size = _number(environment, "WORLD_SIZE", 1)
+    if ("RANK" in environment and world_size > 1) or all(name in environment for name in ("RANK", *_LOCAL)):
+        missing = [name for name in _MEETING if name not in environment]
+        if missing and not all(name in environment for name in _LOCAL):
+            raise ConfigError(_alone(world_size, "RANK and WORLD_SIZE", missing))
+        return _checked(
+            Place(
+                _number(environment, "RANK"),
+                world_size,
+                _number(environment, "LOCAL_RANK") if all(name in environment for name in _LOCAL) else None,
+                _number(environment, "LOCAL_WORLD_SIZE") if all(name in environment for name in _LOCAL) else None,
+                "env://",
+                _number(environment, "TORCHELASTIC_RESTART_COUNT", 0),
+            )
         )
+    tasks = _number(environment, "SLURM_STEP_NUM_TASKS", 1)
+    if tasks > 1:
+        missing = [name for name in _SRUN if name not in environment]
+        if missing:
+            raise ConfigError(_alone(tasks, "SLURM_STEP_NUM_TASKS", missing))
+        host = first_host(environment["SLURM_STEP_NODELIST"])
+        port = 20000 + _number(environment, "SLURM_JOB_ID") % 20000  # every task computes the same one
+        counts = tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
+        node, local = _number(environment, "SLURM_NODEID"), _number(environment, "SLURM_LOCALID")
+        if node >= len(counts):
+            raise ConfigError(f"SLURM_NODEID is {node}, but SLURM_STEP_TASKS_PER_NODE has {len(counts)} nodes.")
+        return _checked(Place(_number(environment, "SLURM_PROCID"), tasks, local, counts[node], f"tcp://{host}:{port}"))
+    _require_by_hand(environment)
     return None
+
+
+def _require_by_hand(environment: Mapping[str, str]) -> None:
+    """Raises ConfigError where something else shows that this process is one of several."""
+    for name, launcher in _OTHERS.items():
+        count = _number(environment, name, 1)
+        if count > 1:
+            raise ConfigError(_alone(count, f"{name} of {launcher}", ["RANK", "WORLD_SIZE", *_MEETING]))
+    for name, more in (("RANK", ["WORLD_SIZE", *_MEETING]), ("SLURM_PROCID", ["SLURM_STEP_NUM_TASKS", *_SRUN[1:]])):
+        if more[0] not in environment and _number(environment, name, 0) > 0:
+            raise ConfigError(_alone(0, name, [other for other in more if other not in environment]))
+
+
+def _alone(count: int, known: str, missing: Sequence[str]) -> str:
+    return (
+        f"This process is one of {count or 'several'} by its environment ({known}), but {', '.join(missing)} "
+        f"{'is' if len(missing) == 1 else 'are'} not set, so the others cannot be found. Start the ranks with torchrun "
+        "or srun, set what is missing, or unset all of it to start local ranks."
+    )
+
+
+def _number(environment: Mapping[str, str], name: str, otherwise: int | None = None) -> int:
+    text = environment.get(name, "" if otherwise is None else str(otherwise))
+    if not text.isascii() or not text.isdecimal() or len(text) > 12:
+        raise ConfigError(f"The environment variable {name} is {text[:40]!r}; it must be a number.")
+    return int(text)
+
+
+def _checked(place: Place) -> Place:
+    local, count = place.local_rank or 0, place.local_world_size or place.world_size
+    if place.rank >= place.world_size or local >= count or count > place.world_size:
+        raise ConfigError(
+            f"By the environment this is rank {place.rank} of {place.world_size}, number {local} of {count} on this "
+            "machine, which cannot be. Is something set twice, by two launchers?"
+        )
+    return place
 
 
 def first_host(node_list: str) -> str:

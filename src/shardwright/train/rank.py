@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from rich.markup import escape
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedConfig
 
 from shardwright.checkpoint.save import save_pretrained
+from shardwright.checkpoint.together import same_error_everywhere
 from shardwright.distributed.axes import NAMES
-from shardwright.distributed.mesh import axis, default_device_type
+from shardwright.distributed.mesh import axis
 from shardwright.distributed.runtime.layout import whole
-from shardwright.errors import RunError
+from shardwright.errors import ConfigError, RunError
 from shardwright.train.check import checked_step, reference_step
 from shardwright.train.checkpointing import Checkpoints, first_not_finite, is_finite, require_equal_ranks
 from shardwright.train.config import TrainConfig
@@ -27,64 +29,42 @@ from shardwright.train.dataset import Order, TokenRows
 from shardwright.train.loop import Trainer
 from shardwright.train.model import build_model, model_config
 from shardwright.train.optim import make_optimizer, make_schedule
-from shardwright.train.output import MODEL
-from shardwright.train.place import Place
+from shardwright.train.output import MODEL, output_folder
 from shardwright.train.prepare import TOKENIZER
 from shardwright.train.progress import ConsoleHandler, show_curve
 from shardwright.train.recorder import Recorder
 from shardwright.train.tokenizer import load_tokenizer
 from shardwright.train.watchdog import Watchdog
+from shardwright.untrusted import usable_path
 
 log = logging.getLogger(__name__)
 
 
-def device_type(config: TrainConfig) -> str:
-    """``"cuda"`` or ``"cpu"``: what the ranks of this run compute on."""
-    return default_device_type() if config.device == "auto" else config.device
-
-
-def device_of(config: TrainConfig, place: Place) -> torch.device:
-    """The device of a rank: its own GPU, or the CPU."""
-    kind = device_type(config)
-    return torch.device(kind, place.local_rank) if kind == "cuda" else torch.device(kind)
-
-
-@contextmanager
-def process_group(place: Place, device: torch.device) -> Iterator[None]:
-    """The ranks joined: NCCL between GPUs (gloo for objects on the CPU), gloo otherwise; cores shared out evenly."""
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(device)
-    else:
-        torch.set_num_threads(max((os.cpu_count() or 1) // place.local_world_size, 1))
-    store, _, _ = next(dist.rendezvous(place.init_method, place.rank, place.world_size))
-    if place.world_size == place.local_world_size:
-        # torchrun keeps one store over its restarts, with the addresses of the ranks that were killed still in it. The
-        # machines of a larger job may count their restarts differently, so there is no common prefix there.
-        store = dist.PrefixStore(f"attempt-{place.attempt}", store)
-    dist.init_process_group(
-        backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-        store=store,
-        rank=place.rank,
-        world_size=place.world_size,
-        device_id=device if on_gpu else None,
-    )
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-def train(config: TrainConfig, job: Path, mesh: DeviceMesh) -> None:
-    """Train in this rank; every rank calls this, inside :func:`process_group`.
+def train(config: TrainConfig, job: Path, mesh: DeviceMesh, watchdog: Watchdog | None = None) -> None:
+    """Train in this rank; every rank calls this, inside :func:`shardwright.train.meeting.joined`.
 
     Args:
         mesh: what :func:`shardwright.distributed.mesh.make_mesh` makes of ``config.sharding``.
         job: the folder that :func:`shardwright.train.prepare.prepare` filled.
+        watchdog: of this process; None: one that watches this call.
 
     Raises:
         ShardwrightError: the same on every rank; before anything is written where the config cannot work.
     """
+    if watchdog is None:
+        watchdog = Watchdog.of(config)
+        with watchdog.watching():
+            train(config, job, mesh, watchdog)
+        return
+    with ExitStack() as stack:
+        with same_error_everywhere(f"Making {config.output.dir}"):
+            if dist.get_rank() == 0:
+                stack.enter_context(output_folder(config.output))
+        _train(config, job, mesh, watchdog)
+
+
+def _train(config: TrainConfig, job: Path, mesh: DeviceMesh, watchdog: Watchdog) -> None:
+    watchdog.begin("building the model")
     console = _console()
     on_gpu = mesh.device_type == "cuda"
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device(mesh.device_type)
@@ -100,22 +80,28 @@ def train(config: TrainConfig, job: Path, mesh: DeviceMesh) -> None:
     stream = np.random.SeedSequence([config.seed, axis(mesh, "dp").get_local_rank()])
     torch.manual_seed(int(stream.generate_state(1)[0]))
     checkpoints = Checkpoints(config, trainer, tokenizer, mesh, device)
+    watchdog.begin("resuming")
     done = checkpoints.resume()
     if done:
         _say(console, f"Resumed after step {done}.")
     first = None
     if config.check_first_step and not done:
+        watchdog.begin("comparing the first step with one process")
         reference = reference_step(config, architecture, data, order.rows(0)) if dist.get_rank() == 0 else None
-        *first, difference = checked_step(trainer, order.rows(0), reference)
+        loss, norm, difference = checked_step(trainer, order.rows(0), reference)
+        first = (loss, norm)
         _say(console, f"[green]The first step equals one process.[/] Relative differences: {difference}")
     with checkpoints.listening():
-        losses = _train_all(config, trainer, order, console, device, tuple(first) if first else None, checkpoints, done)
+        losses = _Steps(config, trainer, order, console, device, checkpoints, watchdog).take(done, first)
+        watchdog.begin("waiting for the last checkpoint")
 
-    folder = Path(config.output.dir) / MODEL
-    save_pretrained(trainer.model, folder, tokenizer)
+    watchdog.begin("saving the model")
+    folder = usable_path(config.output.dir, "output.dir", ConfigError) / MODEL
+    save_pretrained(trainer.model, folder, tokenizer, overwrite=True, timeout=config.seconds_per_phase)
+    checkpoints.finished()
     if losses:
         show_curve(console, losses)
-    _say(console, f"Saved [bold]{folder}[/] for AutoModelForCausalLM.from_pretrained.")
+    _say(console, f"Saved [bold]{escape(str(folder))}[/] for AutoModelForCausalLM.from_pretrained.")
 
 
 def _console() -> Console:
@@ -151,48 +137,64 @@ def _headline(trainer: Trainer, mesh: DeviceMesh, device: torch.device, sequence
     )
 
 
-def _train_all(
-    config: TrainConfig,
-    trainer: Trainer,
-    order: Order,
-    console: Console,
-    device: torch.device,
-    first: tuple[torch.Tensor, ...] | None,
-    checkpoints: Checkpoints,
-    done: int,
-) -> list[float]:
-    """The steps after the first ``done``; ``first`` is the loss and gradient norm of step 0 where that has been taken.
+@dataclass
+class _Steps:
+    """The steps of a run, and what happens between them."""
 
-    Returns the losses of all recorded steps.
-    """
-    rows_at_once = config.batch_size // (config.accumulation * trainer.dp_size)
-    watchdog = Watchdog(config.step_timeout)
-    with Recorder(config, console, device, done) as recorder, watchdog.watching():
-        for step in range(done, config.steps):
-            watchdog.beat(step)
-            lr = trainer.learning_rate
-            if step == 0 and first is not None:
-                loss, norm = first
-            else:
-                loss, raw_norm = trainer.backward(order.rows(step)), trainer.gradient_norm()
-                norm = whole(raw_norm)
-                if not is_finite(loss, norm):
-                    if not _goes_on(config, trainer, step, loss, norm):
-                        checkpoints.stop(step)
+    config: TrainConfig
+    trainer: Trainer
+    order: Order
+    console: Console
+    device: torch.device
+    checkpoints: Checkpoints
+    watchdog: Watchdog
+
+    def take(self, done: int, first: tuple[Tensor, Tensor] | None) -> list[float]:
+        """The steps after the first ``done``; ``first`` is the loss and gradient norm of step 0 where that was taken.
+
+        Returns the losses of all recorded steps.
+        """
+        self.watchdog.begin("writing to output.dir")
+        self.checkpoints.set_aside(done)
+        with Recorder(self.config, self.console, self.device, done) as recorder:
+            for step in range(done, self.config.steps):
+                # The first may compile, and makes the optimizer's state.
+                self.watchdog.begin(f"in step {step + 1}", step=step > done)
+                lr = self.trainer.learning_rate
+                taken = first if step == 0 and first is not None else self._step(step)
+                if taken is None:
+                    if self.config.not_finite == "stop":
+                        self.checkpoints.stop(step)
                         break
-                    checkpoints.after(step, None)
+                    self._save(step, None)
                     continue
-                trainer.update(raw_norm)
-            held_out = None
-            if recorder.validates(step):
-                held_out = trainer.validate(order.held_out, rows_at_once)
-            recorder.record(step, loss, norm, lr, held_out)
-            checkpoints.after(step, held_out)
-    return recorder.losses
+                held_out = self._validate(step) if recorder.validates(step) else None
+                recorder.record(step, *taken, lr, held_out)
+                self._save(step, held_out)
+        return recorder.losses
+
+    def _step(self, step: int) -> tuple[Tensor, Tensor] | None:
+        """Loss and gradient norm; None where one is no number, so that there was no update."""
+        loss, raw_norm = self.trainer.backward(self.order.rows(step)), self.trainer.gradient_norm()
+        norm = whole(raw_norm)
+        if is_finite(loss, norm):
+            self.trainer.update(raw_norm)
+            return loss, norm
+        _not_finite(self.config, self.trainer, step, loss, norm)
+        return None
+
+    def _validate(self, step: int) -> float:
+        self.watchdog.begin(f"evaluating after step {step + 1}")
+        rows_at_once = self.config.batch_size // (self.config.accumulation * self.trainer.dp_size)
+        return self.trainer.validate(self.order.held_out, rows_at_once)
+
+    def _save(self, step: int, held_out: float | None) -> None:
+        self.watchdog.begin(f"saving a checkpoint after step {step + 1}")
+        self.checkpoints.after(step, held_out)
 
 
-def _goes_on(config: TrainConfig, trainer: Trainer, step: int, loss: torch.Tensor, norm: torch.Tensor) -> bool:
-    """Do what the config says about a step whose loss or gradient is no number; returns whether there is a next step.
+def _not_finite(config: TrainConfig, trainer: Trainer, step: int, loss: Tensor, norm: Tensor) -> None:
+    """Do what the config says about a step whose loss or gradient is no number.
 
     Raises:
         RunError: on every rank, where that ends the run; the weights are those of the step before.
@@ -210,7 +212,6 @@ def _goes_on(config: TrainConfig, trainer: Trainer, step: int, loss: torch.Tenso
         )
     if config.not_finite == "stop":
         log.warning("%s The run ends here, with the weights after step %d.", what, step)
-        return False
+        return
     log.warning("%s It is left out.", what)
     trainer.leave_out()
-    return True

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
 
+from shardwright.checkpoint.together import same_error_everywhere
 from shardwright.train.config import TrainConfig
 from shardwright.train.metrics import Metrics, MetricsFiles, peak_memory_gib, use_tensorboard
 from shardwright.train.output import start_output
@@ -38,13 +39,14 @@ class Recorder:
 
     def __enter__(self) -> Recorder:
         self._files: MetricsFiles | None = None
-        if dist.get_rank() == 0:
-            output = self._config.output
-            folder = start_output(output, self._config.to_yaml(), resumed=self._done > 0)
-            files = MetricsFiles(folder, use_tensorboard(output.tensorboard), self._done)
-            self._files = self._stack.enter_context(files)
-            self.losses = files.losses
-            self._progress = self._stack.enter_context(ProgressBar(self._console, self._config.steps))
+        with same_error_everywhere(f"Writing to {self._config.output.dir}"):
+            if dist.get_rank() == 0:
+                output = self._config.output
+                folder = start_output(output, self._config.to_yaml(), resumed=self._done > 0)
+                files = MetricsFiles(folder, use_tensorboard(output.tensorboard), self._done)
+                self._files = self._stack.enter_context(files)
+                self.losses = files.losses
+                self._progress = self._stack.enter_context(ProgressBar(self._console, self._config.steps))
         self._last_step, self._last_time = self._done, time.perf_counter()
         return self
 

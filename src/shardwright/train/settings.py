@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
@@ -9,14 +10,14 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-import yaml
-
 from shardwright.distributed.config import Precision
 from shardwright.errors import ConfigError
+from shardwright.untrusted import DEPTH, check_values, parse_yaml, read_file, shown, usable_path
 
 T = TypeVar("T")
 # Sections that may also be given as a word, which the dataclass that owns them resolves.
 SHORT_FORMS = (Precision,)
+_PLAIN_TEXT = 4096  # characters of an override that may be no YAML: a path or a glob
 _WORDS: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
@@ -33,18 +34,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: no such file, not YAML (the message has the line), or not a mapping.
     """
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+    path = usable_path(path, "The config file", ConfigError)
+    if not os.path.exists(path):
+        near = sorted(str(p) for p in path.parent.glob("*.yaml"))[:5] if path.parent.is_dir() else []
         hint = f" There is {', '.join(near)}." if near else ""
-        raise ConfigError(f"There is no config file {path}.{hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The config file {path} cannot be read: {error}.") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+        raise ConfigError(f"There is no config file {path}.{hint}")
+    data = parse_yaml(read_file(path, ConfigError), str(path), ConfigError)
     if not isinstance(data, dict):
-        raise ConfigError(f"{path} must hold keys and values, such as 'steps: 100'; it holds {data!r}.")
+        raise ConfigError(f"{path} must hold keys and values, such as 'steps: 100'; it holds {shown(data)}.")
     return data
 
 
@@ -53,25 +50,33 @@ def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> dict[str,
     result = dict(data)
     for text in overrides:
         key, equals, value = text.partition("=")
-        if not equals or not key or "" in key.split("."):
-            raise ConfigError(f"{text!r} is not an override. Write key=value, for example steps=100 or sharding.tp=2.")
-        try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError:
-            if value.lstrip().startswith(("[", "{")):
-                raise ConfigError(
-                    f"The value in {text!r} is not valid YAML; put quotes around what is in it."
-                ) from None
-            parsed = value  # such as *.py, which YAML would take for an alias; whoever reads the key checks it
-        result = _with(result, key.split("."), parsed, text)
+        parts = key.split(".")
+        if not equals or "" in parts or len(parts) > DEPTH:
+            raise ConfigError(
+                f"{shown(text)} is not an override. Write key=value, for example steps=100 or sharding.tp=2."
+            )
+        result = _with(result, parts, _parsed(value, text), text)
     return result
+
+
+def _parsed(value: str, text: str) -> Any:
+    """``value`` as YAML; what is no YAML is a text, such as ``*.py``, and whoever reads the key checks it."""
+    try:
+        return parse_yaml(value, shown(text), ConfigError)
+    except ConfigError as error:
+        if len(value) > _PLAIN_TEXT:
+            raise
+        if value.lstrip().startswith(("[", "{")):
+            raise ConfigError(f"{error} Put quotes around what is in it.") from None
+        check_values(value, shown(text), ConfigError)
+        return value
 
 
 def _with(data: Any, path: list[str], value: Any, text: str) -> dict[str, Any]:
     if data is None:
         data = {}
     if not isinstance(data, dict):
-        raise ConfigError(f"{text!r} sets a key inside {data!r}, which is a single value and has no keys.")
+        raise ConfigError(f"{shown(text)} sets a key inside {shown(data)}, which is a single value and has no keys.")
     head, *rest = path
     return {**data, head: _with(data.get(head), rest, value, text) if rest else value}
 
@@ -88,11 +93,12 @@ def build(cls: type[T], data: Any, where: str = "") -> T:
     if data is None:
         data = {}
     if not isinstance(data, Mapping):
-        raise ConfigError(f"{where or 'The config'} must be a section of keys and values, not {data!r}.")
+        raise ConfigError(f"{where or 'The config'} must be a section of keys and values, not {shown(data)}.")
     known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
     for key in data:
         if key not in known:
-            raise ConfigError(unknown_key(f"{where}.{key}" if where else str(key), str(key), known))
+            name = shown(key).strip("'")
+            raise ConfigError(unknown_key(f"{where}.{name}" if where else name, name, known))
     types = get_type_hints(cls)
     values = {key: convert(value, types[key], f"{where}.{key}" if where else key) for key, value in data.items()}
     try:
@@ -125,16 +131,15 @@ def convert(value: Any, kind: Any, name: str) -> Any:
     if origin is tuple:
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, list | tuple):
-            raise ConfigError(f"{name} is {value!r}; it must be a list.")
-        inner = get_args(kind)
-        pairs = zip(items, [inner[0]] * len(items) if inner[-1] is Ellipsis else inner, strict=False)
-        return tuple(convert(item, one, name) for item, one in pairs)
+            raise ConfigError(f"{name} is {shown(value)}; it must be a list.")
+        inner = get_args(kind)[0]  # all tuples here are of one type; whoever owns the key checks how many there are
+        return tuple(convert(item, inner, name) for item in items)
     if origin is dict:
         kind = dict
     if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
         return _to_float(value, name)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ConfigError(f"{name} is {value!r}; it must be {_WORDS[kind]}.")
+        raise ConfigError(f"{name} is {shown(value)}; it must be {_WORDS[kind]}.")
     return value
 
 
@@ -145,11 +150,11 @@ def _convert_union(value: Any, kinds: tuple[Any, ...], name: str) -> Any:
         except ConfigError:
             continue
     words = " or ".join(_WORDS[get_origin(kind) or kind] for kind in kinds)
-    raise ConfigError(f"{name} is {value!r}; it must be {words}.")
+    raise ConfigError(f"{name} is {shown(value)}; it must be {words}.")
 
 
 def _to_float(value: int | str, name: str) -> float:
     try:
         return float(value)
-    except ValueError:
-        raise ConfigError(f"{name} is {value!r}; it must be a number.") from None
+    except (ValueError, OverflowError):
+        raise ConfigError(f"{name} is {shown(value)}; it must be a number.") from None

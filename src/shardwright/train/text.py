@@ -1,103 +1,126 @@
-"""Finding and reading the training text."""
+"""Reading the training text in pieces: memory does not grow with the length of a file."""
 
 from __future__ import annotations
 
-import json
-import sysconfig
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from fnmatch import fnmatch
-from glob import glob, has_magic
+import codecs
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from shardwright.errors import ConfigError
-from shardwright.train.config import DataSettings
+from shardwright.untrusted import parse_json
 
-_STDLIB = "stdlib:"
+PIECE = 2**16  # characters; a tokenizer takes some 230 bytes for each
+_CONTEXT = 64  # characters before a piece that the tokenizer sees again
+_LINE = 2**24  # characters of a line of JSON, which is parsed in one piece
 
 
-def find_files(settings: DataSettings) -> list[Path]:
-    """Every file that ``settings`` names, each once, in the order of their names.
+@dataclass(frozen=True)
+class Piece:
+    """A part of a text.
 
-    Raises:
-        ConfigError: a path that does not exist, a glob or folder that yields nothing, or everything excluded.
+    Attributes:
+        text: its characters.
+        before: some of those before it; empty at the beginning of a text.
+        last: the text ends with it.
     """
-    found: set[Path] = set()
-    for text in settings.paths:
-        found.update(_expand(text, settings.include))
-    files = sorted(path for path in found if not any(fnmatch(path.as_posix(), glob) for glob in settings.exclude))
-    if not files:
-        raise ConfigError(
-            f"data.exclude ({', '.join(settings.exclude)}) leaves none of the {len(found)} files that data.paths names."
-        )
-    return files
+
+    text: str
+    before: str = ""
+    last: bool = True
+
+    @property
+    def is_whole(self) -> bool:
+        """It is all of its text."""
+        return self.last and not self.before
 
 
-def _expand(text: str, include: Sequence[str]) -> list[Path]:
-    if text.startswith(_STDLIB):
-        text = str(Path(sysconfig.get_path("stdlib"), text.removeprefix(_STDLIB).lstrip("/")))
-    path = Path(text).expanduser()
-    if path.is_dir():
-        inside = [file for file in path.rglob("*") if file.is_file()]
-        files = [file for file in inside if any(fnmatch(file.name, pattern) for pattern in include)]
-        if not files:
-            kinds = ", ".join(f"{n} {kind or 'without suffix'}" for kind, n in _suffixes(inside).most_common(4))
-            raise ConfigError(
-                f"The folder {path} has no file that matches data.include ({', '.join(include)}). It has "
-                f"{len(inside)} files{': ' + kinds if kinds else ''}. Set data.include to the names to take."
-            )
-        return files
-    if path.is_file():
-        return [path]
-    matches = [Path(match) for match in glob(str(path), recursive=True)] if has_magic(str(path)) else []
-    files = [match for match in matches if match.is_file()]
-    if not files:
-        what = "matches no file" if has_magic(str(path)) else "does not exist"
-        raise ConfigError(f"{text} in data.paths {what} (looked from {Path.cwd()}).")
-    return files
-
-
-def _suffixes(files: Sequence[Path]) -> Counter[str]:
-    return Counter(file.suffix for file in files)
-
-
-def read_texts(files: Sequence[Path], text_key: str) -> Iterator[str]:
-    """The texts in ``files``: one a line of a ``.jsonl`` file, one a file otherwise; empty ones are left out.
+def read_texts(files: Sequence[Path], text_key: str) -> Iterator[Piece]:
+    """The texts in ``files`` in pieces, without empty ones: one a line of a ``.jsonl`` file, else one a file.
 
     Raises:
         ConfigError: a file that is not UTF-8, or a JSONL line without the text; the message has file and line.
     """
     for file in files:
         try:
-            if file.suffix == ".jsonl":
-                yield from _read_jsonl(file, text_key)
-            else:
-                text = file.read_text(encoding="utf-8")
-                if text.strip():
-                    yield text
-        except UnicodeDecodeError as error:
+            with file.open(encoding="utf-8") as opened:
+                if file.suffix == ".jsonl":
+                    for text in _read_jsonl(opened, file, text_key):
+                        yield from pieces(io.StringIO(text).read)
+                else:
+                    yield from pieces(opened.read)
+        except UnicodeDecodeError:
             raise ConfigError(
-                f"{file} is not UTF-8 text (byte {error.start}). Convert it, or leave it out with data.exclude."
+                f"{file} is not UTF-8 text (byte {_first_bad_byte(file)}). Convert it, or leave it out with "
+                "data.exclude."
             ) from None
         except OSError as error:
             raise ConfigError(f"{file} cannot be read: {error.strerror}.") from None
 
 
-def _read_jsonl(file: Path, text_key: str) -> Iterator[str]:
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
+def pieces(read: Callable[[int], str]) -> Iterator[Piece]:
+    """A text in pieces that a tokenizer can be given one by one; none where it is nothing but spaces.
+
+    A piece ends after a word, before what separates it from the next, where there is such a place in its second half.
+
+    Args:
+        read: returns the next characters, at most as many as it is asked for; none at the end.
+    """
+    before, held = "", read(PIECE)
+    while more := read(PIECE):
+        end = _end(held)
+        yield Piece(held[:end], before, last=False)
+        before, held = (before + held[:end])[-_CONTEXT:], held[end:] + more
+    if before or held.strip():
+        yield Piece(held, before)
+
+
+def _end(held: str) -> int:
+    half = len(held) // 2
+    places = (place for place in range(len(held) - 1, half, -1) if held[place].isspace() and held[place - 1].isalnum())
+    return next(places, len(held))
+
+
+def _first_bad_byte(file: Path) -> int:
+    decoder, done = codecs.getincrementaldecoder("utf-8")(), 0
+    with file.open("rb") as opened:
+        while data := opened.read(PIECE):
+            held = len(decoder.getstate()[0])
             try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ConfigError(f"{file}, line {number}, is not valid JSON: {error.msg}.") from None
-            text = record.get(text_key) if isinstance(record, dict) else None
-            if not isinstance(text, str):
-                keys = ", ".join(map(repr, record)) if isinstance(record, dict) else "no keys"
-                raise ConfigError(
-                    f"{file}, line {number}, has no text under the key {text_key!r} (it has {keys}). Set "
-                    "data.text_key to the key that holds the text."
-                )
-            if text.strip():
-                yield text
+                decoder.decode(data)
+            except UnicodeDecodeError as error:
+                return done - held + error.start
+            done += len(data)
+    return done - len(decoder.getstate()[0])  # it ends in the middle of a character
+
+
+def _read_jsonl(lines: io.TextIOBase, file: Path, text_key: str) -> Iterator[str]:
+    number = 0
+    while line := lines.readline(_LINE + 1):
+        number += 1
+        where = f"{file}, line {number},"
+        if len(line) > _LINE:
+            raise ConfigError(
+                f"{where} has more than {_LINE:,} characters. Split the text, or store it as a .txt file."
+            )
+        if not line.strip():
+            continue
+        record = parse_json(line, where, ConfigError)
+        text = record.get(text_key) if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            raise ConfigError(f"{where} {_what_is_there(record, text_key)}. Set data.text_key to the key of the text.")
+        if text.strip():
+            yield text
+
+
+def _what_is_there(record: object, text_key: str) -> str:
+    if not isinstance(record, dict):
+        return f"is a {type(record).__name__} and not a mapping with the text under the key {text_key!r}"
+    if text_key in record:
+        kind = {dict: "a mapping", list: "a list", type(None): "null"}.get(type(record[text_key]), "a number")
+        hint = " (a conversation has to be made one text first)" if isinstance(record[text_key], list) else ""
+        return f"has {kind} under the key {text_key!r}, and not a text{hint}"
+    keys = [key if len(key) < 40 else f"{key[:40]}..." for key in record]
+    listed = ", ".join(map(repr, keys[:8])) + (", ..." if len(keys) > 8 else "")
+    return f"has no text under the key {text_key!r} (it has {listed or 'no keys'})"

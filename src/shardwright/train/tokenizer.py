@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from shardwright.checkpoint.description import read_tokenizer
 from shardwright.errors import ConfigError
+from shardwright.untrusted import usable_path
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -19,15 +20,15 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     Raises:
         ConfigError: no such folder, or no tokenizer in it.
     """
-    if not Path(folder).is_dir():
+    path = usable_path(folder, "tokenizer.path", ConfigError)
+    if not path.is_dir():
         raise ConfigError(f"There is no folder {folder} to load a tokenizer from.")
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        return read_tokenizer(path)
+    except ConfigError as error:
         raise ConfigError(
-            f"The folder {folder} holds no tokenizer that transformers can load ({_first_line(error)}). Set "
-            "tokenizer.path to one that does, or tokenizer.vocab_size to train one."
-        ) from None
+            f"{error} Set tokenizer.path to a folder with a tokenizer, or tokenizer.vocab_size to train one."
+        ) from error
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
@@ -54,7 +55,3 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, pad_token=END_OF_TEXT
     )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

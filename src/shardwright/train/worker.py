@@ -1,52 +1,64 @@
-"""One rank as a process of its own: ``python -m shardwright.train.worker JOB_FOLDER``, started by ``launch``."""
+"""One rank as a process of its own, started by ``launch``: ``python -P -m shardwright.train.worker JOB PARENT``.
+
+torch takes seconds to import. Until then this module needs the standard library and PyYAML only, so that a launcher
+that is gone, and an import that hangs, are found from the first moment on.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
-import threading
-import time
 from pathlib import Path
 
-from torch.distributed.elastic.multiprocessing.errors import record
-
-from shardwright.distributed.mesh import make_mesh
-from shardwright.errors import PreemptedError, ShardwrightError
-from shardwright.train.config import load_config
+from shardwright.distributed.config import runs_code
+from shardwright.errors import PreemptedError, ShardwrightError, from_system
+from shardwright.train.config import JOB_CONFIG, TrainConfig, read_config
+from shardwright.train.orphan import end_with_parent
 from shardwright.train.place import place_from_environment
-from shardwright.train.prepare import CONFIG
-from shardwright.train.rank import device_of, process_group, train
+from shardwright.train.watchdog import Watchdog
 
 REFUSED = 3  # exit code of a rank that raised a ShardwrightError: all that there is to say is in its message
 
 
-def end_with_parent() -> None:
-    """End this process when the one that started it is gone, even if that was killed and could not end its ranks."""
-    parent = os.getppid()
+def main(job: Path, parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the launcher is told too, and ends the others
+    end_with_parent(parent, job)
+    config = read_config(job / JOB_CONFIG)
+    watchdog = Watchdog.of(config)
+    watchdog.begin("importing libraries")
+    watchdog.start()
 
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(REFUSED)  # at once: nobody is left to tell, and a collective may never come back
+    from torch.distributed.elastic.multiprocessing.errors import record
 
-    threading.Thread(target=watch, daemon=True).start()
-
-
-@record  # leaves the error where the launcher finds it
-def _work(job: Path) -> None:
-    config = load_config(job / CONFIG)
-    place = place_from_environment(os.environ)
-    assert place is not None, "torch's launcher sets RANK and its companions"
-    device = device_of(config, place)
-    with process_group(place, device):
-        train(config, job, make_mesh(config.sharding, device.type))
-
-
-if __name__ == "__main__":
-    end_with_parent()
     try:
-        _work(Path(sys.argv[1]))
+        record(_work)(config, job, watchdog)  # leaves the error where the launcher finds it
     except PreemptedError as error:
         sys.exit(error.exit_code)
     except ShardwrightError:
         sys.exit(REFUSED)
+
+
+def _work(config: TrainConfig, job: Path, watchdog: Watchdog) -> None:
+    try:
+        from shardwright.distributed.mesh import make_mesh
+        from shardwright.train.meeting import joined
+        from shardwright.train.rank import train
+
+        if runs_code(config.sharding.plan):  # named on the command line, so it may be where that was given
+            sys.path.append(os.getcwd())
+        place = place_from_environment(os.environ)
+        assert place is not None, "torch's launcher sets RANK and its companions"
+        with joined(config, place, watchdog) as (_, device):
+            train(config, job, make_mesh(config.sharding, device.type), watchdog)
+    except ShardwrightError:
+        raise
+    except Exception as error:
+        told = from_system(error)
+        if told is None:
+            raise
+        raise told from error
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

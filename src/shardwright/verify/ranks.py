@@ -18,7 +18,6 @@ import pickle
 import queue
 import signal
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -39,6 +38,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from shardwright.distributed.config import Degrees, ParallelConfig
 from shardwright.distributed.mesh import make_mesh
 from shardwright.errors import ConfigError, ShardwrightError
+from shardwright.scratch import scratch_folder
 from shardwright.verify import shared_gpu
 
 _PRELOADED = (
@@ -52,6 +52,7 @@ _PRELOADED = (
 )
 _BACKENDS = {"cpu": "cpu:gloo", "cuda": "cpu:gloo,cuda:nccl", shared_gpu.BACKEND: shared_gpu.BACKEND}
 _GRACE = 5.0  # seconds that the other ranks get to answer once one has failed
+_NO_GUARD = 64  # exit code of a rank that was to start ranks while it imported the script that starts it
 
 
 class RankError(ShardwrightError, RuntimeError):
@@ -96,7 +97,7 @@ class RankPool:
         self.kind = kind
         self.timeout = timeout
         self._workers: list[_Worker] = []
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._scratch = contextlib.ExitStack()
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float | None = None) -> list[Any]:
         """Call ``function(*args)`` on every rank at once.
@@ -133,9 +134,7 @@ class RankPool:
             worker.process.join()
             worker.process.close()
         self._workers = []
-        if self._folder is not None:
-            self._folder.cleanup()
-            self._folder = None
+        self._scratch.close()
 
     def __enter__(self) -> Self:
         return self
@@ -147,14 +146,18 @@ class RankPool:
         # Where importing a library has looked for GPUs, a fork cannot use them.
         context: Any = multiprocessing.get_context("forkserver" if self.kind == "cpu" else "spawn")
         context.set_forkserver_preload(list(_PRELOADED))
-        self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
-        folder = Path(self._folder.name)
+        folder = self._scratch.enter_context(scratch_folder())
         for rank in range(self.world_size):
             here, there = context.Pipe()
             stacks = folder / f"stacks-{rank}"
             args = (rank, self.world_size, self.kind, str(folder / "store"), str(stacks), there)
             process = context.Process(target=_serve, args=args, daemon=True, name=f"rank-{rank}")
-            process.start()
+            try:
+                process.start()
+            except RuntimeError as error:
+                if "bootstrapping phase" in str(error):  # this process is such a rank itself; its parent tells it
+                    os._exit(_NO_GUARD)
+                raise
             there.close()
             self._workers.append(_Worker(process, here, stacks))
 
@@ -192,8 +195,14 @@ class RankPool:
             return pickle.loads(worker.connection.recv_bytes())
         except (EOFError, ConnectionResetError):
             worker.process.join(_GRACE)
+            if worker.process.exitcode == _NO_GUARD:
+                return None, RankError(
+                    "The ranks import the script that starts them, and it starts ranks again. Put what the script does "
+                    'under `if __name__ == "__main__":`, as for all of Python\'s multiprocessing.'
+                )
             error = RankError(f"Rank {rank} of {self.world_size} died (exit code {worker.process.exitcode}).")
-            error.add_note(worker.stacks.read_text())  # what a crash in compiled code leaves
+            if worker.stacks.exists():  # it came as far as that
+                error.add_note(worker.stacks.read_text())  # what a crash in compiled code leaves
             return None, error
 
     def _too_slow(self, ranks: list[int], timeout: float) -> RankError:
@@ -201,7 +210,8 @@ class RankPool:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._workers[rank].process.pid, signal.SIGUSR1)
         time.sleep(0.3)
-        stacks = "\n".join(f"rank {rank}:\n{self._workers[rank].stacks.read_text()}" for rank in ranks)
+        files = {rank: self._workers[rank].stacks for rank in ranks}
+        stacks = "\n".join(f"rank {rank}:\n{file.read_text()}" for rank, file in files.items() if file.exists())
         error = RankError(f"Rank(s) {ranks} of {self.world_size} did not answer within {timeout:g} seconds.")
         error.add_note(stacks)
         return error

@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.tensor.parallel import ParallelStyle
 from transformers import PreTrainedModel
 
+from shardwright.distributed.config import PLAN_FILES
 from shardwright.distributed.models.blocks import block_names
 from shardwright.distributed.models.huggingface import (
     embedding_name,
@@ -40,10 +41,10 @@ from shardwright.distributed.runtime.adapted import base_layer
 from shardwright.distributed.styles.base import Style
 from shardwright.distributed.styles.torch_styles import LAYOUT_ONLY, asks_for_sequence_parallel, style_name
 from shardwright.errors import PlanError
+from shardwright.untrusted import read_file, shown
 
 logger = logging.getLogger(__name__)
 
-PLAN_FILES = (".yaml", ".yml", ".json")
 GATHERED = ("colwise_gather_output", "colwise_rep")
 
 # Globs to styles (torch's objects, or names), a plan, a path to one in YAML or JSON, or a dotted path to a dict or to a
@@ -118,13 +119,13 @@ def brought_plan(custom: CustomPlan) -> Brought:
     path = Path(custom)
     if path.suffix in PLAN_FILES:
         if not path.is_file():
-            raise PlanError(f"There is no plan file {custom!r}.")
-        text = path.read_text()
+            raise PlanError(f"There is no plan file {shown(custom)}.")
+        text = read_file(path, PlanError)
         return Brought(ParallelPlan.from_json(text) if path.suffix == ".json" else ParallelPlan.from_yaml(text))
     found = _at_path(custom)
     if not isinstance(found, (ParallelPlan, Mapping)):
         raise PlanError(
-            f"Custom parallel plan {custom!r} is not valid: it is a {type(found).__name__}, and must be a dict of "
+            f"Custom parallel plan {shown(custom)} is not valid: it is a {type(found).__name__}, and must be a dict of "
             "globs to styles, or a function that returns one."
         )
     return Brought(found, f"custom: {custom}")

@@ -1,0 +1,35 @@
+"""From the command line to a run, before torch is imported: in the seconds that takes, a rank can lose its launcher."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from shardwright.train.config import load_config
+from shardwright.train.orphan import end_with_parent
+from shardwright.train.place import place_from_environment
+from shardwright.train.watchdog import Watchdog
+
+
+def start(config: Path, overrides: Sequence[str]) -> None:
+    """The run that the file ``config`` describes: on local ranks that it starts, or as one of those a launcher started.
+
+    Raises:
+        ShardwrightError: one paragraph, whichever rank it came from.
+    """
+    place = place_from_environment(os.environ)
+    if place is not None and "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent(os.getppid())  # torchrun, which starts every rank itself
+    settings = load_config(config, overrides)
+    watchdog = Watchdog.of(settings)
+    if place is not None:
+        watchdog.begin("importing libraries")
+        watchdog.start()
+
+    from shardwright.train.launch import run_here, run_on_local_ranks
+
+    if place is None:
+        run_on_local_ranks(settings)
+    else:
+        run_here(settings, place, watchdog)

@@ -1,0 +1,182 @@
+"""The command as a program: what it says when it cannot, when the system refuses, and when it is told to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from shardwright.cli import main
+from shardwright.errors import RunError, from_system
+
+CONFIG = """
+model:
+  config: {model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2}
+tokenizer: {vocab_size: 300}
+data: {paths: "stdlib:json", include: "*.py", sequence_length: 24}
+output: {dir: run, tensorboard: false}
+steps: 2
+device: cpu
+"""
+
+
+def _run(folder: Path, *arguments: str, limit: Callable[[], None] | None = None) -> subprocess.CompletedProcess[str]:
+    (folder / "run.yaml").write_text(CONFIG)
+    command = [sys.executable, "-m", "shardwright.cli", *arguments]
+    return subprocess.run(
+        command,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        preexec_fn=limit,
+        timeout=250,
+        check=False,
+    )
+
+
+def _one_error(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("Error: "), done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
+def test_a_checkpoint_that_is_not_there_is_told_at_once(tmp_path: Path) -> None:
+    """Without importing torch, which takes seconds."""
+    code = (
+        "import sys; from click.testing import CliRunner; from shardwright.cli import main\n"
+        "done = CliRunner().invoke(main, sys.argv[1:]); print(done.stderr); assert done.exit_code == 1\n"
+        "assert 'torch' not in sys.modules"
+    )
+    for arguments in (["inspect", "nothing"], ["export", "nothing", "out"], ["inspect", "."], ["inspect", "x" * 300]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        told = (
+            "is no training checkpoint"
+            if arguments[1] == "."
+            else "no usable path"
+            if "x" in arguments[1]
+            else "There is no nothing"
+        )
+        assert told in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["train", "run.yaml", f"output.dir={'a' * 300}"], "File name too long"),
+        (["train", "run.yaml", "output.dir=~nobody-of-this-name/x"], "Could not determine home directory"),
+        (["train", "run.yaml", "data.paths=~nobody-of-this-name"], "Could not determine home directory"),
+        (["train", f"{'b/' * 3000}run.yaml"], "File name too long"),
+        (["train", "run.yaml", "steps=\udcff"], "text that is no Unicode"),
+        (["train", "run.yaml", "optimizer.lr=.nan"], "lr is nan; it must be a finite number above 0"),
+        (["train", "run.yaml", "optimizer.lr=.inf"], "lr is inf"),
+        (["train", "run.yaml", "optimizer.betas=[0.9, 0.9, 0.9]"], "it must be two numbers"),
+        (["train", "run.yaml", "step_timeout=.nan"], "step_timeout is nan"),
+        (["train", "run.yaml", "ranks=1000000", "batch_size=1000000"], "ranks on this machine, which has"),
+        (["train", "run.yaml", "batch_size=1099511627776"], "batch_size is 1099511627776; it must be at most"),
+        (["train", "run.yaml", "data.sequence_length=1099511627776"], "sequence_length is 1099511627776"),
+        (["train", "run.yaml", "model.config.num_hidden_layers=-1"], "cannot be negative"),
+        (["train", "run.yaml", "model.config.attn_implementation=a/b"], "a kernel of the hub"),
+        (["train", "run.yaml", "model.config.architectures=5"], "architectures"),
+    ],
+)
+def test_what_cannot_be_is_one_paragraph(tmp_path: Path, arguments: list[str], told: str) -> None:
+    assert told in _one_error(_run(tmp_path, *arguments))
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+
+
+def test_a_model_that_no_memory_holds_is_refused(tmp_path: Path) -> None:
+    for size, told in [
+        ("hidden_size=1099511627776", "cannot be made from"),
+        ("hidden_size=1048576", "GiB in all"),
+        ("num_hidden_layers=1099511627776", "100,000 modules"),
+    ]:
+        done = _run(tmp_path, "train", "run.yaml", f"model.config.{size}")
+        assert told in done.stderr
+        assert done.stderr.count("Error: ") == 1
+        assert "Traceback" not in done.stderr
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("limit", "room", "told"),
+    [
+        (resource.RLIMIT_NOFILE, 24, "may have 24 files open at once (ulimit -n)"),
+        (resource.RLIMIT_AS, 400 * 2**20, "bytes of address space (ulimit -v)"),
+    ],
+)
+def test_limits_of_the_system_are_told(tmp_path: Path, limit: int, room: int, told: str) -> None:
+    done = _run(tmp_path, "train", "run.yaml", limit=lambda: resource.setrlimit(limit, (room, room)))
+    assert told in _one_error(done)
+
+
+def test_what_the_system_refuses_is_one_of_ours() -> None:
+    full = OSError(28, "No space left on device", "run/config.yaml")
+    assert str(from_system(full)) == "The system refused: No space left on device ('run/config.yaml')."
+    assert "not enough memory" in str(from_system(MemoryError()))
+    assert isinstance(from_system(RuntimeError("DefaultCPUAllocator: can't allocate memory")), RunError)
+    assert isinstance(from_system(ImportError("libtorch.so: cannot open shared object file")), RunError)
+    for other in (RuntimeError("size mismatch"), ValueError("x"), KeyError("x"), ImportError("no module named x")):
+        assert from_system(other) is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_launcher_that_is_stopped_while_it_imports_or_prepares(tmp_path: Path, number: signal.Signals) -> None:
+    (tmp_path / "run.yaml").write_text(CONFIG)
+    (tmp_path / "tmp").mkdir()
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp")}
+    command = [sys.executable, "-m", "shardwright.cli", "train", "run.yaml", "steps=100000"]
+    for seconds in (1.0, 3.0):
+        with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                              text=True) as process:  # fmt: skip
+            time.sleep(seconds)
+            process.send_signal(number)
+            _, error = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert error.startswith(f"Error: Stopped by {number.name}"), error
+        assert error.count("\n") == 1
+        assert not [name for name in os.listdir(tmp_path / "tmp") if name.startswith("shardwright-")]
+
+
+def test_compiled_code_that_swallows_a_signal_does_not_hide_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """numpy, interrupted while it is imported, raises an ImportError, and a panic in Rust a ValueError of a library."""
+
+    def interrupted(*_: object) -> None:
+        with contextlib.suppress(BaseException):
+            signal.raise_signal(signal.SIGINT)
+        raise ImportError("cannot load module more than once per process")
+
+    monkeypatch.setattr("shardwright.checkpoint.run_info.find_checkpoint", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as ended:
+        main(["inspect", "run"])
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "Error: Stopped by SIGINT.\n"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_what_nohup_ignores_stays_ignored(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(CONFIG)
+    command = [sys.executable, "-m", "shardwright.cli", "train", "run.yaml", "steps=10"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    )  # fmt: skip
+    with process:
+        while process.poll() is None:
+            process.send_signal(signal.SIGHUP)
+            time.sleep(0.5)
+        assert process.returncode == 0, process.communicate()[1]

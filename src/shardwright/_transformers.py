@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -15,11 +16,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = [
-    "arguments_of_experts",
+    "CALLS_OF_EXPERTS",
+    "ExpertsCall",
     "attention_of",
+    "call_of_experts",
     "conversions_of",
     "initialise_module",
-    "is_experts_module",
     "kept_in_float32",
     "make_from_config",
     "names_missing_by_design",
@@ -117,15 +119,36 @@ def set_conversions(model: nn.Module, conversions: list[Any]) -> None:
 
 # Experts
 
-# What ``use_experts_implementation`` sets on each module of a class that it decorates.
-_EXPERTS_FLAGS = ("has_gate", "has_bias", "is_transposed", "config")
+
+@dataclass(frozen=True)
+class ExpertsCall:
+    """How a module that holds experts is called.
+
+    Attributes:
+        kind: ``"routed"``: with tokens, the experts that each goes to, and their weights. ``"sorted"``: with rows in
+            the order of their experts, and how many rows each expert has. ``"alike"``: with rows in the order of their
+            experts, equally many for each.
+        arguments: what its forward calls them.
+    """
+
+    kind: str
+    arguments: tuple[str, ...]
+
+    @property
+    def routed(self) -> bool:
+        return self.kind == "routed"
 
 
-def is_experts_module(module: nn.Module) -> bool:
-    """Whether ``module`` computes its experts through transformers' ``ExpertsInterface``."""
-    return all(flag in module.__dict__ for flag in _EXPERTS_FLAGS)
+# Behind ``use_experts_implementation`` (65 classes in 5.23), and beside it; JetMoE's; Llama 4's.
+CALLS_OF_EXPERTS = (
+    ExpertsCall("routed", ("hidden_states", "top_k_index", "top_k_weights")),
+    ExpertsCall("routed", ("hidden_states", "router_indices", "routing_weights")),
+    ExpertsCall("sorted", ("inputs", "expert_size")),
+    ExpertsCall("alike", ("hidden_states",)),
+)
 
 
-def arguments_of_experts(module: nn.Module) -> tuple[str, ...]:
-    """What its forward calls the tokens, the experts that each goes to, and their weights."""
-    return tuple(inspect.signature(module.forward).parameters)
+def call_of_experts(module: nn.Module) -> ExpertsCall | None:
+    """How ``module`` would be called if it held experts; None where that is not known."""
+    arguments = tuple(inspect.signature(module.forward).parameters)
+    return next((call for call in CALLS_OF_EXPERTS if call.arguments == arguments), None)

@@ -82,10 +82,28 @@ def test_beside_the_other_axes(ranks4: RankPool, config: ParallelConfig) -> None
     assert report.exact, report.summary()
 
 
-@pytest.mark.parametrize("model_type", ["gpt_oss", "deepseek_v3", "nemotron_h"])
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        "gpt_oss",  # weights interleaved and transposed, with biases
+        "deepseek_v3",  # a router in groups, shared experts
+        "nemotron_h",  # no gate
+        "jamba",  # beside state-space layers
+        "granitemoe",
+        "olmoe",
+        "flex_olmo",  # seven experts
+        "llama4_text",  # every expert gets every token
+        "jetmoe",  # two calls with sorted rows
+    ],
+)
 def test_layouts_of_packed_weights(ranks2: RankPool, model_type: str) -> None:
-    """Interleaved and transposed weights with biases; a router in groups with shared experts; no gate."""
     report = verify(model_type, EP2, pool=ranks2)
+    assert report.exact, report.summary()
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "llama4_text", "jetmoe", "dbrx"])
+def test_ranks_that_share_tokens_send_a_part_each(ranks2: RankPool, model_type: str) -> None:
+    report = verify(model_type, ParallelConfig(dp_shard=1, tp=2, ep=2, sequence_parallel=True), pool=ranks2)
     assert report.exact, report.summary()
 
 

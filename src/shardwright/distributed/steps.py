@@ -17,7 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 from shardwright.distributed.apply import megatron_fsdp
 from shardwright.distributed.apply.activation_checkpointing import apply_activation_checkpointing
 from shardwright.distributed.apply.compile import apply_compile, check_backend
-from shardwright.distributed.apply.expert_parallel import apply_expert_parallel, let_mix
+from shardwright.distributed.apply.expert_parallel import apply_expert_parallel, check_expert_shards, let_mix
 from shardwright.distributed.apply.fsdp2 import apply_fsdp2
 from shardwright.distributed.apply.fused_kernels import check_fused_kernels
 from shardwright.distributed.apply.generation import generate_together
@@ -105,7 +105,10 @@ def parallelize_with_fsdp2(
         custom=plan,
     )
     replaced = Replaced(model)
-    expert_mesh = None if decided.experts is None else expert_data_parallel_mesh(device_mesh, axes.dp_replicate)
+    expert_mesh = None
+    if decided.experts is not None:
+        expert_mesh = expert_data_parallel_mesh(device_mesh, axes.dp_replicate)
+        check_expert_shards(model, decided.experts, expert_mesh)
     _before_sharding(model, device_mesh, tp_mesh, decided, ep_mesh)
     mark_parallelized(model, Parallelized(device_mesh, axes.tp, "fsdp2"))
     if decided.data is not None or tp > 1:

@@ -32,6 +32,7 @@ COMPLETED: dict[str, dict[str, Any]] = {
     "emu3": {"vocabulary_map": {"<image>": 4, "<|extra_200|>": 5, "<|visual token 000000|>": 6}},
     "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
                                                              "mrope_section": [22, 22, 20]}}},
+    "flint": {"mlp_only_layers": [0]},
     "granite4_vision": {"deepstack_layer_map": [[-2, 0]], "downsample_rate": "1/2"},
     "instructblip": {"image_token_index": 50265},
     "instructblipvideo": {"video_token_index": 50265},

@@ -7,10 +7,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from shardwright.distributed.planning.decided import ExpertPlan
-from shardwright.distributed.runtime.expert_exchange import ExpertExchange
+from shardwright.distributed.runtime.expert_exchange import EXCHANGES, Ranks
 from shardwright.distributed.runtime.expert_tensors import mix_with
 from shardwright.distributed.runtime.forward import wrap_forward
+from shardwright.distributed.runtime.shard_dim import expert_data_parallel_dim
 from shardwright.distributed.styles.base import distribute_parameter
+
+
+def check_expert_shards(model: nn.Module, plan: ExpertPlan, mesh: DeviceMesh) -> None:
+    """Raise PlanError where FSDP2 cannot cut experts over ``mesh``, ``efsdp`` or ``dp_replicate x efsdp``."""
+    for name in plan.parameters:
+        expert_data_parallel_dim(name, model.get_parameter(name).shape, plan.ep, mesh.size(mesh.ndim - 1))
 
 
 def apply_expert_parallel(model: nn.Module, plan: ExpertPlan, mesh: DeviceMesh, tp_mesh: DeviceMesh | None) -> None:
@@ -25,19 +32,21 @@ def apply_expert_parallel(model: nn.Module, plan: ExpertPlan, mesh: DeviceMesh, 
     factor = (1 if tp_mesh is None else tp_mesh.size()) / mesh.size()
     for name, experts in plan.modules.items():
         module = model.get_submodule(name)
-        for own, param in module._parameters.items():
-            if param is not None:
-                distribute_parameter(module, own, mesh, Shard(0))
-        wrap_forward(module, ExpertExchange(experts.count, experts.arguments, mesh, tp_mesh, factor))
+        for parameter in experts.parameters:
+            path, _, own = parameter.rpartition(".")
+            distribute_parameter(module.get_submodule(path), own, mesh, Shard(0))
+        exchange = EXCHANGES[experts.kind]
+        ranks = Ranks.of(mesh, tp_mesh)
+        wrap_forward(module, exchange(experts.count, experts.arguments, experts.parameters, ranks, factor))
 
 
 def let_mix(model: nn.Module, plan: ExpertPlan) -> None:
     """Let norms and optimizers take the experts' shards together with all others, which lie on another mesh."""
-    owners = {id(param) for name in plan.modules for param in model.get_submodule(name)._parameters.values()}
-    others = [param for param in model.parameters() if id(param) not in owners and isinstance(param, DTensor)]
+    experts = [model.get_parameter(name) for name in plan.parameters]
+    own = set(map(id, experts))
+    others = [param for param in model.parameters() if id(param) not in own and isinstance(param, DTensor)]
     if not others:
         return
     mesh = max((param.device_mesh for param in others), key=lambda mesh: mesh.ndim)
-    for param in model.parameters():
-        if id(param) in owners:
-            mix_with(mesh, param)
+    for param in experts:
+        mix_with(mesh, param)

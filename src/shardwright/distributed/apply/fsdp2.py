@@ -50,7 +50,7 @@ def apply_fsdp2(
 
 
 def _shard(model: nn.Module, unit: Unit, options: dict[str, Any]) -> None:
-    placement = _expert_placement(options["mesh"]) if unit.experts else _placement(model, options["mesh"])
+    placement = _expert_placement(model, options["mesh"]) if unit.experts else _placement(model, options["mesh"])
     options = {**options, "shard_placement_fn": placement}
     options["reshard_after_forward"] = unit.reshard_after_forward
     modules = [model.get_submodule(name) for name in unit.modules]
@@ -73,11 +73,13 @@ def _placement(model: nn.Module, mesh: DeviceMesh) -> Callable[[nn.Parameter], S
     return place
 
 
-def _expert_placement(mesh: DeviceMesh) -> Callable[[nn.Parameter], Shard]:
+def _expert_placement(model: nn.Module, mesh: DeviceMesh) -> Callable[[nn.Parameter], Shard]:
     size = mesh.size(mesh.ndim - 1)
+    names = {id(param): name for name, param in model.named_parameters()}
 
     def place(param: nn.Parameter) -> Shard:
         assert isinstance(param, DTensor)
-        return Shard(expert_data_parallel_dim(param.to_local().shape, size))
+        ep = param.device_mesh.size()
+        return Shard(expert_data_parallel_dim(names.get(id(param), "A parameter"), param.shape, ep, size))
 
     return place

@@ -80,10 +80,11 @@ def _expert_units(reading: ModelReading, experts: ExpertPlan | None, kept: set[s
 
     Experts stay gathered for as long as the block around them.
     """
-    for name in experts.modules if experts is not None else ():
+    for name, own in experts.modules.items() if experts is not None else ():
         reshard = mode == "always" or (mode == "default" and innermost(name, kept) == ROOT)
+        spread = {parameter.rpartition(".")[0] for parameter in own.parameters}
         for child, part in reading.modules[name].named_children():
-            if any(True for _ in part.parameters()):
+            if child not in spread and any(True for _ in part.parameters()):
                 yield Unit((f"{name}.{child}",), reshard)
         yield Unit((name,), reshard, experts=True)
 

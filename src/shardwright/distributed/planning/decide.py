@@ -58,9 +58,8 @@ def decide(
     experts = decide_experts(reading, ep)
     if tp > 1 or always_plan:
         custom = custom if custom is not None else config.plan
-        spread = () if experts is None else tuple(experts.modules)
         plan, resolved = plan_and_resolve(
-            reading, custom, tp, sequence_parallel=config.sequence_parallel, spread=spread
+            reading, custom, tp, sequence_parallel=config.sequence_parallel, experts=experts
         )
     one_by_one = config.activation_checkpointing != "none" or config.compile_backend is not None
     blocks = unit_names(reading) if fsdp2 or own_units or one_by_one else []

@@ -39,11 +39,15 @@ class Experts:
 
     Attributes:
         count: how many there are on all ranks.
-        arguments: what its forward calls the tokens, the experts that each goes to, and their weights.
+        kind: how it is called (:class:`shardwright._transformers.ExpertsCall`).
+        arguments: what its forward calls what it is called with.
+        parameters: the names, below it, of the parameters that have a row per expert, or several.
     """
 
     count: int
-    arguments: tuple[str, str, str]
+    kind: str
+    arguments: tuple[str, ...]
+    parameters: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -51,12 +55,17 @@ class ExpertPlan:
     """Experts on ranks of their own.
 
     Attributes:
-        ep: among how many ranks those of each module are spread, in equal parts.
+        ep: among how many ranks those of each module are spread; the last may have fewer.
         modules: by name.
     """
 
     ep: int
     modules: Mapping[str, Experts]
+
+    @property
+    def parameters(self) -> list[str]:
+        """The names of all parameters that are spread."""
+        return [f"{name}.{own}" for name, experts in self.modules.items() for own in experts.parameters]
 
 
 @dataclass(frozen=True)

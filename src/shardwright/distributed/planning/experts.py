@@ -2,51 +2,95 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
-from shardwright._transformers import arguments_of_experts, is_experts_module
+from shardwright._transformers import call_of_experts
 from shardwright.distributed.planning.decided import ExpertPlan, Experts
 from shardwright.distributed.replay.reading import ModelReading
 from shardwright.errors import PlanError, sizes_that_work
 
-EXPERT_COUNT = "num_experts"  # what every module behind transformers' interface calls it
+COUNTS = ("num_experts", "moe_num_experts")  # the first on each such module of transformers, the second below DBRX's
 
 
 def decide_experts(reading: ModelReading, ep: int) -> ExpertPlan | None:
     """The modules whose experts are spread over ``ep`` ranks; None for one rank.
 
-    These are the modules behind transformers' ``ExpertsInterface``: they hold the weights of all experts of a layer in
-    parameters ``[experts, ...]``, and are called with tokens, the experts that each goes to, and weights.
+    These hold the weights of all experts of a layer in stacked parameters, ``[experts, ...]``, and are called in one of
+    the ways of :data:`shardwright._transformers.CALLS_OF_EXPERTS`.
 
     Raises:
-        PlanError: the model has no such modules, or experts that ``ep`` does not divide.
+        PlanError: the model has no such modules, too few experts, or adapters on experts.
     """
     if ep == 1:
         return None
-    found = {name: module for name, module in reading.modules.items() if is_experts_module(module)}
+    found = {name: experts for name, module in reading.modules.items() if (experts := experts_of(module)) is not None}
+    inner = tuple(f"{name}." for name in found)
+    found = {name: experts for name, experts in found.items() if not name.startswith(inner)}
     if not found:
         raise PlanError(
             f"ep is {ep}, but {type(reading.model).__name__} has no experts that Shardwright can spread over ranks: no "
-            "module of it holds stacked expert weights behind transformers' experts interface "
-            "(use_experts_implementation). Leave ep out; tp and FSDP2 shard these parameters as any other."
+            "module of it holds stacked expert weights and is called in a way that is known (as those behind "
+            "transformers' experts interface, use_experts_implementation). Leave ep out; tp and FSDP2 shard these "
+            "parameters as any other."
         )
-    return ExpertPlan(ep, {name: _experts(name, module, ep) for name, module in found.items()})
+    for name, experts in found.items():
+        _check(reading, name, experts, ep)
+    return ExpertPlan(ep, found)
 
 
-def _experts(name: str, module: nn.Module, ep: int) -> Experts:
-    count = module.__dict__.get(EXPERT_COUNT)
-    shapes = {own: tuple(param.shape) for own, param in module._parameters.items() if param is not None}
-    if not isinstance(count, int) or not shapes or any(shape[:1] != (count,) for shape in shapes.values()):
+def experts_of(module: nn.Module) -> Experts | None:
+    """What ``module`` is as a holder of stacked experts; None where it is none, or not a kind that is known."""
+    count = module.__dict__.get(COUNTS[0])
+    call = call_of_experts(module)
+    if not isinstance(count, int) or count < 1 or call is None:
+        return None
+    holders = {name: part for name, part in module.named_modules() if _counts(part) == count}
+    stacked = {
+        f"{name}.{own}" if name else own: param
+        for name, part in holders.items()
+        for own, param in part._parameters.items()
+        if param is not None
+    }
+    # A module that is called with tokens alone, and holds a matrix or a router, routes them by itself.
+    alone = call.routed or (len(stacked) == len(list(module.parameters())) and _dims(stacked.values()) == {3})
+    if not stacked or not alone or any(param.ndim == 0 or param.shape[0] % count for param in stacked.values()):
+        return None
+    return Experts(count, call.kind, call.arguments, tuple(stacked))
+
+
+def _counts(module: nn.Module) -> int | None:
+    """How many experts ``module`` says it holds."""
+    found = (module.__dict__.get(name) for name in COUNTS)
+    return next((count for count in found if isinstance(count, int)), None)
+
+
+def _dims(parameters: Iterable[nn.Parameter]) -> set[int]:
+    return {param.ndim for param in parameters}
+
+
+def _rows(reading: ModelReading, name: str, own: str) -> int:
+    return reading.modules[name].get_parameter(own).shape[0]
+
+
+def _check(reading: ModelReading, name: str, experts: Experts, ep: int) -> None:
+    each = -(-experts.count // ep)
+    if each * (ep - 1) >= experts.count:
         raise PlanError(
-            f"{name} says it holds {count!r} experts ({EXPERT_COUNT}), and its parameters have the shapes {shapes}: "
-            "not all of them have a row per expert. Its experts cannot be spread over ranks; leave ep out."
+            f"{name} has {experts.count} experts, and ep={ep} would leave ranks without any. "
+            f"{sizes_that_work(experts.count, ep)}"
         )
-    if count % ep:
-        raise PlanError(f"{name} has {count} experts, which ep={ep} does not divide. {sizes_that_work(count, ep)}")
-    arguments = arguments_of_experts(module)
-    if len(arguments) != 3:
+    if uneven := [
+        own for own in experts.parameters if experts.count % ep and _rows(reading, name, own) != experts.count
+    ]:
         raise PlanError(
-            f"{name} is called with ({', '.join(arguments)}). Experts that are spread over ranks are called with "
-            "tokens, the experts that each goes to, and their weights; leave ep out."
+            f"{name}.{uneven[0]} has several rows for each of {experts.count} experts, which ep={ep} does not divide. "
+            f"{sizes_that_work(experts.count, ep)}"
         )
-    return Experts(count, arguments)
+    around = reading.modules.get(name.rpartition(".")[0])
+    if around is not None and around._modules.get("base_layer") is reading.modules[name]:
+        raise PlanError(
+            f"{name} has adapters on its experts ({type(around).__name__}). Their matrices belong to all experts, and "
+            "cannot be spread with them yet. Leave ep out, or adapt other layers."
+        )

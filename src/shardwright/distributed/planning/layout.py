@@ -76,7 +76,7 @@ class ParameterLayout:
         shape, ranks = self._gathered_shape(), self.data_parallel(dp_shard)
         if shape and ranks > 1:
             if self.ep is not None:
-                dim = expert_data_parallel_dim(shape, ranks)
+                dim = expert_data_parallel_dim(self.name, self.shape, self.ep, ranks)
             else:
                 dim = data_parallel_dim(self.name, shape, [self.placement], ranks)
             shape[dim] = -(-shape[dim] // ranks)
@@ -91,6 +91,7 @@ def parameter_layouts(
     Of a parameter that is a DTensor already, this rank's part is taken for the whole.
     """
     layouts: dict[int, ParameterLayout] = {}
+    spread = {} if experts is None else dict.fromkeys(experts.parameters, experts.ep)
     for name, module in reading.modules.items():
         for own, param in module._parameters.items():
             if param is None or id(param) in layouts:
@@ -98,8 +99,8 @@ def parameter_layouts(
             shape = tuple((param.to_local() if isinstance(param, DTensor) else param).shape)
             cut = resolved is not None and resolved.tp > 1
             placement = resolved.placement(name, module, own) if resolved is not None and cut else Replicate()
-            tp, ep = resolved.tp if resolved is not None else 1, None
-            if experts is not None and name in experts.modules:
-                placement, ep = Shard(0), experts.ep
+            tp = resolved.tp if resolved is not None else 1
+            if (ep := spread.get(f"{name}.{own}")) is not None:
+                placement = Shard(0)
             layouts[id(param)] = ParameterLayout(name, own, shape, param.dtype, placement, tp, param.requires_grad, ep)
     return layouts

@@ -5,7 +5,6 @@ Pure: needs no process group, no GPU and no weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -17,6 +16,7 @@ from shardwright.distributed.models.huggingface import rotary_key_width
 from shardwright.distributed.models.ties import Tie
 from shardwright.distributed.plan import ParallelPlan, match_names
 from shardwright.distributed.planning.adapters import adapt
+from shardwright.distributed.planning.decided import ExpertPlan
 from shardwright.distributed.planning.key_values import share_projections
 from shardwright.distributed.planning.matching import require_match
 from shardwright.distributed.planning.partial_check import layers_on_whole, modules_on_slices
@@ -47,12 +47,12 @@ def resolve(
     tp: int,
     *,
     sequence_parallel: bool = False,
-    spread: Sequence[str] = (),
+    experts: ExpertPlan | None = None,
 ) -> ResolvedPlan:
     """What ``plan`` means for the model on ``tp`` ranks.
 
     Args:
-        spread: modules whose experts are spread over ranks, whatever the plan says of them.
+        experts: modules whose experts are spread over ranks, whatever the plan says of them.
 
     Raises:
         PlanError: a glob that matches nothing, an unknown style, a style that does not fit its module, heads or widths
@@ -63,7 +63,7 @@ def resolve(
     modules = reading.modules
     _check_plain(reading.model)
     _match(reading, plan, resolved)
-    _spread_experts(modules, spread, resolved)
+    _spread_experts(modules, experts, resolved)
     _specialise(reading, resolved)
     adapt(reading, resolved)
     _split_whole_inputs(reading, resolved)
@@ -121,19 +121,19 @@ def _match(reading: ModelReading, plan: ParallelPlan, resolved: ResolvedPlan) ->
             resolved.parameters[parameters[parameter]] = style
 
 
-def _spread_experts(modules: dict[str, nn.Module], spread: Sequence[str], resolved: ResolvedPlan) -> None:
+def _spread_experts(modules: dict[str, nn.Module], experts: ExpertPlan | None, resolved: ResolvedPlan) -> None:
     """Leave experts that are spread over ranks out of tensor parallelism; what stands in them sees a rank's tokens."""
-    for name in spread:
-        inside = {other for other in modules if other.startswith(f"{name}.")}
-        for other in [other for other in resolved.modules if other == name or other in inside]:
-            del resolved.modules[other]
-        for key in [key for key in resolved.parameters if key[0] == name or key[0] in inside]:
-            del resolved.parameters[key]
-        rule = "its experts are spread over ranks"
-        resolved.modules[name] = StyleUse(SpreadExperts.name, rule=rule, origin="experts")
+    owners = {name.rpartition(".")[0] for name in experts.parameters} if experts is not None else set()
+    for name in experts.modules if experts is not None else ():
+        inside = [other for other in modules if other == name or other.startswith(f"{name}.")]
         for other in inside:
-            if owns_parameters(modules[other]):
-                resolved.modules[other] = StyleUse(ReplicatedPartialGradient.name, rule=rule, origin="experts")
+            resolved.modules.pop(other, None)
+            for own in modules[other]._parameters:
+                resolved.parameters.pop((other, own), None)
+            if owns_parameters(modules[other]) or other == name:
+                style = SpreadExperts if other in owners or other == name else ReplicatedPartialGradient
+                rule = "its experts are spread over ranks"
+                resolved.modules[other] = StyleUse(style.name, rule=rule, origin="experts")
 
 
 def _specialise(reading: ModelReading, resolved: ResolvedPlan) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
 
 from shardwright.distributed.plan import ParallelPlan
 from shardwright.distributed.planning.complete import completed, left_replicated, little_cut
+from shardwright.distributed.planning.decided import ExpertPlan
 from shardwright.distributed.planning.replay_check import why_not_exact
 from shardwright.distributed.planning.resolve import resolve
 from shardwright.distributed.planning.resolved import ResolvedPlan
@@ -24,7 +24,7 @@ def plan_and_resolve(
     tp: int,
     *,
     sequence_parallel: bool = False,
-    spread: Sequence[str] = (),
+    experts: ExpertPlan | None = None,
 ) -> tuple[ParallelPlan, ResolvedPlan]:
     """The plan that applies, and what it means for the model on ``tp`` ranks; exact, as far as it can be replayed.
 
@@ -34,14 +34,14 @@ def plan_and_resolve(
     Args:
         custom: a plan to use instead of one that is chosen.
         sequence_parallel: split the residual stream along the sequence; torch styles in ``custom`` may ask for it too.
-        spread: modules whose experts are spread over ranks, and not cut.
+        experts: modules whose experts are spread over ranks, and not cut.
 
     Raises:
         PlanError: the plan cannot be read, does not fit the model or ``tp``, or is not exact.
     """
     brought = None if custom is None else brought_plan(custom)
     split = sequence_parallel or (brought is not None and brought.asks_for_sequence_parallel)
-    plan, resolved = _exact(reading, brought, tp, sequence_parallel=split, spread=spread)
+    plan, resolved = _exact(reading, brought, tp, sequence_parallel=split, experts=experts)
     if tp > 1:
         resolved.notes += left_replicated(reading, resolved)
         resolved.warnings += little_cut(reading, resolved)
@@ -49,15 +49,15 @@ def plan_and_resolve(
 
 
 def _exact(
-    reading: ModelReading, brought: Brought | None, tp: int, *, sequence_parallel: bool, spread: Sequence[str]
+    reading: ModelReading, brought: Brought | None, tp: int, *, sequence_parallel: bool, experts: ExpertPlan | None
 ) -> tuple[ParallelPlan, ResolvedPlan]:
     plan = choose_plan(reading, brought, tp)
-    resolved = resolve(reading, plan, tp, sequence_parallel=sequence_parallel, spread=spread)
+    resolved = resolve(reading, plan, tp, sequence_parallel=sequence_parallel, experts=experts)
     if tp == 1 or (brought is None and plan.tp == tp):  # one that was derived just now has been replayed
         return plan, resolved
     reason = why_not_exact(reading, resolved)
     if reason is None:
-        return _completed(reading, plan, resolved, spread) if brought is None else (plan, resolved)
+        return _completed(reading, plan, resolved, experts) if brought is None else (plan, resolved)
     if brought is not None:
         raise PlanError(
             f"The plan ({plan.source}) does not compute what {type(reading.model).__name__} computes: replayed on "
@@ -69,15 +69,15 @@ def _exact(
     logger.warning("%s: %s.", type(reading.model).__name__, note)
     derived = derive_plan(reading, tp=tp)
     derived = replace(derived, notes=(f"{note}.", *derived.notes))
-    return derived, resolve(reading, derived, tp, sequence_parallel=sequence_parallel, spread=spread)
+    return derived, resolve(reading, derived, tp, sequence_parallel=sequence_parallel, experts=experts)
 
 
 def _completed(
-    reading: ModelReading, plan: ParallelPlan, resolved: ResolvedPlan, spread: Sequence[str]
+    reading: ModelReading, plan: ParallelPlan, resolved: ResolvedPlan, experts: ExpertPlan | None
 ) -> tuple[ParallelPlan, ResolvedPlan]:
     """A plan of transformers with what it does not mention, where all of it together is exact."""
     more = completed(reading, plan, resolved)
     if more is None:
         return plan, resolved
-    both = resolve(reading, more, resolved.tp, sequence_parallel=resolved.sequence_parallel, spread=spread)
+    both = resolve(reading, more, resolved.tp, sequence_parallel=resolved.sequence_parallel, experts=experts)
     return (plan, resolved) if why_not_exact(reading, both) else (more, both)

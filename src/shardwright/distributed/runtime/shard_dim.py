@@ -31,10 +31,27 @@ def data_parallel_dim(name: str, shape: Sequence[int], placements: Sequence[Plac
     return 1
 
 
-def expert_data_parallel_dim(shape: Sequence[int], ranks: int) -> int:
-    """The dim along which FSDP2 cuts a rank's part of stacked experts, ``[experts, ...]``: 0 where ``ranks`` divide it.
+def expert_data_parallel_dim(name: str, shape: Sequence[int], ep: int, ranks: int) -> int:
+    """The dim along which FSDP2 cuts stacked experts, ``[experts, ...]``, that lie on ``ep`` ranks already.
 
-    Where they do not (a few large experts over many ranks), the first that they divide: every rank then holds a part,
-    and gathers without padding. Where they divide none, 0.
+    0 where all ranks get as many experts. Where they do not (a few large experts over many ranks), the first other dim
+    that ``ranks`` divide: every rank then holds a part, and gathers without padding.
+
+    Args:
+        name: of the parameter, for the error.
+        shape: of the parameter, whole.
+        ranks: FSDP2's.
+
+    Raises:
+        PlanError: ``ranks`` divide none.
     """
-    return next((dim for dim, size in enumerate(shape) if size % ranks == 0), 0)
+    if ranks == 1 or shape[0] % (ep * ranks) == 0:
+        return 0
+    dim = next((dim for dim, size in enumerate(shape) if dim and size % ranks == 0), None)
+    if dim is None:
+        raise PlanError(
+            f"{name} has shape {tuple(shape)}: FSDP2 cannot cut its experts, which lie on ep={ep} ranks, over the "
+            f"other {ranks} ranks, since {ranks} divide neither {shape[0]} / {ep} experts nor another dim. Choose "
+            "another ep, or use dp_replicate."
+        )
+    return dim

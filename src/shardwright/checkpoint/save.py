@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 
+from shardwright.checkpoint.adapters import has_adapters
 from shardwright.checkpoint.atomic import FolderWriter, unfinished
 from shardwright.checkpoint.conversion import SavePlan, Writing, plan_save
 from shardwright.checkpoint.folder import INDEX
@@ -100,11 +101,11 @@ def save_pretrained(
 
 def skeleton_of(model: nn.Module) -> PreTrainedModel:
     """A whole copy of ``model`` on meta, of the class it had before FSDP2 gave it another."""
-    if "peft_config" in vars(model):  # a PeftModel, or a transformers model that adapters were added to
+    if has_adapters(model):
         raise UnsupportedError(
-            f"This {type(model).__name__} has PEFT adapters, which save_pretrained does not write: they have a format "
-            "of their own. Merge them into the weights first (PEFT's merge_and_unload, before the model is sharded), "
-            "or save the run with torch.distributed.checkpoint."
+            f"This {type(model).__name__} has PEFT adapters, which have a format of their own. On every rank, call "
+            "model.save_pretrained(folder): it writes the folder that plain PEFT writes. Or merge them into the "
+            "weights first (PEFT's merge_and_unload, before the model is sharded)."
         )
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedError(

@@ -33,7 +33,7 @@ from shardwright.distributed.apply.mlp_tiles import apply_mlp_tiles
 from shardwright.distributed.apply.parts import open_to_losses
 from shardwright.distributed.apply.passes import watch_passes
 from shardwright.distributed.apply.quantized import check_quantized
-from shardwright.distributed.apply.saving import refuse_partial_saves
+from shardwright.distributed.apply.saving import save_and_load_together
 from shardwright.distributed.apply.tensor_parallel import apply_tensor_parallel
 from shardwright.distributed.apply.trainers import connect_trainers
 from shardwright.distributed.axes import EXPERTS
@@ -178,4 +178,4 @@ def _before_sharding(
         apply_activation_checkpointing(model, decided.recomputed, selective=selective, offload=decided.offload)
     if decided.compile_backend is not None:
         apply_compile(model, decided.compiled, decided.compile_backend)
-    refuse_partial_saves(model)
+    save_and_load_together(model)

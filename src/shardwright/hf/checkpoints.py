@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from shardwright.checkpoint.adapters import has_adapters, load_adapter_weights
 from shardwright.checkpoint.conversion import plan_load
 from shardwright.checkpoint.fill import check_fit, fill_from_folder
 from shardwright.checkpoint.folder import INDEX, open_folder
@@ -54,6 +55,9 @@ def save_model(model: nn.Module, folder: Path) -> None:
     Raises:
         CheckpointError: not all ranks came, or the disk is full; on every rank.
     """
+    if has_adapters(model):
+        model.save_pretrained(folder)  # type: ignore[operator]
+        return
     if not isinstance(model, PreTrainedModel):
         _save_state(model, folder)
         return
@@ -76,6 +80,10 @@ def load_model(model: nn.Module, folder: Path) -> None:
     Raises:
         CheckpointError: the folder lacks weights of the model, or they have other shapes; on every rank.
     """
+    if has_adapters(model):
+        for name in model.peft_config:  # type: ignore[union-attr]
+            load_adapter_weights(model, folder if name == "default" else folder / name, name)
+        return
     if not isinstance(model, PreTrainedModel):
         _load_state(model, folder)
         return

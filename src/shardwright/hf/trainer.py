@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME, Trainer
 
@@ -38,7 +39,9 @@ class ShardedTrainer(Trainer):
         """Called at the end of ``Trainer.__init__``."""
         if self.label_smoother is not None:
             model = self.accelerator.unwrap_model(self.model)
-            inner = model.get_base_model() if "peft_config" in vars(model) else model
+            inner: Any = model
+            while not isinstance(inner, PreTrainedModel) and list(inner.children()):
+                inner = next(inner.children())  # what PEFT puts around a model has it as its only child
             causal = original_class(inner).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
             self.label_smoother = _LabelSmoother(self.label_smoother.epsilon, causal)
 

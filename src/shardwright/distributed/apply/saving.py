@@ -1,8 +1,12 @@
-"""``model.save_pretrained`` of a sharded model: transformers' own would write a folder without weights."""
+"""``save_pretrained`` and ``load_adapter`` of a sharded model: all ranks do them, and the folders are plain ones.
+
+transformers' and PEFT's own see this rank's parts of the weights.
+"""
 
 from __future__ import annotations
 
 import inspect
+from importlib import import_module
 from typing import Any
 
 from torch import nn
@@ -12,29 +16,46 @@ from shardwright.distributed.runtime.forward import Around, Forward, original_cl
 from shardwright.errors import UnsupportedError
 
 
-def refuse_partial_saves(model: nn.Module) -> None:
-    """Make ``model.save_pretrained`` raise UnsupportedError where it would be handed parts of weights, in place.
+def save_and_load_together(model: nn.Module) -> None:
+    """Make ``model.save_pretrained`` and ``model.load_adapter`` write and read this model's shards, in place.
 
-    It does nothing else: with whole weights (``state_dict=``) it writes them as ever.
+    Every rank calls them. With whole weights (``state_dict=``) ``save_pretrained`` writes those as ever.
     """
     for module in model.modules():
-        wrap_method(module, "save_pretrained", _WholeWeights())
+        wrap_method(module, "save_pretrained", _Save())
+        wrap_method(module, "load_adapter", _LoadAdapter())
 
 
-class _WholeWeights(Around):
+class _Save(Around):
     def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        cls: Any = original_class(module)
-        names = list(inspect.signature(cls.save_pretrained).parameters)[1:]
-        given = {**dict(zip(names, args, strict=False)), **kwargs}.get("state_dict")
-        tensors = module.parameters() if given is None else given.values()
-        if any(isinstance(tensor, DTensor) for tensor in tensors):
-            what = "This model is sharded" if given is None else "The state_dict holds DTensors"
+        given = _by_name(module, "save_pretrained", args, kwargs)
+        state = given.get("state_dict")
+        if state is not None:
+            if not state and given.get("is_main_process") is False:
+                return None  # the main process has all of them
+            if not any(isinstance(tensor, DTensor) for tensor in state.values()):
+                return forward(*args, **kwargs)
             raise UnsupportedError(
-                f"{what}, and {cls.__name__}.save_pretrained knows of this rank's parts only. On "
-                "every rank, call shardwright.save_pretrained(model, folder): it writes the folder that plain "
-                "transformers would write. Or gather the weights with torch, on every rank too, and hand them over: "
-                "state = torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options=StateDictOptions("
-                "full_state_dict=True, cpu_offload=True)), then, on rank 0, model.save_pretrained(folder, "
-                "state_dict=state)."
+                f"The state_dict holds DTensors, and {original_class(module).__name__}.save_pretrained knows of this "
+                "rank's parts only. Leave it out, on every rank: model.save_pretrained(folder) gathers the weights one "
+                "at a time. Or hand over whole ones: torch.distributed.checkpoint.state_dict.get_model_state_dict("
+                "model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))."
             )
-        return forward(*args, **kwargs)
+        if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+            return forward(*args, **kwargs)
+        # By its name: checkpoints are a layer above, as the user's script is.
+        return import_module("shardwright.checkpoint.called").save(module, forward, given)
+
+
+class _LoadAdapter(Around):
+    def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+            return forward(*args, **kwargs)
+        given = _by_name(module, "load_adapter", args, kwargs)
+        return import_module("shardwright.checkpoint.called").load_adapter(module, given)
+
+
+def _by_name(module: nn.Module, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    cls: Any = original_class(module)
+    names = list(inspect.signature(getattr(cls, method)).parameters)[1:]
+    return {**dict(zip(names, args, strict=False)), **kwargs}

@@ -21,11 +21,13 @@ from torch import nn
 from shardwright.distributed.planning.resolved import ResolvedPlan, StyleUse
 from shardwright.distributed.replay.reading import ModelReading
 from shardwright.distributed.styles.replicated import PartOfSum, ReplicatedPartialGradient
+from shardwright.errors import PlanError
 
 BASE = "base_layer"
 DOWN, UP = "lora_A", "lora_B"
 MAGNITUDE = "lora_magnitude_vector"  # DoRA's, which scales the sum
 _PARTS = {BASE, DOWN, UP, MAGNITUDE, "lora_dropout", "lora_embedding_A", "lora_embedding_B"}
+SCALES = "ia3_l"  # IA3's: the tuner layer itself multiplies a layer's input or output with them
 # A module that is trained as a whole beside a frozen one: PEFT's ``modules_to_save``.
 ORIGINAL, SAVED = "original_module", "modules_to_save"
 
@@ -44,6 +46,20 @@ def _is_lora(module: nn.Module) -> bool:
         return False
     magnitude = parts.get(MAGNITUDE)
     return magnitude is None or not list(magnitude.children())
+
+
+def refuse_scales(model: nn.Module) -> None:
+    """Raise PlanError where an adapter scales features of layers that are about to be cut.
+
+    Raises:
+        PlanError: an adapter of the kind IA3.
+    """
+    for name, module in model.named_modules():
+        if BASE in module._modules and SCALES in module._modules:
+            raise PlanError(
+                f"{name} has an adapter of the kind IA3, which scales the layer's features, and tensor parallelism "
+                "would leave each rank a part of them. Use dp_shard (FSDP2 shards IA3 exactly), or LoRA."
+            )
 
 
 def adapt(reading: ModelReading, resolved: ResolvedPlan) -> None:

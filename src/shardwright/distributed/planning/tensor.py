@@ -6,6 +6,7 @@ import logging
 from dataclasses import replace
 
 from shardwright.distributed.plan import ParallelPlan
+from shardwright.distributed.planning.adapters import refuse_scales
 from shardwright.distributed.planning.complete import completed, left_replicated, little_cut
 from shardwright.distributed.planning.decided import ExpertPlan
 from shardwright.distributed.planning.replay_check import why_not_exact
@@ -39,6 +40,8 @@ def plan_and_resolve(
     Raises:
         PlanError: the plan cannot be read, does not fit the model or ``tp``, or is not exact.
     """
+    if tp > 1:
+        refuse_scales(reading.model)
     brought = None if custom is None else brought_plan(custom)
     split = sequence_parallel or (brought is not None and brought.asks_for_sequence_parallel)
     plan, resolved = _exact(reading, brought, tp, sequence_parallel=split, experts=experts)

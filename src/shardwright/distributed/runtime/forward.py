@@ -19,7 +19,12 @@ from torch.distributed.tensor import DTensor
 from shardwright.errors import PlanError
 
 Forward = Callable[..., Any]
-METHODS = ("generate", "resize_token_embeddings", "save_pretrained")  # that can be wrapped, beside the forward
+METHODS = (
+    "generate",
+    "load_adapter",
+    "resize_token_embeddings",
+    "save_pretrained",
+)  # that can be wrapped, beside the forward
 
 
 class Around:

@@ -29,6 +29,7 @@ __all__ = [
     "one_document_in_each_row",
     "own_initialiser",
     "own_tp_plan",
+    "recorded_modules",
     "set_attention",
     "set_conversions",
     "set_experts_implementation",
@@ -152,3 +153,32 @@ def call_of_experts(module: nn.Module) -> ExpertsCall | None:
     """How ``module`` would be called if it held experts; None where that is not known."""
     arguments = tuple(inspect.signature(module.forward).parameters)
     return next((call for call in CALLS_OF_EXPERTS if call.arguments == arguments), None)
+
+
+# What a model hands out beside its results
+
+
+def recorded_modules(model: nn.Module) -> list[str]:
+    """The modules of ``model`` whose results transformers notes by hooks, to hand them out (routers)."""
+    found: list[str] = []
+    for owner, part in model.named_modules():
+        specs = getattr(type(part), "_can_record_outputs", None)
+        if not isinstance(specs, dict):
+            continue
+        prefix = f"{owner}." if owner else ""
+        wanted = [spec for key, value in specs.items() if key != "hidden_states" for spec in _each(value)]
+        for name, module in part.named_modules():
+            if any(_is_recorded(spec, module, f"{prefix}{name}") for spec in wanted):
+                found.append(f"{prefix}{name}")
+    return list(dict.fromkeys(found))
+
+
+def _each(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (tuple, list)) else [value]
+
+
+def _is_recorded(spec: Any, module: nn.Module, name: str) -> bool:
+    """``spec`` is a class, the end of a name, or an object with one of either."""
+    cls = spec if isinstance(spec, type) else getattr(spec, "target_class", None)
+    end = spec if isinstance(spec, str) else getattr(spec, "class_name", None)
+    return (cls is not None and isinstance(module, cls)) or (end is not None and name.endswith(end))

@@ -42,7 +42,7 @@ def parallelize(model: _Model, config: ParallelConfig, mesh: DeviceMesh | None =
         ConfigError: the degrees do not fit the world size, or are not those of ``mesh``.
         PlanError: the plan does not fit the model or the mesh; the ranks hold different models; the model is
             parallelized already, or an optimizer holds its parameters.
-        UnsupportedError: something that Shardwright does not do yet (context parallelism).
+        UnsupportedError: something that Shardwright does not do yet.
     """
     if not isinstance(config, ParallelConfig):
         raise ConfigError(
@@ -50,7 +50,8 @@ def parallelize(model: _Model, config: ParallelConfig, mesh: DeviceMesh | None =
             "ParallelConfig.from_dict(...) makes one of a mapping, from_yaml and from_json of text."
         )
     mesh = make_mesh(config) if mesh is None else mesh
-    refuse_context_parallel(mesh)
+    if config.engine == "megatron_fsdp":
+        refuse_context_parallel(mesh)
     check_degrees(config, mesh)
     config = config.with_(precision=config.precision.settled(_dtypes(model)))
     _warn_of_lost_updates(model)

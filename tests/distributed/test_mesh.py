@@ -21,7 +21,7 @@ from shardwright.distributed.axes import NAMES
 from shardwright.distributed.config import Degrees
 from shardwright.distributed.mesh import axis, data_parallel_mesh
 from shardwright.distributed.parallelizer import fsdp2_strategy_parallelize
-from shardwright.errors import ConfigError, UnsupportedError
+from shardwright.errors import ConfigError
 from shardwright.verify.ranks import RankPool, shared_mesh
 
 FLATTENED = {"dp": (0, 1), "dp_shard_cp": (1, 2), "dp_cp": (0, 1, 2)}
@@ -85,17 +85,6 @@ def test_data_parallel_axes(fake_world: Callable[..., None]) -> None:
     assert tuple(data_parallel_mesh(hybrid, "dp_replicate", "dp_shard_cp").shape) == (2, 4)
     with pytest.raises(ConfigError, match="'tensor'"):
         axis(mesh, "tensor")
-
-
-@pytest.mark.parametrize("call", [parallelize, fsdp2_strategy_parallelize])
-def test_context_parallelism_is_refused_by_name(fake_world: Callable[..., None], call: Callable[..., object]) -> None:
-    fake_world(4)
-    mesh = make_mesh(Degrees(1, 2, 2, 1), "cpu")
-    model = build("llama")
-    before = dict(model.named_parameters())
-    with pytest.raises(UnsupportedError, match="cp=2"):
-        _ = call(model, ParallelConfig(cp=2), mesh) if call is parallelize else call(model, mesh)
-    assert all(value is before[name] for name, value in model.named_parameters())
 
 
 def test_a_mesh_without_the_axis_that_was_named(fake_world: Callable[..., None]) -> None:

@@ -173,7 +173,7 @@ def fsdp2_strategy_parallelize(
     dp_shard_cp_mesh_name: str = "dp_shard_cp",
     tp_mesh_name: str = "tp",
 ) -> nn.Module:
-    """Tensor (and sequence) parallelism, then activation checkpointing, then FSDP2 (HSDP where replicas > 1).
+    """Tensor (and sequence) parallelism, context parallelism (a ``cp`` axis), activation checkpointing, then FSDP2.
 
     Loss, logits, gradients and updated weights are those of one process, in any training loop.
 
@@ -190,7 +190,7 @@ def fsdp2_strategy_parallelize(
     Raises:
         PlanError: the plan or the heads do not fit; the ranks hold different models.
         ConfigError: an axis that the mesh does not have, or one of its axes that nothing would use.
-        UnsupportedError: a mesh with context parallelism.
+        UnsupportedError: a mesh with context parallelism, and what does not go together with it yet.
     """
     axes = Axes(dp_replicate_mesh_name, dp_shard_cp_mesh_name, tp_mesh_name)
     config = ParallelConfig(

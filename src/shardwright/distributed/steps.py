@@ -17,6 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 from shardwright.distributed.apply import megatron_fsdp
 from shardwright.distributed.apply.activation_checkpointing import apply_activation_checkpointing
 from shardwright.distributed.apply.compile import apply_compile, check_backend
+from shardwright.distributed.apply.context_parallel import apply_context_parallel, check_context
 from shardwright.distributed.apply.expert_parallel import apply_expert_parallel, check_expert_shards, let_mix
 from shardwright.distributed.apply.fsdp2 import apply_fsdp2
 from shardwright.distributed.apply.fused_kernels import check_fused_kernels
@@ -44,8 +45,9 @@ from shardwright.distributed.mesh import (
     check_every_axis_used,
     data_parallel_mesh,
     expert_data_parallel_mesh,
-    refuse_context_parallel,
 )
+from shardwright.distributed.models.attention import attention_kernels, register_context_attention
+from shardwright.distributed.planning.context_plan import ContextPlan
 from shardwright.distributed.planning.decide import decide
 from shardwright.distributed.planning.decided import DecidedPlan
 from shardwright.distributed.planning.sources import CustomPlan
@@ -63,6 +65,7 @@ class Axes:
     dp_shard_cp: str = "dp_shard_cp"
     tp: str = "tp"
     ep: str = EXPERTS
+    cp: str = "cp"
 
 
 def parallelize_with_fsdp2(
@@ -83,15 +86,18 @@ def parallelize_with_fsdp2(
     axes = axes or Axes()
     check_fresh(model)
     check_no_optimizer(model)
-    refuse_context_parallel(device_mesh)
     check_every_axis_used(device_mesh, (axes.dp_replicate, axes.dp_shard_cp, axes.tp))
     dp_mesh = data_parallel_mesh(device_mesh, axes.dp_replicate, axes.dp_shard_cp)
     tp_mesh = axis_or_none(device_mesh, axes.tp)
     tp = 1 if tp_mesh is None else tp_mesh.size()
+    cp_mesh = axis_or_none(device_mesh, axes.cp)
+    cp = 1 if cp_mesh is None else cp_mesh.size()
     ep_mesh = axis_or_none(device_mesh, axes.ep)
+    ep = 1 if ep_mesh is None else ep_mesh.size()
+    check_context(config, cp, tp, ep)
     casts = mp_policy is not None and mp_policy.param_dtype is not None
     check_quantized(model, tp=tp, engine="fsdp2" if mp_policy is not None else "", casts=casts)
-    check_fused_kernels(model, tp)
+    check_fused_kernels(model, tp * cp)
     if mp_policy is not None:
         check_gradient_hooks(model)
         check_scalars(model)
@@ -99,7 +105,8 @@ def parallelize_with_fsdp2(
         ModelReading(model),
         config,
         tp=tp,
-        ep=1 if ep_mesh is None else ep_mesh.size(),
+        ep=ep,
+        cp=cp,
         fsdp2=mp_policy is not None,
         compute_dtype=None if mp_policy is None else mp_policy.param_dtype,
         custom=plan,
@@ -109,7 +116,7 @@ def parallelize_with_fsdp2(
     if decided.experts is not None:
         expert_mesh = expert_data_parallel_mesh(device_mesh, axes.dp_replicate)
         check_expert_shards(model, decided.experts, expert_mesh)
-    _before_sharding(model, device_mesh, tp_mesh, decided, ep_mesh)
+    _before_sharding(model, device_mesh, axes, decided)
     mark_parallelized(model, Parallelized(device_mesh, axes.tp, "fsdp2"))
     if decided.data is not None or tp > 1:
         refuse_later_changes(model)
@@ -142,20 +149,14 @@ def parallelize_with_megatron_fsdp(
     tp_mesh = axis(device_mesh, options.tp_mesh_name)
     check_fused_kernels(model, tp_mesh.size())
     decided = decide(reading, config, tp=tp_mesh.size(), fsdp2=False, custom=plan, own_units=prepared.unit_names)
-    _before_sharding(model, device_mesh, tp_mesh, decided)
+    _before_sharding(model, device_mesh, Axes(tp=options.tp_mesh_name), decided)
     mark_parallelized(model, Parallelized(device_mesh, options.tp_mesh_name, "megatron_fsdp"))
     connect_trainers()
     return prepared.shard()
 
 
-def _before_sharding(
-    model: nn.Module,
-    mesh: DeviceMesh,
-    tp_mesh: DeviceMesh | None,
-    decided: DecidedPlan,
-    ep_mesh: DeviceMesh | None = None,
-) -> None:
-    """Everything up to the data-parallel sharding: experts, tensor parallelism, checkpointing, compilation."""
+def _before_sharding(model: nn.Module, mesh: DeviceMesh, axes: Axes, decided: DecidedPlan) -> None:
+    """Everything up to the data-parallel sharding: experts, tensor and context parallelism, compilation."""
     if decided.compile_backend is not None:
         check_backend(decided.compile_backend)
     if decided.tensor is not None:
@@ -164,12 +165,15 @@ def _before_sharding(
     if not dist.is_initialized() or dist.get_rank() == 0:
         for warning in decided.warnings:
             logger.warning("%s", warning)
+    tp_mesh, ep_mesh = axis_or_none(mesh, axes.tp), axis_or_none(mesh, axes.ep)
     if decided.experts is not None and ep_mesh is not None:
         apply_expert_parallel(model, decided.experts, ep_mesh, tp_mesh)
     if decided.tensor is not None and tp_mesh is not None:
         apply_tensor_parallel(model, tp_mesh, decided.tensor, units=decided.summing)
         generate_together(model, tp_mesh)
         compare_first_calls(model, tp_mesh)
+    if decided.context is not None:
+        _split_sequences(model, axis(mesh, axes.cp), decided.context)
     if decided.tiles.head is not None:
         apply_loss_tiles(model, decided.tiles.head, decided.tiles.loss)
     apply_mlp_tiles(model, decided.tiles.mlps, decided.tiles.mlp)
@@ -179,3 +183,11 @@ def _before_sharding(
     if decided.compile_backend is not None:
         apply_compile(model, decided.compiled, decided.compile_backend)
     save_and_load_together(model)
+
+
+def _split_sequences(model: nn.Module, cp_mesh: DeviceMesh, plan: ContextPlan) -> None:
+    register_context_attention()
+    kernels = attention_kernels(model, {name: use.kernel for name, use in plan.attention.items()})
+    apply_context_parallel(model, cp_mesh, None, plan, kernels)
+    generate_together(model, cp_mesh)
+    compare_first_calls(model, cp_mesh)

@@ -43,6 +43,7 @@ _TP2 = ParallelConfig(tp=2, dp_shard=1)
 MODES = {
     "tp2": Mode(_TP2, 1, "TP 2"),
     "tp2_sp": Mode(_TP2.with_(sequence_parallel=True), 1, "TP 2 + SP"),
+    "cp2": Mode(ParallelConfig(cp=2, dp_shard=1), 1, "CP 2"),
     "fsdp2_tp2": Mode(_TP2.with_(dp_shard=2), 2, "FSDP 2 x TP 2"),
     "fsdp2_tp2_sp": Mode(_TP2.with_(dp_shard=2, sequence_parallel=True), 2, "FSDP 2 x TP 2 + SP"),
 }

@@ -25,13 +25,13 @@ _PACKAGES = {
 }
 
 
-def check_fused_kernels(model: nn.Module, tp: int) -> None:
-    """Raise UnsupportedError where ``tp`` ranks cut a model that runs kernels of other packages.
+def check_fused_kernels(model: nn.Module, ranks: int) -> None:
+    """Raise UnsupportedError where ``ranks`` work together on a batch, in a model that runs kernels of other packages.
 
     Found are modules of their classes, forwards that they have put on classes and instances (0.8 of Liger does both),
     functions that they have put into a model's file, and into torch.
     """
-    if tp < 2:
+    if ranks < 2:
         return
     found = [(name or "its own forward", _package(_forward_of(part))) for name, part in model.named_modules()]
     files = dict.fromkeys(original_class(part).__module__ for part in model.modules())
@@ -45,9 +45,9 @@ def check_fused_kernels(model: nn.Module, tp: int) -> None:
             some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise UnsupportedError(
                 f"This {original_class(model).__name__} runs kernels of {called} ({some}). They know of one rank's "
-                f"memory only, and cannot be shown to be exact with tensor parallelism (tp={tp}). Use them with FSDP2 "
-                f"alone (tp=1), or leave them out ({without}): loss_tiles and mlp_tiles in ParallelConfig save the "
-                "memory that they save, and are exact."
+                f"memory only, and cannot be shown to be exact where {ranks} ranks share a batch (tp x cp). Use them "
+                f"with FSDP2 alone (tp=1, cp=1), or leave them out ({without}): loss_tiles and mlp_tiles in "
+                "ParallelConfig save the memory that they save, and are exact."
             )
 
 

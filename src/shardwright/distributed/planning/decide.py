@@ -8,6 +8,7 @@ import torch
 
 from shardwright.distributed.config import ParallelConfig
 from shardwright.distributed.models.blocks import by_list, every_nth
+from shardwright.distributed.planning.context import plan_context
 from shardwright.distributed.planning.data import decide_data
 from shardwright.distributed.planning.decided import DecidedPlan, Tiles
 from shardwright.distributed.planning.experts import decide_experts
@@ -28,6 +29,7 @@ def decide(
     tp: int,
     ep: int = 1,
     fsdp2: bool,
+    cp: int = 1,
     compute_dtype: torch.dtype | None = None,
     custom: CustomPlan | None = None,
     always_plan: bool = False,
@@ -39,6 +41,7 @@ def decide(
         tp: tensor-parallel ranks. The degrees in ``config`` are not read: a mesh has them.
         ep: expert-parallel ranks.
         fsdp2: whether FSDP2 shards the model.
+        cp: context-parallel ranks.
         compute_dtype: in which FSDP2 gathers parameters; None where each is gathered in its own.
         custom: a tensor-parallel plan, instead of the one that ``config`` names or that would be chosen.
         always_plan: choose a tensor-parallel plan with one rank, too, for a report.
@@ -61,6 +64,7 @@ def decide(
         plan, resolved = plan_and_resolve(
             reading, custom, tp, sequence_parallel=config.sequence_parallel, experts=experts
         )
+    context = plan_context(reading) if cp > 1 else None
     one_by_one = config.activation_checkpointing != "none" or config.compile_backend is not None
     blocks = unit_names(reading) if fsdp2 or own_units or one_by_one else []
     recomputed = _recomputed(reading, blocks, config)
@@ -72,6 +76,7 @@ def decide(
     return DecidedPlan(
         plan=plan,
         tensor=resolved,
+        context=context,
         data=data,
         experts=experts,
         blocks=tuple(blocks),
@@ -84,7 +89,7 @@ def decide(
         summing=(*(data.names if data is not None else own_units), *recomputed),
         tiles=tiles,
         readable=tuple(name for name in (reading.embedding, reading.head) if name is not None),
-        notes=tuple(resolved.notes) if resolved is not None else (),
+        notes=(*(resolved.notes if resolved is not None else ()), *(context.notes() if context is not None else ())),
         warnings=tuple(_warnings(reading, blocks, resolved)),
     )
 

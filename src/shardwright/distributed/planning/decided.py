@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from shardwright.distributed.plan import ParallelPlan
+from shardwright.distributed.planning.context_plan import ContextPlan
 from shardwright.distributed.planning.resolved import ResolvedPlan
 
 ROOT = ""
@@ -115,6 +116,7 @@ class DecidedPlan:
         tensor: what it means for this model; None with one tensor-parallel rank.
         data: FSDP2's units; None where FSDP2 has no part in it.
         experts: experts on ranks of their own; None where there are none.
+        context: what runs on a part of the sequence; None with one context-parallel rank.
         blocks: the modules that can be gathered, recomputed or compiled one by one.
         recomputed: those that are recomputed in backward, ``activation_checkpointing`` says how.
         activation_checkpointing: ``ParallelConfig.activation_checkpointing``.
@@ -133,6 +135,7 @@ class DecidedPlan:
     tensor: ResolvedPlan | None
     data: DataPlan | None
     experts: ExpertPlan | None = None
+    context: ContextPlan | None = None
     blocks: tuple[str, ...] = ()
     recomputed: tuple[str, ...] = ()
     activation_checkpointing: str = "none"

@@ -56,7 +56,7 @@ def recorded_calls(model: nn.Module) -> Iterator[ModuleCalls]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
             calls.note(name, args, output)
             if name in kept:
-                call = ModuleCall(_as_now(args), _as_now(kwargs), _as_now(output))
+                call = ModuleCall(as_now(args), as_now(kwargs), as_now(output))
                 calls.of_blocks.setdefault(name, []).append(call)
 
         hooks.append(module.register_forward_hook(hook, with_kwargs=True))
@@ -75,10 +75,10 @@ def _nodes(values: Any) -> list[Any]:
     return [x.grad_fn for x in values if isinstance(x, Tensor) and x.grad_fn is not None]
 
 
-def _as_now(value: Any) -> Any:
+def as_now(value: Any) -> Any:
     """The values as they are now; a later operation in place does not reach them."""
     if isinstance(value, Tensor):
         return value.detach().clone().requires_grad_(value.requires_grad)
     if isinstance(value, dict):
-        return {key: _as_now(item) for key, item in value.items()}
-    return tuple(_as_now(item) for item in value) if type(value) in (tuple, list) else value
+        return {key: as_now(item) for key, item in value.items()}
+    return tuple(as_now(item) for item in value) if type(value) in (tuple, list) else value

@@ -100,7 +100,7 @@ def _padding(x: Tensor, dim: int, amount: int) -> list[int]:
     return [0, 0] * after + [0, amount]
 
 
-def _refuse_twice() -> None:
+def refuse_twice() -> None:
     """Raise in a backward that is itself to be differentiated, where this torch would get it wrong."""
     if not _TWICE and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise UnsupportedError(
@@ -117,7 +117,7 @@ class _CopyToRegion(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        _refuse_twice()
+        refuse_twice()
         return reduce_from_region(grad, ctx.group), None
 
 
@@ -150,7 +150,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        _refuse_twice()
+        refuse_twice()
         return _Scatter.apply(grad, ctx.dim, ctx.group, ctx.partial_grad), None, None, None, None
 
 
@@ -211,7 +211,7 @@ class _Exchange(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        _refuse_twice()
+        refuse_twice()
         return exchange(grad, ctx.receive, ctx.send, ctx.group), None, None, None
 
 

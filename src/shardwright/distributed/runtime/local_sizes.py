@@ -24,12 +24,12 @@ class LocalSizes(Around):
 
     Args:
         module: the module; its configs are looked at now, so that ``torch.compile`` finds the views made.
-        values: attribute (``num_heads``, or ``config.num_heads``) -> its value on this rank.
+        values: attribute (``num_heads``, or ``config.num_heads``) -> its value inside.
     """
 
-    def __init__(self, module: nn.Module, values: Mapping[str, int]) -> None:
+    def __init__(self, module: nn.Module, values: Mapping[str, Any]) -> None:
         self.own = {name: value for name, value in values.items() if "." not in name}
-        self.held: dict[str, dict[str, int]] = {}
+        self.held: dict[str, dict[str, Any]] = {}
         for name, value in values.items():
             holder, _, key = name.rpartition(".")
             if holder:
@@ -62,14 +62,14 @@ class LocalSizes(Around):
         return _unpickled, (self.own, self.held)
 
 
-def _unpickled(own: dict[str, int], held: dict[str, dict[str, int]]) -> LocalSizes:
+def _unpickled(own: dict[str, Any], held: dict[str, dict[str, Any]]) -> LocalSizes:
     made = object.__new__(LocalSizes)
     made.own, made.held = own, held
     made._views = dict.fromkeys(held, (None, None))
     return made
 
 
-def local_view(shared: Any, values: Mapping[str, int]) -> Any:
+def local_view(shared: Any, values: Mapping[str, Any]) -> Any:
     """``shared`` as it is, except that the attributes in ``values`` have these values.
 
     Properties of a subclass win over what lies in ``__dict__``, which is why nothing is written there. transformers'
@@ -84,5 +84,5 @@ def local_view(shared: Any, values: Mapping[str, int]) -> Any:
     return view
 
 
-def _constant(value: int) -> Any:
+def _constant(value: Any) -> Any:
     return lambda self: value

@@ -1,0 +1,73 @@
+"""Context parallelism: executes a :class:`ContextPlan`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from shardwright.distributed.config import ParallelConfig
+from shardwright.distributed.planning.context_plan import ContextPlan
+from shardwright.distributed.runtime.context.attention import HOLDER, ContextAttention, Kernel
+from shardwright.distributed.runtime.context.base import Context, Meshes
+from shardwright.distributed.runtime.context.blocks import ContextBlock, ContextLayer, ContextRegion, WholeContextBlock
+from shardwright.distributed.runtime.context.outputs import ContextModel, Owner, Recorded
+from shardwright.distributed.runtime.forward import wrap_forward
+from shardwright.errors import UnsupportedError
+
+
+def check_context(config: ParallelConfig, cp: int, tp: int, ep: int) -> None:
+    """Raise UnsupportedError for what does not go together with context parallelism yet."""
+    if cp == 1:
+        return
+    others = {
+        "tensor parallelism (tp)": tp > 1,
+        "expert parallelism (ep)": ep > 1,
+        "loss_tiles": config.loss_tiles > 1,
+        "mlp_tiles": config.mlp_tiles > 1,
+        "compile": config.compile_backend is not None,
+    }
+    if found := [name for name, wanted in others.items() if wanted]:
+        raise UnsupportedError(
+            f"The mesh has cp={cp}, and context parallelism does not go together with {' and '.join(found)} yet. Leave "
+            "one of them out."
+        )
+
+
+def apply_context_parallel(
+    model: nn.Module,
+    cp_mesh: DeviceMesh,
+    both: DeviceMesh | None,
+    plan: ContextPlan,
+    kernels: Mapping[str, Kernel],
+) -> None:
+    """Wrap the modules of ``model``, in place. Nothing is sent, and no parameter is touched.
+
+    Args:
+        cp_mesh: the one-dimensional ``cp`` mesh.
+        both: ``cp`` x ``tp``, where there are tensor-parallel ranks.
+        kernels: the function of every module in ``plan.attention``; the table of them has
+            :func:`~shardwright.distributed.runtime.context.attention.context_attention`.
+    """
+    context = Context(Meshes(cp_mesh, both))
+    for name, use in plan.attention.items():
+        module = model.get_submodule(name)
+        around = ContextAttention(module, context, kernels[name], use.kernel, own_keys=use.own_keys)
+        module.__dict__[HOLDER] = around
+        wrap_forward(module, around)
+    for name, places in plan.regions.items():
+        module = model.get_submodule(name)
+        wrap_forward(module, ContextRegion(module, context, places))
+    for name, block in plan.blocks.items():
+        module = model.get_submodule(name)
+        wrap_forward(module, ContextBlock(module, context, block.stream, block.places))
+    for name in plan.whole:
+        wrap_forward(model.get_submodule(name), WholeContextBlock(context))
+    for name in plan.layers:
+        wrap_forward(model.get_submodule(name), ContextLayer(context))
+    for name, places in plan.recorded.items():
+        wrap_forward(model.get_submodule(name), Recorded(context, places))
+    for name in plan.owners:
+        wrap_forward(model.get_submodule(name), Owner(context))
+    wrap_forward(model, ContextModel(model, context, caches=plan.caches))

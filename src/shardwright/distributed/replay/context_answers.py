@@ -1,0 +1,173 @@
+"""What attention and other parts of a block are answered while it is replayed on a part of the sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from shardwright.distributed.models.attention import attention_kernel
+from shardwright.distributed.replay.pointwise import copied
+from shardwright.distributed.replay.record import same
+from shardwright.distributed.runtime import collectives as c
+from shardwright.distributed.runtime.context.attention import attend_rows
+from shardwright.distributed.runtime.context.parts import Split
+from shardwright.distributed.runtime.context.places import (
+    RESULT,
+    Place,
+    Places,
+    argument_names,
+    mapped,
+    mapped_arguments,
+)
+from shardwright.distributed.runtime.regions import SEQUENCE_DIM
+
+if TYPE_CHECKING:
+    from shardwright.distributed.replay.context_parts import BlockReplay
+
+RANKS = 2
+
+
+class Unsplit(Exception):
+    """A block, or a child of one, cannot run on a part of the sequence; the message says why."""
+
+
+@dataclass
+class Asked:
+    """One call of an attention function on the whole sequence."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    out: Tensor
+
+
+def split_of(rank: int, length: int) -> Split:
+    """How a sequence is dealt out in the replay."""
+    return Split.even(c.Group("replay", RANKS, rank), SEQUENCE_DIM, length)
+
+
+class WholeAttention:
+    """Notes what an attention module asks on the whole sequence."""
+
+    def __init__(self, replay: BlockReplay, name: str) -> None:
+        self.replay, self.name = replay, name
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: Any) -> Any:
+        kernel = attention_kernel(module, self.replay.kernels[self.name])
+        assert kernel is not None
+        before = copied(query), copied(key), copied(value)
+        out, weights = kernel(module, query, key, value, mask, **kwargs)
+        self.replay.asked.setdefault(self.name, []).append(Asked(*before, out=copied(out)))
+        return out, weights
+
+
+class PartAttention:
+    """Answers an attention module with a rank's rows."""
+
+    def __init__(self, replay: BlockReplay, name: str, rank: int) -> None:
+        self.replay, self.name, self.rank = replay, name, rank
+        self.own_keys: bool | None = None
+        self._calls = iter(replay.asked.get(name, []))
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: Any) -> Any:
+        asked, replay = next(self._calls, None), self.replay
+        if asked is None:
+            raise Unsplit("attention is asked more often on a part of the sequence")
+        rows = Place(2)
+        if not same(query, replay.part(asked.query, rows, self.rank)):
+            raise Unsplit("its queries are not those of the part")
+        own = key.shape[2] != asked.key.shape[2]
+        for given, whole in ((key, asked.key), (value, asked.value)):
+            if not same(given, replay.part(whole, rows, self.rank) if own else whole):
+                raise Unsplit("its keys and values are neither those of the part nor all")
+        if self.own_keys not in (None, own):
+            raise Unsplit("its keys are of the part in one call, and all of them in another")
+        self.own_keys = own
+        name = replay.kernels[self.name]
+        kernel, split = attention_kernel(module, name), split_of(self.rank, replay.length).at(2)
+        assert kernel is not None
+        out, weights = attend_rows(kernel, name, module, query, asked.key, asked.value, mask, kwargs, split)
+        if not alike(out, replay.part(asked.out, Place(1), self.rank)):
+            raise Unsplit("its attention has other rows when it is asked for a part")
+        return out, weights
+
+
+class AnsweredRegion:
+    """Answers a child with the part of what it gave on the whole sequence."""
+
+    def __init__(self, replay: BlockReplay, name: str, rank: int) -> None:
+        self.replay, self.name, self.rank = replay, name, rank
+        self.used = False
+        self.arguments: dict[str, Place] = {}
+        self.results: dict[str, Place] = {}
+        self._calls = iter(replay.calls[name])
+
+    def places(self) -> Places:
+        return Places(tuple(sorted(self.arguments.items())), tuple(sorted(self.results.items())))
+
+    @contextmanager
+    def answering(self, module: nn.Module) -> Iterator[None]:
+        own = module.__dict__.get("forward")
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self._answer(module, args, kwargs)
+
+        module.__dict__["forward"] = forward
+        try:
+            yield
+        finally:
+            del module.__dict__["forward"]
+            if own is not None:
+                module.__dict__["forward"] = own
+
+    def _answer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call, self.used = next(self._calls, None), True
+        if call is None:
+            raise Unsplit("a part of it is called more often on a part of the sequence")
+        whole = _leaves(module, call.args, call.kwargs)
+        given = _leaves(module, args, kwargs)
+        if whole.keys() != given.keys():
+            raise Unsplit("a part of it is called with other arguments on a part of the sequence")
+        for path, x in given.items():
+            if same(x, whole[path]):
+                continue
+            place = self.replay.place(whole[path])
+            if place is None or not same(x, self.replay.part(whole[path], place, self.rank)):
+                raise Unsplit("a part of it is given neither the whole nor the part of the sequence")
+            self.arguments[path] = place
+
+        def part(path: str, x: Tensor) -> Tensor:
+            place = self.replay.place(x)
+            if place is None:
+                return copied(x)
+            self.results[path] = place
+            return copied(self.replay.part(x, place, self.rank))
+
+        return mapped(call.output, RESULT, part)
+
+
+def alike(x: Any, expected: Any) -> bool:
+    """Whether two results are equal, but for rounding; what is not a number must be so in both."""
+    if isinstance(expected, Tensor):
+        if not isinstance(x, Tensor) or x.shape != expected.shape:
+            return False
+        gone = expected.isnan() if expected.is_floating_point() else None
+        if gone is not None and bool(gone.any()):
+            return bool((x.isnan() == gone).all()) and same(x.nan_to_num(), expected.nan_to_num())
+        return same(x, expected)
+    if isinstance(expected, dict):
+        return isinstance(x, dict) and x.keys() == expected.keys() and all(alike(x[k], expected[k]) for k in expected)
+    if isinstance(expected, (tuple, list)):
+        same_form = isinstance(x, (tuple, list)) and len(x) == len(expected)
+        return same_form and all(map(alike, x, expected))
+    return True
+
+
+def _leaves(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    mapped_arguments(argument_names(module), args, kwargs, lambda path, x: found.setdefault(path, x))
+    return found

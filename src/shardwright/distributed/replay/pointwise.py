@@ -1,0 +1,92 @@
+"""A run in which every layer without its weights computes a known function of each position.
+
+The full run of :mod:`.record` hands out random outputs, which is right for asking how features can be cut. Whether
+code mixes *positions* is another question: a router that picks experts by what it is given, or code that flattens the
+batch, must see the same values for the same position however many positions there are. So here a linear layer picks
+features of its input and scales them, and a table answers with a function of the id.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shardwright.distributed.replay.module_calls import ModuleCall, as_now
+from shardwright.distributed.replay.record import Idle, Recorder, first_float
+from shardwright.distributed.replay.runs import Inputs
+from shardwright.distributed.replay.weightless import WeightlessCopy
+from shardwright.distributed.runtime.context.places import mapped
+
+
+class Pointwise(Recorder):
+    """Answers the stubs, each position by itself."""
+
+    def linear(self, name: str, x: Tensor, width: int) -> Tensor:
+        generator = _generator(name)
+        picked = torch.randint(x.shape[-1], (width,), generator=generator)
+        scale = torch.randn(width, generator=generator).sign() * (0.5 + torch.rand(width, generator=generator))
+        return x.float()[..., picked] * scale + 0.1 * torch.randn(width, generator=generator)
+
+    def table(self, name: str, ids: Tensor, width: int) -> Tensor:
+        frequencies = 10 * torch.rand(width, generator=_generator(name))
+        return torch.sin((ids.unsqueeze(-1) + 1) * frequencies)
+
+    def opaque(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        return 0.5 * first_float(args, kwargs).float()
+
+
+def _generator(name: str) -> torch.Generator:
+    return torch.Generator().manual_seed(zlib.crc32(name.encode()))
+
+
+def copied(value: Any) -> Any:
+    """The tensors as they are now, in lists where they were in lists."""
+    return mapped(value, "", lambda path, x: as_now(x))
+
+
+@dataclass
+class PointwiseRun:
+    """What every module inside of some blocks was called with, by copied name."""
+
+    calls: dict[str, list[ModuleCall]] = field(default_factory=dict)
+
+
+@contextmanager
+def pointwise(weightless: WeightlessCopy) -> Iterator[None]:
+    """Inside, the copy's layers answer so, nothing has a gradient, and scans have short chunks."""
+    weightless.recorder = Pointwise()
+    try:
+        fork = torch.random.fork_rng(devices=[])
+        with torch.no_grad(), fork, weightless.chunks.shortened():
+            torch.default_generator.manual_seed(0)
+            yield
+    finally:
+        weightless.recorder = Idle()
+
+
+def pointwise_run(weightless: WeightlessCopy, inputs: Inputs, watched: Mapping[str, nn.Module]) -> PointwiseRun:
+    """Run the copy once and note the calls of ``watched`` modules.
+
+    Raises:
+        CODE_ERRORS: the model's code does not run so.
+    """
+    run, hooks = PointwiseRun(), []
+    for name, module in watched.items():
+
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
+            run.calls.setdefault(name, []).append(ModuleCall(copied(args), copied(kwargs), copied(output)))
+
+        hooks.append(module.register_forward_hook(hook, with_kwargs=True))
+    try:
+        with pointwise(weightless):
+            weightless.model.get_submodule(inputs.called)(*as_now(inputs.args), **as_now(dict(inputs.kwargs)))
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return run

@@ -1,0 +1,130 @@
+"""Attention of this rank's part of the queries over all keys, with the model's own kernel.
+
+A model's attention module computes queries, keys and values of its part of the sequence and asks for the function
+that is called :data:`NAME`. That gathers the keys and values, picks this rank's rows of the mask, and calls the kernel
+that the model would have called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
+
+from shardwright.distributed.runtime.context import parts
+from shardwright.distributed.runtime.context.base import Context
+from shardwright.distributed.runtime.context.sharded import context_sharded
+from shardwright.distributed.runtime.forward import Around, Forward
+from shardwright.distributed.runtime.local_sizes import LocalSizes
+from shardwright.errors import UnsupportedError
+
+NAME = "shardwright_context"
+HOLDER = "_context_attention"
+CAUSAL_WITHOUT_MASK = "sdpa"  # the kernel that takes no mask for a causal one
+KERNELS = frozenset({CAUSAL_WITHOUT_MASK, "eager"})  # those whose masks this file knows
+
+Kernel = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+def context_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[Tensor, Any]:
+    """What modules call. Shapes as in transformers: ``[batch, heads, positions, size]``, out with positions first."""
+    return module.__dict__[HOLDER].attend(module, query, key, value, attention_mask, kwargs)
+
+
+class ContextAttention(Around):
+    """An attention module whose queries are of this rank's part.
+
+    Args:
+        kernel: the function that the module calls otherwise.
+        name: what that is called.
+        own_keys: whether the keys are of the module's part, too; else they are of all positions of something else.
+    """
+
+    def __init__(self, module: nn.Module, context: Context, kernel: Kernel, name: str, *, own_keys: bool) -> None:
+        self.context, self.kernel, self.name, self.own_keys = context, kernel, name, own_keys
+        self.asking = LocalSizes(module, {"config._attn_implementation": NAME})
+
+    def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.context.split is None:
+            return forward(*args, **kwargs)
+        with self.asking.on(module):
+            return forward(*args, **kwargs)
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Any]:
+        split = self.context.split
+        assert split is not None, "asked for inside of a block that is split"
+        split = split.at(2)
+        if self.own_keys:
+            key, value = _gathered(key, value, split)
+        out, weights = attend_rows(self.kernel, self.name, module, query, key, value, mask, kwargs, split)
+        if weights is not None:
+            weights = context_sharded(weights, split, self.context.meshes)
+        return out, weights
+
+
+def _gathered(key: Tensor, value: Tensor, split: parts.Split) -> tuple[Tensor, Tensor]:
+    """Keys and values of all positions, in one collective where they have one shape."""
+    if key.shape != value.shape:
+        return parts.whole(key, split), parts.whole(value, split)
+    both = parts.whole(torch.stack((key, value)), split.at(split.dim + 1))
+    return both[0], both[1]
+
+
+def attend_rows(
+    kernel: Kernel,
+    name: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    kwargs: dict[str, Any],
+    split: parts.Split,
+) -> tuple[Tensor, Tensor | None]:
+    """The rows of the attention that belong to ``query``, this rank's part; keys, values and mask are whole.
+
+    The replay uses this function, too.
+    """
+    start, end = split.mine
+    kwargs = {item: _rows(x, split.length, start, end) for item, x in kwargs.items()}
+    if mask is None and name == CAUSAL_WITHOUT_MASK and _is_causal(module, kwargs):
+        key, value = key[:, :, :end], value[:, :, :end]
+        mask = causal_lower_right(end - start, end)
+        bias = kwargs.get("position_bias")
+        if bias is not None:
+            kwargs["position_bias"] = bias[..., :end]
+            mask = torch.ones(end - start, end, dtype=torch.bool, device=query.device).tril(start)
+    elif mask is not None:
+        mask = _mask_rows(mask, split.length, start, end)
+    return kernel(module, query, key, value, mask, **kwargs)
+
+
+def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """As transformers' function for ``F.scaled_dot_product_attention`` decides it."""
+    told = kwargs.get("is_causal")
+    return bool(module.__dict__.get("is_causal", True) if told is None else told)
+
+
+def _mask_rows(mask: Any, length: int, start: int, end: int) -> Tensor:
+    if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[-2] not in (1, length):
+        form = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise UnsupportedError(
+            f"An attention mask of the form {form} came to a layer with {length} queries under context parallelism, "
+            f"which knows masks of the shape [batch, heads, {length}, keys]. Pass the model a padding mask [batch, "
+            "positions] or a mask of that shape."
+        )
+    return mask if mask.shape[-2] == 1 else mask[..., start:end, :]
+
+
+def _rows(x: Any, length: int, start: int, end: int) -> Any:
+    """This rank's rows of what has a row for every query (a bias of relative positions); anything else as it is."""
+    if isinstance(x, Tensor) and x.ndim > 2 and x.shape[-2] == length and x.shape[-1] >= length:
+        return x[..., start:end, :]
+    return x

@@ -1,0 +1,115 @@
+"""The entry and the exit of a context-parallel model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shardwright.distributed.runtime.context import parts
+from shardwright.distributed.runtime.context.base import Context
+from shardwright.distributed.runtime.context.places import (
+    RESULT,
+    Change,
+    Places,
+    argument_names,
+    mapped,
+    mapped_arguments,
+)
+from shardwright.distributed.runtime.context.sharded import ContextSharded, context_sharded, handed_out, made_whole
+from shardwright.distributed.runtime.forward import Around, Forward
+
+LOGITS = "logits"
+CACHE = "past_key_values"
+
+
+class ContextModel(Around):
+    """Takes whole batches; hands out logits that are split along the sequence, and everything else whole.
+
+    Logits come whole, too, where no gradients are recorded and the model has not computed its loss from them
+    (generation, scoring). A call with a key-value cache is computed on whole sequences, alike on every rank. A training
+    step that is told nothing of a cache is split, and hands out none: what it computes may depend on whether there is
+    one (transformers looks for packed documents where there is none), so that stays as it is.
+
+    Args:
+        caches: whether the model fills a cache when it is not told to.
+    """
+
+    def __init__(self, module: nn.Module, context: Context, *, caches: bool) -> None:
+        self.context, self.caches = context, caches
+        self.names = argument_names(module)
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        group = self.context.meshes.group
+        named = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        cached = named.get("past_key_values") is not None or self._makes_cache(module, named)
+        args, kwargs = mapped_arguments(self.names, args, kwargs, lambda path, x: parts.entering(x, group))
+        self.context.active = not cached
+        try:
+            result = forward(*args, **kwargs)
+        finally:
+            self.context.active = True
+        if not cached and isinstance(result, dict) and result.get(CACHE) is not None:
+            result[CACHE] = None  # it has this rank's parts
+        return self._leaving(result, keep=torch.is_grad_enabled() or named.get("labels") is not None)
+
+    def _makes_cache(self, module: nn.Module, named: dict[str, Any]) -> bool:
+        """Whether a cache is wanted. The one that a training step fills where it is told nothing is not."""
+        told = named.get("use_cache")
+        if told is None and module.training and torch.is_grad_enabled():
+            return self.caches and named.get("return_dict") is False  # a tuple, in which it could not be found
+        return bool(self.caches if told is None else told)
+
+    def _leaving(self, result: Any, *, keep: bool) -> Any:
+        return changed(result, lambda path, x: _handed_out(x, keep=keep and path == LOGITS))
+
+
+class Recorded(Around):
+    """A module in a split block whose results hooks of the model note: it is remembered that they are parts."""
+
+    def __init__(self, context: Context, places: Places) -> None:
+        self.context, self.results = context, dict(places.results)
+
+    def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result, context = forward(*args, **kwargs), self.context
+
+        def note(path: str, x: Tensor) -> Tensor:
+            place = self.results.get(path)
+            if place is not None and context.split is not None and not isinstance(x, ContextSharded):
+                context.note(x, place.split(context.split, context.batch))
+            return x
+
+        return mapped(result, RESULT, note)
+
+
+class Owner(Around):
+    """A model whose blocks are split: what it hands out of their insides knows its true length."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with self.context.noting():
+            return changed(forward(*args, **kwargs), self._known)
+
+    def _known(self, path: str, x: Tensor) -> Tensor:
+        split = None if isinstance(x, ContextSharded) else self.context.noted(x)
+        return x if split is None else context_sharded(x, split, self.context.meshes)
+
+
+def changed(result: Any, change: Change) -> Any:
+    """What a model returns, with every tensor changed; an output of transformers stays the same object."""
+    if not isinstance(result, dict):
+        return mapped(result, "", change)
+    for key, item in result.items():
+        new = mapped(item, key, change)
+        if new is not item:
+            result[key] = new
+    return result
+
+
+def _handed_out(x: Tensor, *, keep: bool) -> Tensor:
+    return handed_out(x) if keep and isinstance(x, ContextSharded) else made_whole(x)

@@ -1,0 +1,112 @@
+"""The class of tensors that model code and loss code see in the place of whole ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from shardwright.distributed.runtime.context import parts
+from shardwright.distributed.runtime.context.base import ContextTensor, Meshes, make, recovered
+from shardwright.distributed.runtime.context.losses import LOSSES
+from shardwright.distributed.runtime.context.parts import Split
+from shardwright.distributed.runtime.context.rules import RULES
+from shardwright.distributed.runtime.implicit import refuse_address, tensors_in
+from shardwright.distributed.runtime.operations import ABOUT_THE_TENSOR, DRAWS, writes
+from shardwright.distributed.runtime.random_states import drawing_alike
+
+
+class ContextSharded(ContextTensor):
+    """A tensor that is split along the sequence.
+
+    Code that does not know mixes it with plain tensors, which are whole. What has no rule (:mod:`.rules`) is computed
+    on whole tensors, alike on every rank, and is plain afterwards.
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        refuse_address(func, args)
+        name = func.__name__
+        if name in ABOUT_THE_TENSOR:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if (loss := LOSSES.get(func)) is not None:
+            result = loss(*args, **kwargs)
+        elif (rule := RULES.get(name)) is not None:
+            result = rule(func, args, kwargs)
+        else:
+            result = NotImplemented
+        return _on_whole(func, args, kwargs) if result is NotImplemented else result
+
+
+def _on_whole(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    first = next(x for x in tensors_in((args, kwargs)) if isinstance(x, ContextTensor))
+    with ExitStack() as stack:
+        if func.__name__ in DRAWS:
+            stack.enter_context(drawing_alike(first.meshes.cp))
+            if first.meshes.both is not None:
+                stack.enter_context(drawing_alike(first.meshes.tp))
+        if not (writes(func) or func is Tensor.__setitem__) or not isinstance(args[0], ContextTensor):
+            return func(*made_whole(args), **made_whole(kwargs))
+        x, *others = args
+        new = x.whole().clone()
+        func(new, *made_whole(others), **made_whole(kwargs))
+    part = x.like(parts.part(new, x.dealt), x.dealt) if x.kind is None else None
+    if part is None:
+        return NotImplemented
+    with torch._C.DisableTorchFunctionSubclass():
+        x.copy_(part)
+    return None if func is Tensor.__setitem__ else x
+
+
+def made_whole(value: Any) -> Any:
+    """``value`` with every tensor in it that is split along the sequence made whole: a collective for each."""
+    if isinstance(value, ContextTensor):
+        return value.whole()
+    if isinstance(value, dict):
+        return {key: made_whole(item) for key, item in value.items()}
+    return type(value)(made_whole(item) for item in value) if type(value) in (tuple, list) else value
+
+
+def context_sharded(inside: Tensor, split: Split, meshes: Meshes) -> ContextSharded:
+    """``inside``, this rank's part, as a tensor that knows the whole length."""
+    return make(ContextSharded, inside, split, meshes)
+
+
+def recognized(x: Tensor, meshes: Meshes) -> Tensor:
+    """``x``, as a :class:`ContextSharded` where it is one that something took the class off."""
+    if isinstance(x, DTensor) and x.device_mesh in (meshes.cp, meshes.both):
+        return recovered(ContextSharded, x, meshes)
+    return x
+
+
+def handed_out(x: ContextSharded) -> ContextSharded:
+    """``x``, which is of the inside of a model, for the code around it."""
+    if not x.dealt.inside:
+        return x
+    split = replace(x.dealt, inside=False)
+    with torch._C.DisableTorchFunctionSubclass():
+        inside = x.inside
+        if isinstance(inside, DTensor):
+            kind = type(inside)
+            left: Any = _rescaled(inside, split)
+            left.__class__ = kind
+            return context_sharded(left, split, x.meshes)
+        return context_sharded(parts.leaving(inside, split), split, x.meshes)
+
+
+def _rescaled(inside: DTensor, split: Split) -> DTensor:
+    local = parts.leaving(inside.to_local(), split)
+    return DTensor.from_local(
+        local, inside.device_mesh, inside.placements, run_check=False, shape=inside.shape, stride=inside.stride()
+    )

@@ -1,0 +1,254 @@
+"""Context parallelism: every rank is given the whole batch, works on a part of every sequence, and it is one model.
+
+As everywhere, a step is compared with one process: losses, logits, every gradient, the norm and every updated parameter
+to a relative 1e-5, with two accumulated micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import assert_exact, batch, build
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from shardwright import ParallelConfig, make_mesh, parallelize
+from shardwright.distributed.planning.context import plan_context
+from shardwright.distributed.replay.reading import ModelReading
+from shardwright.errors import ConfigError, PlanError, UnsupportedError
+from shardwright.verify.public import case_of, verify
+from shardwright.verify.ranks import RankPool, shared_mesh
+
+CP2 = ParallelConfig(cp=2, dp_shard=1)
+
+# Type -> what is gathered of its blocks, by glob: keys and values, or the whole of the sequence.
+TYPES = {
+    "qwen3": ({"self_attn"}, set()),
+    "gpt_oss": ({"self_attn"}, set()),  # sinks, sliding windows, experts
+    "gemma3_text": ({"self_attn"}, set()),
+    "deepseek_v3": ({"self_attn"}, set()),  # latent attention: keys and values of different sizes
+    "bloom": (set(), {"self_attention"}),  # ALiBi, attention of its own
+    "t5": ({"SelfAttention", "EncDecAttention"}, {"SelfAttention"}),  # relative bias, cross-attention
+    "mamba2": (set(), {"mixer"}),
+    "falcon_h1": ({"self_attn"}, {"mamba"}),
+    "bert": ({"self"}, set()),  # bidirectional
+}
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_kinds_of_mixers(ranks2: RankPool, model_type: str) -> None:
+    assert_exact(verify(model_type, CP2, accumulate=2, pool=ranks2), 0.0)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_what_is_gathered(model_type: str) -> None:
+    plan = plan_context(ModelReading(case_of(model_type, CP2).build()))
+    gathering, whole = TYPES[model_type]
+    assert {name.rpartition(".")[2] for name in plan.attention} == gathering
+    assert {name.rpartition(".")[2] for name in plan.regions} == whole
+    assert not plan.whole
+    assert all(any(name.startswith(f"{block}.") for block in plan.blocks) for name in plan.attention)
+
+
+def padded(index: int) -> dict[str, Tensor]:
+    """Thirteen positions, padding on either side, labels for the first half of them alone."""
+    made = batch(index, rows=3, length=13)
+    mask = torch.ones_like(made["input_ids"])
+    mask[0, :4], mask[1, -5:] = 0, 0
+    labels = made["labels"].masked_fill(mask == 0, -100)
+    labels[:, 6:] = -100
+    return {**made, "attention_mask": mask, "labels": labels}
+
+
+def packed(index: int) -> dict[str, Tensor]:
+    """Two documents of different lengths in every row, with positions that start again."""
+    made = batch(index, length=15)
+    positions = torch.cat([torch.arange(6), torch.arange(9)]).expand(2, -1).clone()
+    return {**made, "position_ids": positions}
+
+
+def packed_without_cache(index: int) -> dict[str, Any]:
+    return {**packed(index), "use_cache": False}
+
+
+def routed(index: int) -> dict[str, Any]:
+    return {**batch(index, length=14), "output_router_logits": True, "attention_mask": padded_mask()}
+
+
+def padded_mask() -> Tensor:
+    mask = torch.ones(2, 14, dtype=torch.long)
+    mask[1, 9:] = 0
+    return mask
+
+
+def embedded(index: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(index)
+    embeddings = torch.randn(2, 15, 32, generator=generator)
+    return {"inputs_embeds": embeddings, "labels": batch(index)["labels"]}
+
+
+MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.5}
+CASES = {
+    "padded-windows": ("gemma3_text", {}, padded, CP2),
+    "padded-eager": ("llama", {"attn_implementation": "eager"}, padded, CP2),
+    "positions": ("qwen3", {}, packed, CP2),
+    "packed": ("qwen3", {}, packed_without_cache, CP2),
+    "packed-windows": ("mistral", {}, packed_without_cache, CP2),
+    "router-losses": ("mixtral", MIXTURE, routed, CP2),
+    "embeddings": ("llama", {}, embedded, CP2),
+    "recomputed": ("qwen3", {}, batch, CP2.with_(activation_checkpointing="full")),
+    "selective": ("qwen3", {}, padded, CP2.with_(activation_checkpointing="selective")),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_batches(ranks2: RankPool, case: str) -> None:
+    family, changes, make_batch, config = CASES[case]
+    assert_exact(verify(partial(build, family, **changes), config, batch=make_batch, accumulate=2, pool=ranks2), 0.0)
+
+
+def test_with_data_parallel_ranks(ranks4: RankPool) -> None:
+    for config in (ParallelConfig(cp=4, dp_shard=1), ParallelConfig(cp=2, dp_shard=2)):
+        assert_exact(verify(partial(build, "qwen3"), config, batch=padded, accumulate=2, pool=ranks4), 0.0)
+
+
+def _used() -> dict[str, Any]:
+    """What a loop does besides: losses of its own, gradients of its inputs, evaluation, generation."""
+    reference, model = build("llama"), build("llama")
+    parallelize(model, CP2, shared_mesh(CP2))
+    made, found = batch(0), {}
+    embeddings = [nn.Parameter(embedded(0)["inputs_embeds"]) for _ in range(2)]
+    weights = torch.rand(2, 15, 99, generator=torch.Generator().manual_seed(1))
+    for name, part, given in (("one", reference, embeddings[0]), ("ours", model, embeddings[1])):
+        out = part(inputs_embeds=given)
+        found[f"{name}.logits"] = type(out.logits) is not Tensor and out.logits.to_local().shape[1]
+        loss = (out.logits.float().log_softmax(-1) * weights).sum() + out.logits[:, 2:9].square().mean()
+        loss.backward()
+        found[f"{name}.loss"] = loss.detach()
+    found["input gradient"] = (embeddings[0].grad - embeddings[1].grad).abs().max() / embeddings[0].grad.abs().max()
+    gradients = {name: param.grad for name, param in reference.named_parameters()}
+    found["gradients"] = max(
+        float((param.grad.full_tensor() - gradients[name]).abs().max() / gradients[name].abs().max())
+        for name, param in model.named_parameters()
+        if isinstance(param.grad, DTensor)
+    )
+    for part in (reference, model):
+        part.eval()
+    with torch.no_grad():
+        ids = made["input_ids"][:, :7]
+        one, ours = reference(ids, use_cache=False).logits, model(ids, use_cache=False).logits
+        found["evaluation"] = (one - ours).abs().max()
+        told = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+        found["generated"] = bool((reference.generate(ids, **told) == model.generate(ids, **told)).all())
+    return found
+
+
+def test_uses_of_a_model(ranks2: RankPool) -> None:
+    for rank, found in enumerate(ranks2.run(_used)):
+        assert found["ours.logits"] == (8, 7)[rank]
+        torch.testing.assert_close(found["ours.loss"], found["one.loss"], rtol=1e-5, atol=0)
+        assert found["input gradient"] < 1e-5
+        assert found["gradients"] < 1e-5
+        assert found["evaluation"] < 1e-5
+        assert found["generated"]
+
+
+class Mixing(nn.Module):
+    """A block that mixes positions by itself beside attention, and keeps the count of its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(99, 16)
+        self.layers = nn.ModuleList([Shifted() for _ in range(2)])
+        self.head = nn.Linear(16, 99)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Any:
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        logits = self.head(x)
+        if labels is None:
+            return {"logits": logits}
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return {"loss": loss, "logits": logits}
+
+
+class Summed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).cumsum(1) / x.shape[1]
+
+
+class Shifted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mixer, self.mlp = nn.LayerNorm(16), Summed(), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mixer(self.norm(x))
+        return x + self.mlp(x).relu()
+
+
+class OnlyWhole(Shifted):
+    """Mixes in its own code, so that no child of it can be told to."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.roll(1, 1))
+
+
+def mixing() -> nn.Module:
+    torch.manual_seed(0)
+    return Mixing()
+
+
+def only_whole() -> nn.Module:
+    model = mixing()
+    assert isinstance(model, Mixing)
+    model.layers = nn.ModuleList([OnlyWhole() for _ in range(2)])
+    return model
+
+
+def test_a_model_of_ones_own(ranks2: RankPool) -> None:
+    plan = plan_context(ModelReading(mixing()))
+    assert set(plan.regions) == {"layers.0.mixer", "layers.1.mixer"}
+    assert_exact(verify(mixing, CP2, batch=batch, accumulate=2, pool=ranks2), 0.0)
+
+
+def test_what_would_not_be_split_is_refused() -> None:
+    with pytest.raises(PlanError, match=r"would do nothing for Mixing.*layers\.\*"):
+        plan_context(ModelReading(only_whole()))
+
+
+@pytest.mark.parametrize("setting", [{"tp": 2}, {"ep": 2}, {"compile": True}, {"loss_tiles": 2}, {"mlp_tiles": 2}])
+def test_what_does_not_go_together_is_refused(fake_world: Callable[..., None], setting: dict[str, Any]) -> None:
+    fake_world(4)
+    config = ParallelConfig(cp=2, **setting)
+    model = build("llama")
+    before = dict(model.named_parameters())
+    with pytest.raises(UnsupportedError, match=r"cp=2.*does not go together"):
+        parallelize(model, config, make_mesh(config, "cpu"))
+    assert all(value is before[name] for name, value in model.named_parameters())
+
+
+def _different_batches(rank: int) -> str:
+    model = parallelize(build("llama"), CP2, shared_mesh(CP2))
+    try:
+        model(**batch(rank))
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def _different() -> str:
+    return _different_batches(torch.distributed.get_rank())
+
+
+def test_different_batches_are_refused(ranks2: RankPool) -> None:
+    assert all("were called with different inputs" in message for message in ranks2.run(_different))

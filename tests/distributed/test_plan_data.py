@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 from typing import Any
@@ -150,3 +151,19 @@ def test_data_modules_import_no_torch() -> None:
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_text_of_a_plan_is_that_of_every_process() -> None:
+    """Ranks under torchrun have other hash seeds, and so sets in another order; they compare ``repr``."""
+    code = (
+        "from shardwright.distributed.plan import ParallelPlan\n"
+        "names = [f'layer.{i}' for i in range(9)]\n"
+        "print(ParallelPlan(dict.fromkeys(names, 'colwise'), frozenset(names)))"
+    )
+    texts = {
+        subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
+        ).stdout
+        for seed in "1234"
+    }
+    assert len(texts) == 1

@@ -68,6 +68,10 @@ class ParallelPlan:
             object.__setattr__(self, key, _lists_by_glob(key, getattr(self, key)))
         object.__setattr__(self, "notes", tuple(self.notes))
 
+    def __repr__(self) -> str:
+        """Equal plans have equal texts in every process, which the ranks compare: sets print in an order of their own."""
+        return f"{type(self).__name__}({self.to_dict()})"
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "source": self.source,

@@ -69,7 +69,7 @@ class ParallelPlan:
         object.__setattr__(self, "notes", tuple(self.notes))
 
     def __repr__(self) -> str:
-        """Equal plans have equal texts in every process, which the ranks compare: sets print in an order of their own."""
+        """The same in every process for equal plans, since ranks compare it; a set has another order in each."""
         return f"{type(self).__name__}({self.to_dict()})"
 
     def to_dict(self) -> dict[str, Any]:

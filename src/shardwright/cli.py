@@ -170,6 +170,8 @@ def plan(model: str, weights: str, save: Path | None, as_json: bool, **degrees: 
 @click.option("--lora", default=0, help="Rank of LoRA adapters on all linear layers; the rest is frozen.")
 @click.option("--network", default="ib-ndr", show_default=True, help="The fabric between nodes.")
 @click.option("--gpus-per-node", type=click.IntRange(1), help="Instead of what is usual for the device.")
+@click.option("--tokens", type=float, help="Of a whole run, to say how long it takes: 15e12, for example.")
+@click.option("--price", type=float, help="Dollars of one GPU for an hour.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def estimate(
     model: str, layout: tuple[str, ...], seq_len: int, batch_size: int, accumulation: int, optimizer: str,

@@ -34,6 +34,7 @@ class Kernel:
         bytes: read and written.
         shape: ``(batch, m, n, k)`` of a matrix product; ``(batch, heads, length, head size)`` of an attention.
         dtype: that it computes in.
+        causal: whether a mask halves what an attention computes.
     """
 
     kind: str
@@ -41,6 +42,7 @@ class Kernel:
     bytes: int
     shape: tuple[int, ...] = ()
     dtype: str = ""
+    causal: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def _attention(args: tuple[Any, ...], kwargs: dict[str, Any], moved: int, *, bac
     flops = products * 2 * batch * heads * length * key.shape[-2] * size // (2 if causal else 1)
     kind = "attention_backward" if backward else "attention"
     dtype = str(query.dtype).removeprefix("torch.")
-    return Kernel(kind, flops, moved, (batch, heads, length, size), dtype)
+    return Kernel(kind, flops, moved, (batch, heads, length, size), dtype, causal)
 
 
 def _counts(leaf: Any) -> bool:

@@ -23,7 +23,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.distributed.tensor.placement_types import Placement
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
 from torch.nn.modules.dropout import _DropoutNd as DropoutNd
-from torch.optim.optimizer import _foreach_supported_types
+from torch.optim.optimizer import _foreach_supported_types as _in_optimizers
+from torch.utils._foreach_utils import _foreach_supported_types as _in_clipping
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
@@ -136,9 +137,10 @@ def after_backward(function: Callable[[], None]) -> None:
 
 
 def take_in_groups(cls: type[torch.Tensor]) -> None:
-    """Let optimizers update parameters of this class together with others, as they do DTensors (torch 2.11 to 2.14)."""
-    if cls not in _foreach_supported_types:
-        _foreach_supported_types.append(cls)
+    """Let optimizers and clipping take tensors of this class together, as they do DTensors (torch 2.11 to 2.14)."""
+    for known in (_in_optimizers, _in_clipping):
+        if cls not in known:
+            known.append(cls)
 
 
 # Meshes

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
 import click
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from shardwright.distributed.config import ParallelConfig
-from shardwright.errors import ConfigError
 from shardwright.estimate.estimating import Estimate, estimate, largest_parts, read_model
 from shardwright.estimate.hardware import load_machine
 from shardwright.estimate.workload import Workload
@@ -46,21 +42,6 @@ def run(
         click.echo(json.dumps(found.to_dict(), indent=2))
         return
     print_estimate(found, Console())
-
-
-def parse_layout(overrides: Iterable[str], defaults: dict[str, Any]) -> ParallelConfig:
-    """A config from KEY=VALUE words.
-
-    Raises:
-        ConfigError: a word of another form, or a key or value that a ParallelConfig does not take.
-    """
-    values = dict(defaults)
-    for word in overrides:
-        key, equals, text = word.partition("=")
-        if not equals:
-            raise ConfigError(f"{word!r} must be KEY=VALUE, for example tp=8 or activation_checkpointing=full.")
-        values[key.removeprefix("sharding.")] = yaml.safe_load(text)
-    return ParallelConfig.from_dict(values)
 
 
 def print_estimate(found: Estimate, console: Console) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from shardwright._torch import packet_of, tree_leaves
 
 _aten = torch.ops.aten
 _FLASH = {
@@ -65,7 +66,7 @@ def kernel_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: 
     """The kernel that ``func`` runs; None where it runs none (a view, an allocation, a collective)."""
     if func.is_view or func.namespace not in ("aten", "fsdp") or func in _NO_KERNEL:
         return None
-    packet = func._overloadpacket
+    packet = packet_of(func)
     reads = [leaf for leaf in tree_leaves((args, kwargs)) if _counts(leaf)]
     writes = [leaf for leaf in tree_leaves(result) if _counts(leaf)]
     if func in _LOOKS_UP:

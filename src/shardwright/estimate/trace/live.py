@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from shardwright._torch import TorchDispatchMode, storage_key, tree_leaves
 from shardwright.estimate.trace.kernels import Kernel, Sending, kernel_of, sending_of
 
-_GROUPED = torch.ops.aten._grouped_mm.default
-_VALUE = torch.ops.aten._local_scalar_dense.default
+_aten = torch.ops.aten
+_GROUPED = _aten._grouped_mm.default
+_VALUE = _aten._local_scalar_dense.default
 
 
 @dataclass
@@ -141,7 +141,7 @@ def _result(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _key(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return storage_key(tensor)
 
 
 def _is_tensor(leaf: Any) -> bool:

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
-from torch.utils._pytree import tree_leaves, tree_map
 from transformers import masking_utils
 
+from shardwright._torch import FakeTensorMode, fake_store, tree_leaves, tree_map
 from shardwright._transformers import one_document_in_each_row
 from shardwright.distributed.apply.activation_checkpointing import apply_activation_checkpointing
 from shardwright.distributed.apply.loss_tiles import apply_loss_tiles
@@ -32,9 +31,7 @@ def fake_ranks(ranks: int) -> Iterator[DeviceMesh | None]:
     if ranks == 1:
         yield None
         return
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    dist.init_process_group("fake", store=fake_store(), rank=0, world_size=ranks)
     try:
         yield init_device_mesh("cpu", (ranks,), mesh_dim_names=("tp",))
     finally:

@@ -14,7 +14,6 @@ from math import inf, lcm, prod
 from typing import TYPE_CHECKING, Any, Self
 
 from shardwright.errors import ConfigError
-from shardwright.settings import HasShortForms
 from shardwright.untrusted import parse_json, parse_yaml, shown
 
 ENGINES = ("fsdp2", "megatron_fsdp")
@@ -49,7 +48,7 @@ class _Named:
 
 
 @dataclass(frozen=True)
-class Precision(_Named, HasShortForms):
+class Precision(_Named):
     """Dtypes of a training step. ``"model"`` is the dtype that the model's parameters have; by default nothing is cast.
 
     The dtype in which parameters, and with them an optimizer's state, are kept is the model's, and nothing here changes

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
+import click
 import pytest
+from click.testing import CliRunner
 
+from shardwright import ParallelConfig
 from shardwright.cli import main
-from shardwright.errors import RunError, from_system
+from shardwright.cli.sharding import sharding
+from shardwright.errors import ConfigError, RunError, from_system
 
 CONFIG = """
 model:
@@ -180,3 +186,51 @@ def test_what_nohup_ignores_stays_ignored(tmp_path: Path) -> None:
             process.send_signal(signal.SIGHUP)
             time.sleep(0.5)
         assert process.returncode == 0, process.communicate()[1]
+
+
+@click.command()
+@click.argument("model")
+@sharding(dp_shard=1, precision="bf16")
+def _command(model: str, config: ParallelConfig) -> None:
+    click.echo(f"{model} {config.to_dict()}")
+
+
+def _sharded(*arguments: str) -> str:
+    done = CliRunner().invoke(_command, ["llama", *arguments], catch_exceptions=False)
+    return done.output.strip()
+
+
+def test_every_field_of_a_sharding_is_an_option_and_a_key() -> None:
+    for name in ("plan", "verify"):
+        told = CliRunner().invoke(main, [name, "--help"]).output
+        for field in fields(ParallelConfig):
+            assert f"--{field.name.replace('_', '-')} " in told
+
+
+def test_options_and_keys_say_the_same() -> None:
+    config = ParallelConfig(dp_shard=1, precision="bf16")
+    expected = config.with_(tp=4, sequence_parallel=True, compile="eager", activation_checkpointing="full")
+    options = ("--tp", "4", "--sequence-parallel", "--activation-checkpointing", "--compile", "eager")
+    keys = ("tp=4", "sequence_parallel=true", "activation_checkpointing=full", "compile=eager")
+    assert _sharded() == f"llama {config.to_dict()}"
+    assert _sharded(*options) == f"llama {expected.to_dict()}"
+    assert _sharded(*keys) == _sharded(*options)
+    assert _sharded("--tp", "2", "tp=4") == _sharded("tp=4")
+    inside = _sharded("precision={param: bfloat16, reduce: float32}", "precision.output=float16")
+    assert "'precision': {'param': 'bfloat16', 'reduce': 'float32', 'output': 'float16'}" in inside
+
+
+@pytest.mark.parametrize(
+    ("argument", "told"),
+    [
+        ("tpp=2", "Unknown key 'tpp'. Did you mean 'tp'?"),
+        ("tp", "'tp' is not an override. Write key=value"),
+        ("tp=0", "tp is 0; it must be a whole number >= 1"),
+        ("tp=two", "tp is 'two'; it must be a whole number"),
+        ("precision.params=float32", "sets a key inside 'bf16', which is a single value"),
+        ("--shard-ends", "loss_tiles is 0"),
+    ],
+)
+def test_a_wrong_sharding_is_told(argument: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        _sharded(argument, *(["loss_tiles=0"] if argument.startswith("--") else []))

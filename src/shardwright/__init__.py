@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from shardwright.distributed.config import ParallelConfig
     from shardwright.distributed.mesh import make_mesh
     from shardwright.distributed.plan import ParallelPlan
+    from shardwright.distributed.runtime.norms import gradient_norms
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "ParallelConfig": "shardwright.distributed.config",
     "ParallelPlan": "shardwright.distributed.plan",
+    "gradient_norms": "shardwright.distributed.runtime.norms",
     "init_pretrained": "shardwright.checkpoint.load",
     "load_pretrained": "shardwright.checkpoint.load",
     "make_mesh": "shardwright.distributed.mesh",
@@ -35,6 +37,7 @@ _MODULES = ("errors", "estimate", "losses", "verify")
 __all__ = [
     "ParallelConfig",
     "ParallelPlan",
+    "gradient_norms",
     "init_pretrained",
     "load_pretrained",
     "make_mesh",

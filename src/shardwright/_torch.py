@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _get_default_store as default_store
 from torch.distributed.fsdp import FSDPModule
@@ -23,14 +24,17 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.distributed.tensor.placement_types import Placement
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
 from torch.nn.modules.dropout import _DropoutNd as DropoutNd
-from torch.optim.optimizer import _foreach_supported_types
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.optim.optimizer import _foreach_supported_types as _in_optimizers
+from torch.utils._foreach_utils import _foreach_supported_types as _in_clipping
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 __all__ = [
     "DropoutNd",
     "FSDPParamGroup",
+    "FakeTensorMode",
     "StridedShard",
+    "TorchDispatchMode",
     "TrainingState",
     "add_view",
     "after_backward",
@@ -39,9 +43,11 @@ __all__ = [
     "concatenated",
     "default_store",
     "drop_gathered_gradients",
+    "fake_store",
     "find_root",
     "flatten",
     "flattened_names",
+    "foreach_norm",
     "forget_forwards",
     "forget_unfinished_pass",
     "functional_collectives",
@@ -54,6 +60,7 @@ __all__ = [
     "learn_dtypes",
     "local_tensor",
     "make_wrapper",
+    "packet_of",
     "part_of_norm",
     "recorded_forwards",
     "register_gathered",
@@ -63,6 +70,7 @@ __all__ = [
     "runs",
     "shards_of",
     "states_of",
+    "storage_key",
     "take_in_groups",
     "tree_leaves",
     "tree_map",
@@ -78,6 +86,7 @@ __all__ = [
 without_torch_function = torch._C.DisableTorchFunctionSubclass
 make_wrapper: Callable[..., Any] = Tensor._make_wrapper_subclass
 functional_collectives = torch.ops._c10d_functional
+foreach_norm = torch._foreach_norm
 
 
 def version_of(x: Tensor) -> int:
@@ -99,6 +108,23 @@ def attention_kernels() -> tuple[Any, ...]:
         aten._scaled_dot_product_cudnn_attention.default,
         aten._scaled_dot_product_flash_attention_for_cpu.default,
     )
+
+
+def packet_of(operation: Any) -> Any:
+    """What all overloads of an operation belong to, such as ``torch.ops.aten.mm``."""
+    return operation._overloadpacket
+
+
+def storage_key(x: Tensor) -> int:
+    """The same for tensors that share memory, fake ones too."""
+    return x.untyped_storage()._cdata
+
+
+def fake_store() -> Any:
+    """The store of a process group of ranks that exchange nothing (backend ``"fake"``)."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    return FakeStore()
 
 
 # Meshes (torch 2.11 to 2.14: there is no public way yet)
@@ -136,9 +162,10 @@ def after_backward(function: Callable[[], None]) -> None:
 
 
 def take_in_groups(cls: type[torch.Tensor]) -> None:
-    """Let optimizers update parameters of this class together with others, as they do DTensors (torch 2.11 to 2.14)."""
-    if cls not in _foreach_supported_types:
-        _foreach_supported_types.append(cls)
+    """Let optimizers and clipping take tensors of this class together, as they do DTensors (torch 2.11 to 2.14)."""
+    for known in (_in_optimizers, _in_clipping):
+        if cls not in known:
+            known.append(cls)
 
 
 # Meshes

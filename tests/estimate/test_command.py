@@ -67,7 +67,7 @@ def test_save_and_pass_back(checkpoint: Path) -> None:
         (("qwen4",), "Did you mean"),
         (("{folder}/nowhere",), "There is no"),
         (("{folder}/empty",), "no config.json in the folder"),
-        (("{folder}/broken.json",), "cannot read the model config"),
+        (("{folder}/broken.json",), "broken.json is not valid JSON: Expecting property name"),
         (("{folder}/unknown.json",), "cannot read the model config"),
         (("{folder}/activation.json",), "cannot be made from this llama config"),
         (("{folder}", "--tp", "3"), "4 attention heads"),

@@ -41,7 +41,7 @@ TOLERANCE = 0.05
 def moments_of(family: str, config: ParallelConfig, work: Workload = WORK, layers: int = LAYERS) -> list[Moment]:
     reading = ModelReading(build_on_meta(config_of(family, layers), dtype=torch.float32))
     subject = Subject.of(reading, config, config.least_world_size)
-    traced = Tracer().trace(subject, work.batch_size, work.seq_len)
+    traced = Tracer().trace(subject, work)
     assert not traced.why_not
     return step_moments(subject, work, traced.parts)
 
@@ -116,7 +116,7 @@ def test_code_that_needs_values_gets_a_formula() -> None:
     with torch.device("meta"):
         looks, plain = _NeedsValues(config), LlamaForCausalLM(config)
     subjects = [Subject.of(ModelReading(model), FSDP, 2) for model in (looks, plain)]
-    formula, traced = (Tracer().trace(subject, ROWS, LENGTH) for subject in subjects)
+    formula, traced = (Tracer().trace(subject, WORK) for subject in subjects)
     assert formula.why_not
     assert not traced.why_not
     peaks = [

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardwright.errors import ConfigError
+from shardwright.settings import apply_overrides, build
 from shardwright.train.config import TrainConfig
-from shardwright.train.settings import apply_overrides, build
 
 VALUES = st.recursive(
     st.none()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from shardwright._transformers import names_missing_by_design
 from shardwright.checkpoint.conversion import LoadPlan, Reading
 from shardwright.checkpoint.folder import Entry
 from shardwright.checkpoint.initial import Initialiser
@@ -86,7 +87,7 @@ def check_fit(plan: LoadPlan, skeleton: PreTrainedModel, folder: Path, entries: 
         for entry in reading.entries if name in tensors else ():
             _require_kind(entry, entries[entry].dtype, name, tensors[name].dtype, folder)
     found = {id(tensors[name]) for name in plan.readings if name in tensors}
-    optional = [re.compile(pattern) for pattern in skeleton._keys_to_ignore_on_load_missing or ()]
+    optional = [re.compile(pattern) for pattern in names_missing_by_design(skeleton)]
     missing = [
         name
         for name, tensor in tensors.items()

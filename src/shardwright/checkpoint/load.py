@@ -12,6 +12,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from shardwright._transformers import set_conversions
 from shardwright.api import parallelize
 from shardwright.checkpoint.conversion import plan_load
 from shardwright.checkpoint.description import GENERATION, read_generation_config
@@ -80,7 +81,7 @@ def load_pretrained(
         check_fit(plan, skeleton, folder, entries)
         model = build_on_meta(model_config, cls, dtype, **kwargs)
         model.generation_config = read_generation_config(folder) or model.generation_config
-    vars(model)["_weight_conversions"] = plan.conversions  # where transformers and save_pretrained look for them
+    set_conversions(model, plan.conversions)  # where transformers and save_pretrained look for them
     model = _empty_shards(model, config, mesh)
     with same_error_everywhere(f"Loading {path}"):
         fill_from_folder(model, folder, entries, plan)

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 
+from shardwright._transformers import conversions_of, set_conversions
 from shardwright.checkpoint.adapters import has_adapters
 from shardwright.checkpoint.atomic import FolderWriter, unfinished
 from shardwright.checkpoint.conversion import SavePlan, Writing, plan_save
@@ -116,8 +117,9 @@ def skeleton_of(model: nn.Module) -> PreTrainedModel:
     cls = next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))
     skeleton = build_on_meta(deepcopy(model.config), cls, next(model.parameters()).dtype)
     skeleton.generation_config = deepcopy(model.generation_config)
-    if "_weight_conversions" in vars(model):
-        vars(skeleton)["_weight_conversions"] = model._weight_conversions
+    conversions = conversions_of(model)
+    if conversions is not None:
+        set_conversions(skeleton, conversions)
     here = {name: (tuple(value.shape), value.dtype) for name, value in state.items()}
     there = {name: (tuple(value.shape), value.dtype) for name, value in skeleton.state_dict().items()}
     different = sorted(name for name in {*here, *there} if here.get(name) != there.get(name))

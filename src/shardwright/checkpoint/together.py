@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store
 
+from shardwright._torch import default_store
 from shardwright.errors import CheckpointError, ShardwrightError
 
 
@@ -40,7 +40,7 @@ def all_here(what: str, timeout: float, token: str = "") -> None:
     _, world = rank_and_world()
     if world == 1:
         return
-    store, key = _get_default_store(), f"shardwright/all_here/{token}/{what}"
+    store, key = default_store(), f"shardwright/all_here/{token}/{what}"
     full = -(-store.add(key, 1) // world) * world  # ranks that come to the same thing again start the next round
     deadline, pause = time.monotonic() + timeout, 0.001
     while (came := store.add(key, 0)) < full:

@@ -14,6 +14,7 @@ from math import inf, lcm, prod
 from typing import TYPE_CHECKING, Any, Self
 
 from shardwright.errors import ConfigError
+from shardwright.settings import HasShortForms
 from shardwright.untrusted import parse_json, parse_yaml, shown
 
 ENGINES = ("fsdp2", "megatron_fsdp")
@@ -48,7 +49,7 @@ class _Named:
 
 
 @dataclass(frozen=True)
-class Precision(_Named):
+class Precision(_Named, HasShortForms):
     """Dtypes of a training step. ``"model"`` is the dtype that the model's parameters have; by default nothing is cast.
 
     The dtype in which parameters, and with them an optimizer's state, are kept is the model's, and nothing here changes

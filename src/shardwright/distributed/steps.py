@@ -53,6 +53,7 @@ from shardwright.distributed.planning.decided import DecidedPlan
 from shardwright.distributed.planning.sources import CustomPlan
 from shardwright.distributed.planning.units import unit_names
 from shardwright.distributed.replay.reading import ModelReading
+from shardwright.distributed.runtime.checked import check_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +127,7 @@ def parallelize_with_fsdp2(
             let_mix(model, decided.experts)
         watch_passes(model, before=look_for_changes)
     open_to_losses(model, decided.readable, axes.tp, fsdp2=decided.data is not None)
+    check_parameters(model)
     replaced.raise_for_gradients(model)
     connect_trainers()
     return model

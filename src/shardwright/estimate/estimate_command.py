@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from typing import Any
+from dataclasses import replace
 
 import click
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from shardwright.distributed.config import ParallelConfig
-from shardwright.errors import ConfigError
 from shardwright.estimate.estimating import Estimate, estimate, largest_parts, read_model
 from shardwright.estimate.hardware import load_machine
 from shardwright.estimate.workload import Workload
@@ -31,7 +28,7 @@ _NAMES = {
 
 def run(
     model: str, config: ParallelConfig, workload: Workload, *, gpus: int, gpu: str, weights: str, lora: int,
-    network: str, gpus_per_node: int | None, as_json: bool,
+    network: str, gpus_per_node: int | None, tokens: float | None, price: float | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Estimate and print.
 
@@ -40,25 +37,11 @@ def run(
     """
     machine = load_machine(gpu, network=network, gpus_per_node=gpus_per_node)
     found = estimate(read_model(model, weights, lora), config, workload, machine, gpus=gpus)
+    found = replace(found, tokens_asked=tokens, price=price)
     if as_json:
         click.echo(json.dumps(found.to_dict(), indent=2))
         return
     print_estimate(found, Console())
-
-
-def parse_layout(overrides: Iterable[str], defaults: dict[str, Any]) -> ParallelConfig:
-    """A config from KEY=VALUE words.
-
-    Raises:
-        ConfigError: a word of another form, or a key or value that a ParallelConfig does not take.
-    """
-    values = dict(defaults)
-    for word in overrides:
-        key, equals, text = word.partition("=")
-        if not equals:
-            raise ConfigError(f"{word!r} must be KEY=VALUE, for example tp=8 or activation_checkpointing=full.")
-        values[key.removeprefix("sharding.")] = yaml.safe_load(text)
-    return ParallelConfig.from_dict(values)
 
 
 def print_estimate(found: Estimate, console: Console) -> None:
@@ -83,11 +66,40 @@ def print_estimate(found: Estimate, console: Console) -> None:
     table.add_row("allowance: communicators", _gib(found.overheads.communicators))
     table.add_row("allowance: fragmentation, 5 % of the tensors", _gib(found.overheads.fragmentation))
     console.print(table)
+    print_speed(found, console)
     if found.why_formula:
         console.print(
             "[yellow]The activations come from a formula, which is off by up to 60 %[/]: the model's code cannot be "
             f"run on tensors without values ({found.why_formula})."
         )
+
+
+def print_speed(found: Estimate, console: Console) -> None:
+    """How long a step takes, and what it waits for."""
+    speed = found.speed
+    console.print(
+        f"A step takes about [bold]{speed.step:.3g} s[/]: {speed.tokens_per_second:,.0f} tokens/s on each GPU, "
+        f"MFU {speed.mfu:.1%}."
+    )
+    table = Table(title="A step")
+    table.add_column("part")
+    table.add_column("seconds", justify="right")
+    table.add_column("share", justify="right")
+    parts = {
+        "computation": speed.compute,
+        "collectives of tensor parallelism": speed.tensor,
+        "waiting for gathers and reductions of FSDP2": speed.exposed,
+        "clipping and optimizer": speed.optimizer,
+    }
+    for name, seconds in parts.items():
+        table.add_row(name, f"{seconds:.4f}", f"{seconds / speed.step:.1%}")
+    table.add_row("gathers and reductions beside computation", f"{speed.hidden:.4f}", "hidden", style="dim")
+    console.print(table)
+    name, share = speed.waits_for
+    console.print(f"Beside computation it waits for {name} most: {share:.1%} of a step.")
+    if found.days is not None:
+        cost = "" if found.dollars is None else f" and about {found.dollars:,.0f} dollars"
+        console.print(f"{found.tokens_asked:,.0f} tokens take about {found.days:,.1f} days{cost}.")
 
 
 _DEGREES = ("dp_replicate", "dp_shard", "cp", "tp")

@@ -18,7 +18,8 @@ from shardwright.estimate.hardware import Machine
 from shardwright.estimate.overheads import Overheads, overheads
 from shardwright.estimate.peak import Moment, peak
 from shardwright.estimate.predict import Model
-from shardwright.estimate.step_memory import step_moments
+from shardwright.estimate.speed import Speed, speed
+from shardwright.estimate.step_memory import step_moments, units_of
 from shardwright.estimate.subject import Subject
 from shardwright.estimate.trace.tracer import Tracer
 from shardwright.estimate.workload import Workload
@@ -34,6 +35,9 @@ class Estimate:
         moments: of a step, with their bytes.
         overheads: what the device holds beside tensors.
         parameters: of the whole model.
+        speed: how long a step takes.
+        tokens_asked: of a run, to say how long it takes.
+        price: dollars of one GPU for an hour; None: what the device's file says.
         why_formula: why the activations come from a formula rather than from a trace; empty where they do not.
     """
 
@@ -44,7 +48,25 @@ class Estimate:
     parameters: int
     moments: tuple[Moment, ...]
     overheads: Overheads
+    speed: Speed
     why_formula: str = ""
+    tokens_asked: float | None = None
+    price: float | None = None
+
+    @property
+    def days(self) -> float | None:
+        """Of a run of :attr:`tokens_asked`; None where nobody asked."""
+        if self.tokens_asked is None:
+            return None
+        return self.tokens_asked / (self.speed.tokens_per_second * self.config.least_world_size) / 86400
+
+    @property
+    def dollars(self) -> float | None:
+        """Of that run; None where nobody asked, or nobody named a price."""
+        price = self.machine.device.dollars_per_hour if self.price is None else self.price
+        if self.days is None or price is None:
+            return None
+        return self.days * 24 * price * self.config.least_world_size
 
     @property
     def peak(self) -> Moment:
@@ -86,6 +108,9 @@ class Estimate:
                 "communicators": self.overheads.communicators,
                 "fragmentation": self.overheads.fragmentation,
             },
+            "speed": self.speed.to_dict(),
+            "days": self.days,
+            "dollars": self.dollars,
             "activations_from": self.why_formula or "trace",
         }
 
@@ -150,7 +175,7 @@ def estimate(
             "steps. Estimate with engine=fsdp2, which keeps as much or less."
         )
     subject = Subject.of(reading, config, gpus)
-    traced = (tracer or Tracer()).trace(subject, workload.batch_size, workload.seq_len)
+    traced = (tracer or Tracer()).trace(subject, workload)
     found = step_moments(subject, workload, traced.parts)
     return Estimate(
         model=type(reading.model).__name__,
@@ -160,6 +185,7 @@ def estimate(
         parameters=sum(layout.numel for layout in subject.layouts),
         moments=tuple(found),
         overheads=overheads(subject.config, peak(found).total),
+        speed=speed(subject, workload, machine, traced.parts, units_of(subject)),
         why_formula=traced.why_not,
     )
 

@@ -18,13 +18,17 @@ from shardwright.estimate.workload import Workload
 
 def step_moments(subject: Subject, workload: Workload, parts: Sequence[Part]) -> list[Moment]:
     """Every moment of a step on the first rank, with its bytes."""
-    config, decided = subject.config, subject.decided
-    units: Mapping[str, UnitBytes] = {}
-    if decided.data is not None:
-        units = {
-            name: unit for name, unit in unit_bytes(subject.layouts, decided.data, config).items() if unit.gathered
-        }
-    return moments(parts, decided, kept_bytes(subject, workload, units), units, _on_host(decided, parts))
+    units = units_of(subject)
+    host = _on_host(subject.decided, parts)
+    return moments(parts, subject.decided, kept_bytes(subject, workload, units), units, host)
+
+
+def units_of(subject: Subject) -> dict[str, UnitBytes]:
+    """FSDP2's units that hold parameters; none without FSDP2."""
+    data = subject.decided.data
+    if data is None:
+        return {}
+    return {name: unit for name, unit in unit_bytes(subject.layouts, data, subject.config).items() if unit.gathered}
 
 
 def kept_bytes(subject: Subject, workload: Workload, units: Mapping[str, UnitBytes]) -> Kept:

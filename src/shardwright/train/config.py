@@ -12,7 +12,7 @@ import yaml
 
 from shardwright.distributed.config import DTYPES, ParallelConfig, runs_code
 from shardwright.errors import ConfigError
-from shardwright.train.settings import apply_overrides, build, read_yaml
+from shardwright.settings import apply_overrides, build, read_yaml
 from shardwright.untrusted import shown
 
 DEVICES = ("auto", "cpu", "cuda")

@@ -9,15 +9,22 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from shardwright.checkpoint.load import init_pretrained, init_whole, load_pretrained
 from shardwright.distributed.config import ParallelConfig
 from shardwright.distributed.models.build import load_config
 from shardwright.distributed.models.config_json import check_values
 from shardwright.errors import ConfigError, UnsupportedError
+from shardwright.settings import unknown_key
 from shardwright.train.config import ModelSettings
-from shardwright.train.settings import unknown_key
 from shardwright.untrusted import ToldAs, shown, usable_path
 
 # Keys that transformers still takes although they are no fields of its configs any more.
@@ -36,7 +43,7 @@ def model_config(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) ->
     """
     source = settings.path if settings.path is not None else settings.config
     config = _from_mapping(source, tokenizer) if isinstance(source, dict) else _from_files(Path(str(source)), settings)
-    if type(config) not in AutoModelForCausalLM._model_mapping:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedError(
             f"{config.model_type} is no causal language model in transformers; only those train here."
         )

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 from transformers import AttentionInterface, PreTrainedConfig
 
+from shardwright._transformers import attention_of
 from shardwright.distributed.runtime.context.attention import NAME, Kernel, context_attention
 from shardwright.distributed.runtime.forward import original_class
 from shardwright.errors import PlanError
@@ -38,7 +39,7 @@ def attention_kernels(model: nn.Module, names: Mapping[str, str]) -> dict[str, K
 def attention_name(module: nn.Module) -> str | None:
     """What the config that ``module`` holds calls its attention function; None where it holds none."""
     config = module.__dict__.get("config")
-    return config._attn_implementation if isinstance(config, PreTrainedConfig) else None
+    return attention_of(config) or None if isinstance(config, PreTrainedConfig) else None
 
 
 def attention_kernel(module: nn.Module, name: str) -> Kernel | None:

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING,
 )
 
+from shardwright._transformers import kept_in_float32, make_from_config
 from shardwright.distributed.models.config_json import read_config_json
 from shardwright.errors import ConfigError
 from shardwright.untrusted import ToldAs, shown
@@ -144,7 +146,7 @@ def build_on_meta(
     chosen: Any = cls or model_class(config)
     wanted: Any = dtype or config.dtype or torch.float32
     kept: Any = vars(torch).get(wanted) if isinstance(wanted, str) else wanted
-    make = chosen._from_config if issubclass(chosen, PreTrainedModel) else chosen.from_config
+    make = partial(make_from_config, chosen) if issubclass(chosen, PreTrainedModel) else chosen.from_config
     if not isinstance(kept, torch.dtype) or not kept.is_floating_point:
         raise ConfigError(
             f"The dtype of the model is {shown(wanted)}; it must be one of torch's floating-point dtypes."
@@ -160,7 +162,7 @@ def build_on_meta(
 
 
 def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    patterns = [re.compile(pattern.replace("*", ".*")) for pattern in model._get_dtype_plan(dtype)]
+    patterns = [re.compile(pattern.replace("*", ".*")) for pattern in kept_in_float32(model, dtype)]
     for path, module in model.named_modules():
         for key, parameter in module._parameters.items():
             if parameter is not None and any(pattern.search(f"{path}.{key}") for pattern in patterns):

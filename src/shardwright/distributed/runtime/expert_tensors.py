@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
-from shardwright._torch import part_of_norm, take_in_groups
+from shardwright._torch import foreach_norm, part_of_norm, take_in_groups, without_torch_function
 from shardwright.distributed.runtime.implicit import OwnRules
 
 _NORMS = {torch.linalg.vector_norm: "ord", torch.linalg.norm: "ord", torch.norm: "p", Tensor.norm: "p"}
@@ -34,7 +34,7 @@ class ExpertTensor(OwnRules):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_torch_function():
             if func.__name__.startswith(("_foreach_", "_fused_")):
                 return _by_mesh(func, args, kwargs)
             order = args[1] if len(args) > 1 else kwargs.get(_NORMS.get(func, ""), 2)
@@ -115,7 +115,7 @@ def _by_mesh(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         if not places:
             continue
         chosen, named = _chosen(args, places, count), _chosen(kwargs, places, count)
-        if own and func is torch._foreach_norm:
+        if own and func is foreach_norm:
             order = args[1] if len(args) > 1 else kwargs.get("ord", 2)
             found: Sequence[Any] | None = [_norm(tensor, order) for tensor in chosen[0]]
         elif own:

@@ -48,6 +48,25 @@ def whole(tensor: Tensor) -> Tensor:
     return local
 
 
+def part_of(tensor: Tensor, like: DTensor) -> Tensor:
+    """This rank's part of ``tensor``, cut as ``like`` is: the inverse of :func:`whole`, without communication."""
+    mesh = like.device_mesh
+    for axis in reversed(range(mesh.ndim)):
+        placement, size, rank = like.placements[axis], mesh.size(axis), mesh.get_local_rank(axis)
+        if not isinstance(placement, (Shard, StridedShard)):
+            continue
+        dim = placement.dim
+        if isinstance(placement, StridedShard) and axis == mesh.ndim - 1:
+            pieces = tensor.unflatten(dim, (placement.split_factor, size, -1))
+            tensor = pieces.select(dim + 1, rank).flatten(dim, dim + 1)
+            continue
+        length = tensor.shape[dim]
+        chunk = -(-length // size)
+        start = min(rank * chunk, length)
+        tensor = tensor.narrow(dim, start, min(chunk, length - start))
+    return tensor
+
+
 def length_here(tensor: DTensor, axis: int, dim: int) -> int:
     """How long ``dim`` is once the axes up to ``axis`` are gathered, on this rank."""
     length = tensor.shape[dim]

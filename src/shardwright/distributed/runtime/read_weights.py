@@ -20,13 +20,15 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from shardwright._torch import StridedShard, take_in_groups, without_torch_function
+from shardwright._torch import StridedShard, take_in_groups
 from shardwright.distributed.runtime import collectives as c
+from shardwright.distributed.runtime.checked import CheckedDTensor
 from shardwright.distributed.runtime.dtypes import at_least_float32
 from shardwright.distributed.runtime.implicit import ImplicitDTensor, OwnRules, refuse_address, tensors_in
 from shardwright.distributed.runtime.layout import length_here
 from shardwright.distributed.runtime.operations import writes
 from shardwright.distributed.runtime.sharded_table import table_of
+from shardwright.distributed.runtime.written import read_only, refuse_lost_write
 
 # The weight in another dtype or place: still one that may be mixed.
 _SAME = """
@@ -41,7 +43,7 @@ VIEWS = frozenset(_VIEWS.split())
 _VIEW_PROPERTIES = (Tensor.T.__get__, Tensor.mT.__get__)  # type: ignore[attr-defined]
 
 
-class ReadableWeight(OwnRules):
+class ReadableWeight(CheckedDTensor, OwnRules):
     """A parameter that may be mixed with plain tensors, which are equal on every tensor-parallel rank."""
 
     __slots__ = ()
@@ -52,12 +54,15 @@ class ReadableWeight(OwnRules):
     ) -> Any:
         kwargs = kwargs or {}
         refuse_address(func, args)
+        refuse_lost_write(func, args)
         mixed = any(_is_used_locally(x) for x in tensors_in((args, kwargs)))
-        if (mixed and not writes(func)) or func.__name__ in VIEWS or func in _VIEW_PROPERTIES:
+        if func.__name__ in VIEWS or func in _VIEW_PROPERTIES:
+            result = func(*_readable(args), **_readable(kwargs))
+            return result if torch.is_grad_enabled() else read_only(result)
+        if mixed and not writes(func) and func is not Tensor.__setitem__:
             return func(*_readable(args), **_readable(kwargs))
-        with without_torch_function():
-            result = func(*args, **kwargs)
-        if type(result) is DTensor and func.__name__ in SAME:
+        result = super().__torch_function__(func, types, args, kwargs)
+        if isinstance(result, DTensor) and func.__name__ in SAME:
             return _mark(result, next(x for x in tensors_in((args, kwargs)) if isinstance(x, ReadableWeight)))
         return result
 

@@ -16,6 +16,7 @@ from shardwright.distributed.runtime import collectives as c
 from shardwright.distributed.runtime.implicit import ImplicitDTensor, OwnRules, joined, mark
 from shardwright.distributed.runtime.layout import sharded
 from shardwright.distributed.runtime.logits import sharded_logits
+from shardwright.distributed.runtime.written import is_alias, read_only, refuse_lost_write
 
 
 class ShardedTable(ImplicitDTensor, OwnRules):
@@ -31,12 +32,14 @@ class ShardedTable(ImplicitDTensor, OwnRules):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        refuse_lost_write(func, args)
         own = _OWN.get(func)
         if own is not None:
             result = own(*args, **(kwargs or {}))
             if result is not NotImplemented:
                 return result
-        return super().__torch_function__(func, types, args, kwargs)
+        result = super().__torch_function__(func, types, args, kwargs)
+        return read_only(result) if is_alias(func) and "_is_copy" in args[0].__dict__ else result
 
 
 def table_of(local: Tensor, placement: Placement, shape: torch.Size, mesh: DeviceMesh) -> Tensor:
@@ -53,6 +56,8 @@ def sharded_table(weight: DTensor) -> ShardedTable:
 
 def _item(table: Tensor, index: Any) -> Any:
     row, *others = index if isinstance(index, tuple) else (index,)
+    if isinstance(table, ShardedTable) and not table.placements[0].is_shard(0):
+        return NotImplemented  # transposed: each rank has a part of the row
     return _row(table, row)[tuple(others)] if isinstance(table, ShardedTable) and type(row) is int else NotImplemented
 
 

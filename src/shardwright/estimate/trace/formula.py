@@ -53,7 +53,7 @@ def _block(
     backward = Counter({kernel: (3 if recomputed else 2) * count for kernel, count in kernels.items()})
     return (
         Part(block, Segment(block, False, delta=kept, peak=held, kernels=kernels)),
-        Part(block, Segment(block, True, -kept, gradients + (held if recomputed else 0), gradients, 0, backward)),
+        Part(block, Segment(block, True, -kept, gradients + (held if recomputed else 0), gradients, kernels=backward)),
     )
 
 

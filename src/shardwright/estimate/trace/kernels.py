@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from shardwright._torch import packet_of, tree_leaves
 
 _aten = torch.ops.aten
 _FLASH = {
@@ -34,6 +35,7 @@ class Kernel:
         bytes: read and written.
         shape: ``(batch, m, n, k)`` of a matrix product; ``(batch, heads, length, head size)`` of an attention.
         dtype: that it computes in.
+        causal: whether a mask halves what an attention computes.
     """
 
     kind: str
@@ -41,6 +43,7 @@ class Kernel:
     bytes: int
     shape: tuple[int, ...] = ()
     dtype: str = ""
+    causal: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def kernel_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: 
     """The kernel that ``func`` runs; None where it runs none (a view, an allocation, a collective)."""
     if func.is_view or func.namespace not in ("aten", "fsdp") or func in _NO_KERNEL:
         return None
-    packet = func._overloadpacket
+    packet = packet_of(func)
     reads = [leaf for leaf in tree_leaves((args, kwargs)) if _counts(leaf)]
     writes = [leaf for leaf in tree_leaves(result) if _counts(leaf)]
     if func in _LOOKS_UP:
@@ -117,7 +120,7 @@ def _attention(args: tuple[Any, ...], kwargs: dict[str, Any], moved: int, *, bac
     flops = products * 2 * batch * heads * length * key.shape[-2] * size // (2 if causal else 1)
     kind = "attention_backward" if backward else "attention"
     dtype = str(query.dtype).removeprefix("torch.")
-    return Kernel(kind, flops, moved, (batch, heads, length, size), dtype)
+    return Kernel(kind, flops, moved, (batch, heads, length, size), dtype, causal)
 
 
 def _counts(leaf: Any) -> bool:

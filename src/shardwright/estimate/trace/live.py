@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from shardwright._torch import TorchDispatchMode, storage_key, tree_leaves
 from shardwright.estimate.trace.kernels import Kernel, Sending, kernel_of, sending_of
 
-_GROUPED = torch.ops.aten._grouped_mm.default
-_VALUE = torch.ops.aten._local_scalar_dense.default
+_aten = torch.ops.aten
+_GROUPED = _aten._grouped_mm.default
+_VALUE = _aten._local_scalar_dense.default
 
 
 @dataclass
@@ -31,6 +31,7 @@ class Segment:
         peak: the most bytes alive in it, above those alive at its beginning, gradients of its parameters included.
         gradients: bytes of gradients that parameters hold at its end and did not at its beginning.
         input: bytes of the first tensor that the block is given, in forward.
+        products_read: bytes of what its matrix products read, beside its input and the results of others, in forward.
         kernels: what it computes, and how often.
         sent: the collectives of tensor parallelism in it, and how often.
     """
@@ -41,6 +42,7 @@ class Segment:
     peak: int = 0
     gradients: int = 0
     input: int = 0
+    products_read: int = 0
     kernels: Counter[Kernel] = field(default_factory=Counter)
     sent: Counter[Sending] = field(default_factory=Counter)
 
@@ -61,6 +63,7 @@ class Live(TorchDispatchMode):
         self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
         self._start = self._start_gradients = 0
         self._backward = False
+        self._made_by_products: set[int] = set()
 
     def begin(self, name: str, *, backward: bool | None = None) -> None:
         """End the running segment, and begin one."""
@@ -102,7 +105,19 @@ class Live(TorchDispatchMode):
                 segment.sent[sending] += 1
             elif (kernel := kernel_of(func, args, kwargs, result)) is not None:
                 segment.kernels[kernel] += 1
+                if not segment.backward:
+                    self._note_products(kernel, args, result, segment)
         return result
+
+    def _note_products(self, kernel: Kernel, args: Any, result: Any, segment: Segment) -> None:
+        """Count what a product reads, once, unless a product or an attention made it."""
+        if kernel.kind == "memory":
+            return
+        for leaf in tree_leaves(args) if kernel.kind == "matmul" else ():
+            if _is_tensor(leaf) and _key(leaf) in self._storages and _key(leaf) not in self._made_by_products:
+                segment.products_read += leaf.untyped_storage().nbytes()
+                self._made_by_products.add(_key(leaf))
+        self._made_by_products |= {_key(leaf) for leaf in tree_leaves(result) if _is_tensor(leaf)}
 
     def _take(self, tensor: Tensor, given: set[int]) -> None:
         key = _key(tensor)
@@ -111,6 +126,7 @@ class Live(TorchDispatchMode):
         if key in given:
             return  # a view of what was there before
         storage = tensor.untyped_storage()
+        self._made_by_products.discard(key)
         self._storages[key] = (StorageWeakRef(storage), storage.nbytes())
         self._count()
         self.peak = max(self.peak, self.now)
@@ -125,7 +141,7 @@ def _result(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _key(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return storage_key(tensor)
 
 
 def _is_tensor(leaf: Any) -> bool:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.nn.functional import cross_entropy
 from transformers import masking_utils
 
+from shardwright._torch import FakeTensorMode, fake_store, tree_leaves, tree_map
 from shardwright._transformers import one_document_in_each_row
 from shardwright.distributed.apply.activation_checkpointing import apply_activation_checkpointing
 from shardwright.distributed.apply.loss_tiles import apply_loss_tiles
@@ -22,6 +22,7 @@ from shardwright.distributed.apply.mlp_tiles import apply_mlp_tiles
 from shardwright.distributed.apply.tensor_parallel import apply_tensor_parallel
 from shardwright.estimate.trace.live import Live, Segment
 from shardwright.estimate.trace.short import Short
+from shardwright.estimate.workload import Workload
 
 
 @contextmanager
@@ -30,21 +31,17 @@ def fake_ranks(ranks: int) -> Iterator[DeviceMesh | None]:
     if ranks == 1:
         yield None
         return
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    dist.init_process_group("fake", store=fake_store(), rank=0, world_size=ranks)
     try:
         yield init_device_mesh("cpu", (ranks,), mesh_dim_names=("tp",))
     finally:
         dist.destroy_process_group()
 
 
-def traced_step(short: Short, rows: int, length: int, *, output: torch.dtype | None = None) -> list[Segment]:
-    """The segments of a forward with labels and its backward.
+def traced_step(short: Short, workload: Workload, *, output: torch.dtype | None = None) -> list[Segment]:
+    """The segments of a forward, its loss and its backward.
 
     Args:
-        rows: sequences of a micro-batch.
-        length: tokens of each.
         output: dtype that the model's outputs are cast to; None: as they are.
     """
     decided = short.decided
@@ -59,13 +56,15 @@ def traced_step(short: Short, rows: int, length: int, *, output: torch.dtype | N
         if decided.recomputed:
             selective = decided.activation_checkpointing == "selective"
             apply_activation_checkpointing(model, decided.recomputed, selective=selective, offload=False)
+        elif decided.compiled:  # a compiler keeps what selective checkpointing keeps, and what its products read
+            apply_activation_checkpointing(model, decided.compiled, selective=True, offload=False)
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")
-            return _step(model, list(dict.fromkeys(short.stands_for.values())), (rows, length), output, tp)
+            return _step(model, list(dict.fromkeys(short.stands_for.values())), workload, output, tp)
 
 
 def _step(
-    model: nn.Module, blocks: list[str], shape: tuple[int, int], output: torch.dtype | None, tp: int
+    model: nn.Module, blocks: list[str], workload: Workload, output: torch.dtype | None, tp: int
 ) -> list[Segment]:
     parameters = list(model.parameters())  # while a unit runs, modules show local copies
     live = Live(lambda: _gradients(parameters), tp)
@@ -74,12 +73,18 @@ def _step(
         marks.put(model.get_submodule(name), name)
     if output is not None:
         model.register_forward_hook(lambda module, args, result: _cast(result, output))
-    ids = torch.zeros(shape, dtype=torch.long)
+    ids = torch.zeros((workload.batch_size, workload.seq_len), dtype=torch.long)
     with live, one_document_in_each_row(masking_utils):
         live.begin("", backward=False)
-        loss = model(input_ids=ids, labels=ids).loss
+        logits = None
+        if workload.loss == "model":
+            loss = model(input_ids=ids, labels=ids).loss
+        else:
+            logits = model(input_ids=ids).logits
+            loss = cross_entropy(logits.flatten(0, 1), ids.flatten())
         live.begin("", backward=True)
         loss.backward()
+        del logits
         live.end()
     return live.segments
 

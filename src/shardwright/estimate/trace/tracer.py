@@ -14,6 +14,7 @@ from shardwright.estimate.trace.formula import formula_parts
 from shardwright.estimate.trace.run import traced_step
 from shardwright.estimate.trace.short import shorten
 from shardwright.estimate.trace.whole import Part, whole_step
+from shardwright.estimate.workload import Workload
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +37,8 @@ class Tracer:
 
     _made: dict[str, Traced] = field(default_factory=dict)
 
-    def trace(self, subject: Subject, rows: int, length: int) -> Traced:
-        """A forward and backward of ``rows`` sequences of ``length`` tokens on one rank.
+    def trace(self, subject: Subject, workload: Workload) -> Traced:
+        """A forward and backward of a micro-batch on one rank.
 
         Raises:
             ConfigError: this process is a rank of a group already, and the trace needs one of its own.
@@ -47,25 +48,27 @@ class Tracer:
                 "torch.distributed is initialised in this process, and an estimate with tensor parallelism makes a "
                 "group of its own. Ask for it in another process: shardwright estimate on the command line."
             )
-        key = _key(subject, rows, length)
+        key = _key(subject, workload)
         if key not in self._made:
-            self._made[key] = _traced(subject, rows, length)
+            self._made[key] = _traced(subject, workload)
         return self._made[key]
 
 
-def _key(subject: Subject, rows: int, length: int) -> str:
+def _key(subject: Subject, workload: Workload) -> str:
     """Everything of a config that a trace depends on, as text; the degrees of data parallelism are not among it."""
     config, decided = subject.config, subject.decided
-    shown = (config.tp, config.sequence_parallel, config.plan, decided.recomputed, decided.activation_checkpointing)
-    return repr((rows, length, *shown, decided.tiles, subject.cast, subject.output))
+    work = (workload.batch_size, workload.seq_len, workload.loss)
+    tensor = (config.tp, config.sequence_parallel, config.plan)
+    blocks = (decided.recomputed, decided.activation_checkpointing, decided.compiled, decided.tiles)
+    return repr((work, tensor, blocks, subject.cast, subject.output))
 
 
-def _traced(subject: Subject, rows: int, length: int) -> Traced:
+def _traced(subject: Subject, workload: Workload) -> Traced:
     try:
         short = shorten(subject.reading, subject.decided, subject.cast)
-        segments = traced_step(short, rows, length, output=subject.output)
+        segments = traced_step(short, workload, output=subject.output)
         return Traced(tuple(whole_step(short, segments)))
     except CODE_ERRORS as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         logger.debug("%s cannot be traced: %s", type(subject.reading.model).__name__, reason)
-        return Traced(tuple(formula_parts(subject, rows * length)), reason)
+        return Traced(tuple(formula_parts(subject, workload.tokens)), reason)

@@ -25,6 +25,8 @@ class Part:
 def whole_step(short: Short, segments: Iterable[Segment]) -> list[Part]:
     """The parts of a forward and backward of the whole model, in their order."""
     joined = list(_joined(list(segments)))
+    if short.decided.compiled and not short.decided.recomputed:
+        joined = _with_products(joined)
     parts: list[Part] = []
     for (name, backward), run in groupby(joined, key=lambda segment: (_list_of(segment.name), segment.backward)):
         found = list(run)
@@ -68,6 +70,15 @@ def join(first: Segment, second: Segment) -> Segment:
         kernels=first.kernels + second.kernels,
         sent=first.sent + second.sent,
     )
+
+
+def _with_products(segments: list[Segment]) -> list[Segment]:
+    """A compiled block keeps what its matrix products read, too."""
+    read = {segment.name: segment.products_read for segment in segments if segment.name and not segment.backward}
+    return [
+        replace(segment, delta=segment.delta + read.get(segment.name, 0) * (-1 if segment.backward else 1))
+        for segment in segments
+    ]
 
 
 def _list_of(block: str) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from shardwright._torch import without_torch_function
 from shardwright.distributed.runtime import collectives as c
 from shardwright.distributed.runtime.context import parts
 from shardwright.distributed.runtime.context.parts import Split
@@ -68,7 +69,7 @@ class ContextTensor(OwnRules):
         return parts.whole(joined(self.inside), self.dealt)
 
     def full_tensor(self, *, grad_placements: Any = None) -> Tensor:
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_torch_function():
             return self.whole()
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from shardwright._torch import without_torch_function
 from shardwright.distributed.runtime.context import parts
 from shardwright.distributed.runtime.context.base import Context, ContextTensor
 from shardwright.distributed.runtime.context.parts import Split
@@ -185,6 +185,6 @@ class ContextLayer(Around):
         x = recognized(args[0], self.context.meshes) if args and isinstance(args[0], Tensor) else None
         if not isinstance(x, ContextSharded) or x.dealt.dim == x.ndim - 1 or len(args) > 1 or kwargs:
             return forward(*args, **kwargs)
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_torch_function():
             inside = x.inside
         return context_sharded(forward(inside), x.dealt, self.context.meshes)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from shardwright._torch import without_torch_function
 from shardwright.distributed.runtime.context import parts
 from shardwright.distributed.runtime.context.base import ContextTensor
 from shardwright.distributed.runtime.context.parts import Split
@@ -63,7 +64,7 @@ def in_place(func: Callable[..., Any], args: Arguments, kwargs: dict[str, Any]) 
     new = each(plain, args, kwargs)
     if new is NotImplemented or not isinstance(x, ContextTensor) or new.dealt != x.dealt:
         return NotImplemented
-    with torch._C.DisableTorchFunctionSubclass():
+    with without_torch_function():
         x.copy_(new.to(x.dtype) if new.dtype != x.dtype else new)
     return x
 

@@ -7,10 +7,10 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from shardwright._torch import without_torch_function
 from shardwright.distributed.runtime.context import parts
 from shardwright.distributed.runtime.context.base import ContextTensor, Meshes, make, recovered
 from shardwright.distributed.runtime.context.losses import LOSSES
@@ -38,7 +38,7 @@ class ContextSharded(ContextTensor):
         refuse_address(func, args)
         name = func.__name__
         if name in ABOUT_THE_TENSOR:
-            with torch._C.DisableTorchFunctionSubclass():
+            with without_torch_function():
                 return func(*args, **kwargs)
         if (loss := LOSSES.get(func)) is not None:
             result = loss(*args, **kwargs)
@@ -64,7 +64,7 @@ def _on_whole(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     part = x.like(parts.part(new, x.dealt), x.dealt) if x.kind is None else None
     if part is None:
         return NotImplemented
-    with torch._C.DisableTorchFunctionSubclass():
+    with without_torch_function():
         x.copy_(part)
     return None if func is Tensor.__setitem__ else x
 
@@ -95,7 +95,7 @@ def handed_out(x: ContextSharded) -> ContextSharded:
     if not x.dealt.inside:
         return x
     split = replace(x.dealt, inside=False)
-    with torch._C.DisableTorchFunctionSubclass():
+    with without_torch_function():
         inside = x.inside
         if isinstance(inside, DTensor):
             kind = type(inside)

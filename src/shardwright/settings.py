@@ -10,13 +10,10 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from shardwright.distributed.config import Precision
 from shardwright.errors import ConfigError
 from shardwright.untrusted import DEPTH, check_values, parse_yaml, read_file, shown, usable_path
 
 T = TypeVar("T")
-# Sections that may also be given as a word, which the dataclass that owns them resolves.
-SHORT_FORMS = (Precision,)
 _PLAIN_TEXT = 4096  # characters of an override that may be no YAML: a path or a glob
 _WORDS: dict[Any, str] = {
     int: "a whole number",
@@ -26,6 +23,10 @@ _WORDS: dict[Any, str] = {
     dict: "a mapping",
     NoneType: "null",
 }
+
+
+class HasShortForms:
+    """A section that may also be given as one word; the class that has it as a field resolves the word."""
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -124,7 +125,7 @@ def convert(value: Any, kind: Any, name: str) -> Any:
     if kind is Any:
         return value
     if is_dataclass(kind) and isinstance(kind, type):
-        short_form = isinstance(value, str) and kind in SHORT_FORMS
+        short_form = isinstance(value, str) and issubclass(kind, HasShortForms)
         return value if isinstance(value, kind) or short_form else build(kind, value, name)
     if origin is UnionType:
         return _convert_union(value, get_args(kind), name)

@@ -1,0 +1,181 @@
+"""When a rank computes and when it communicates in a step: two queues, as FSDP2's streams are.
+
+Computation is one queue. The gathers and reductions of FSDP2 are the other: a gather is issued when the block before
+begins, a reduction when its block's backward has ended, and a block waits for its own gather. The collectives of tensor
+parallelism are in the first queue, because the next kernel needs their result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from shardwright.distributed.planning.decided import ROOT
+from shardwright.estimate.hardware import Machine
+from shardwright.estimate.kernel_time import Links, segment_seconds
+from shardwright.estimate.subject import Subject
+from shardwright.estimate.trace.whole import Part
+from shardwright.estimate.units import UnitBytes
+from shardwright.estimate.workload import Workload
+
+COMPUTE, TENSOR, DATA = "compute", "tensor parallelism", "FSDP2"
+
+
+@dataclass(frozen=True)
+class Span:
+    """Something that takes time.
+
+    Attributes:
+        queue: :data:`COMPUTE`, :data:`TENSOR` (both in the first queue) or :data:`DATA`.
+        name: what it is.
+        start, end: in seconds from the step's beginning.
+    """
+
+    queue: str
+    name: str
+    start: float
+    end: float
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.start
+
+
+@dataclass
+class Timeline:
+    """The spans of one micro-batch."""
+
+    spans: list[Span] = field(default_factory=list)
+    computed: float = 0.0  # when the first queue is free
+    sent: float = 0.0  # when the second queue is free
+
+    def compute(self, queue: str, name: str, seconds: float, after: float = 0.0) -> float:
+        """Add to the first queue; the time when it begins."""
+        start = max(self.computed, after)
+        if seconds:
+            self.spans.append(Span(queue, name, start, start + seconds))
+        self.computed = start + seconds
+        return start
+
+    def send(self, name: str, seconds: float, issued: float) -> float:
+        """Add to the second queue; the time when it ends."""
+        start = max(self.sent, issued)
+        if not seconds:
+            return issued
+        self.spans.append(Span(DATA, name, start, start + seconds))
+        self.sent = start + seconds
+        return self.sent
+
+    def busy(self, queue: str) -> float:
+        return sum(span.seconds for span in self.spans if span.queue == queue)
+
+    @property
+    def end(self) -> float:
+        return max(self.computed, self.sent)
+
+    @property
+    def waiting(self) -> float:
+        """Seconds in which the first queue waits for FSDP2."""
+        return self.end - self.busy(COMPUTE) - self.busy(TENSOR)
+
+
+def timeline(
+    subject: Subject,
+    workload: Workload,
+    machine: Machine,
+    parts: Sequence[Part],
+    units: Mapping[str, UnitBytes],
+    *,
+    reduces: bool = True,
+) -> Timeline:
+    """One micro-batch.
+
+    Args:
+        reduces: its gradients are summed over the data-parallel ranks.
+    """
+    return _Rank(subject, machine, units, reduces).run(parts)
+
+
+class _Rank:
+    def __init__(self, subject: Subject, machine: Machine, units: Mapping[str, UnitBytes], reduces: bool) -> None:
+        self.subject, self.machine, self.units, self.reduces = subject, machine, units, reduces
+        self.links = Links(machine, subject.config)
+        self.line = Timeline()
+        data = subject.decided.data
+        self.of_block: dict[str, list[str]] = {}
+        self.reshards = {unit.modules[0]: unit.reshard_after_forward for unit in data.units} if data else {}
+        for unit in data.units if data else ():
+            for name in unit.modules:
+                for block in subject.reading.blocks:
+                    if f"{name}.".startswith(f"{block}."):
+                        self.of_block.setdefault(block, []).append(unit.modules[0])
+        self.compiled = {block for block in subject.reading.blocks if _is_in(block, subject.decided.compiled)}
+        self.ready: dict[str, float] = {}
+
+    def run(self, parts: Sequence[Part]) -> Timeline:
+        if ROOT in self.units:
+            self.gather(ROOT, 0.0)
+            self.line.computed = max(self.line.computed, self.ready[ROOT])
+        for place, part in enumerate(parts):
+            self.part(part, parts[place + 1 :])
+        if ROOT in self.units:
+            self.reduce(ROOT)
+        self.line.computed = self.line.end
+        return self.line
+
+    def part(self, part: Part, later: Sequence[Part]) -> None:
+        own = self.units_of(part.where)
+        for unit in own:
+            if unit not in self.ready:
+                self.gather(unit, self.line.computed)
+        ready = max((self.ready[unit] for unit in own), default=0.0)
+        name = f"{'backward' if part.segment.backward else 'forward'} {part.where or 'outside of the blocks'}"
+        fused = part.where in self.compiled
+        seconds = segment_seconds(part.segment, self.machine, fused=fused) + self.copying(own, part)
+        begun = self.line.compute(COMPUTE, name, seconds, ready)
+        for where in self.following(part.where, later):
+            for unit in self.units_of(where):
+                if unit not in self.ready:
+                    self.gather(unit, begun)
+        self.line.compute(TENSOR, name, self.links.sending_seconds(part.segment.sent.items()))
+        last = not later or later[0].where != part.where
+        for unit in own:
+            if part.segment.backward and last:
+                self.reduce(unit)
+            if last and (part.segment.backward or self.reshards[unit]):
+                self.ready.pop(unit, None)
+
+    def units_of(self, where: str) -> list[str]:
+        return [unit for unit in self.of_block.get(where, ()) if unit in self.units]
+
+    def following(self, where: str, later: Sequence[Part]) -> list[str]:
+        """The blocks that are gathered ahead while ``where`` runs, the nearest first."""
+        found = dict.fromkeys(part.where for part in later[: 4 * self.subject.config.prefetch] if part.where != where)
+        return list(found)[: self.subject.config.prefetch]
+
+    def copying(self, units: Sequence[str], part: Part) -> float:
+        """Out of the buffer of a gather; in backward into that of a reduction, too."""
+        moved = 0
+        for unit in units:
+            size = self.units[unit]
+            moved += 2 * size.gathered
+            if part.segment.backward and self.reduces:
+                moved += size.gradients + size.reduce + (size.output + size.shard)
+                moved += 2 * size.reduce if self.subject.config.dp_shard == 1 else 0
+        return moved / (self.machine.device.memory_gb_per_s * 1e9 * self.machine.efficiencies.memory)
+
+    def gather(self, unit: str, issued: float) -> None:
+        seconds = self.links.seconds("dp_shard", "all_gather", self.units[unit].gather)
+        self.ready[unit] = self.line.send(f"gather {unit or 'outside of the blocks'}", seconds, issued)
+
+    def reduce(self, unit: str) -> None:
+        size = self.units[unit]
+        if not self.reduces or not size.reduce:
+            return
+        seconds = self.links.seconds("dp_shard", "reduce_scatter", size.reduce)
+        seconds += self.links.seconds("dp_replicate", "all_reduce", size.output)
+        self.line.send(f"reduce {unit or 'outside of the blocks'}", seconds, self.line.computed)
+
+
+def _is_in(block: str, names: Sequence[str]) -> bool:
+    return any(f"{name}.".startswith(f"{block}.") for name in names)

@@ -45,6 +45,7 @@ from shardwright.distributed.mesh import make_mesh
 from shardwright.distributed.models.build import build_on_meta, load_config
 from shardwright.distributed.plan import ParallelPlan
 from shardwright.errors import ShardwrightError, from_system
+from shardwright.estimate.hardware import load_machine
 from shardwright.train.config import load_config as load_run
 from shardwright.train.metrics import MetricsFiles
 from shardwright.train.prepare import encode
@@ -116,6 +117,10 @@ def make(root: Path) -> None:
     plan = ParallelPlan({"model.layers.*.mlp.up_proj": "colwise", "lm_head": "colwise"}, frozenset({"lm_head"}))
     (others / "plan.yaml").write_text(plan.to_yaml())
     (others / "plan.json").write_text(plan.to_json())
+    (others / "device.yaml").write_text(
+        "name: a GPU\nmemory_mib: 80000\nteraflops: {float32: 60, bfloat16: 900}\nmemory_gb_per_s: 3000\n"
+        "fabric: nvlink4\ngpus_per_node: 8\nsource: a test\ndollars_per_hour: 2.5\n"
+    )
     lines = [json.dumps({"step": step, "loss": 5.0 / step, "lr": 1e-3}) for step in range(1, 9)]
     (others / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     (others / "text.jsonl").write_text("\n".join(json.dumps({"text": f"line {n} é"}) for n in range(20)) + "\n")
@@ -183,6 +188,10 @@ def _json_plan(folder: Path) -> Any:
     return ParallelPlan.from_json((folder / "plan.json").read_bytes())
 
 
+def _machine(folder: Path) -> Any:
+    return load_machine(str(folder / "device.yaml"))
+
+
 def targets(root: Path) -> list[Target]:
     """Every kind of file there is, in every folder it is read from."""
     shard = sorted(path.name for path in (root / "shards").glob("model-*"))[1]
@@ -201,6 +210,7 @@ def targets(root: Path) -> list[Target]:
         Target("run.yaml", "others", "run.yaml", lambda folder: load_run(folder / "run.yaml")),
         Target("plan.yaml", "others", "plan.yaml", _plan),
         Target("plan.json", "others", "plan.json", _json_plan),
+        Target("device.yaml of estimate", "others", "device.yaml", _machine),
         Target("metrics.jsonl", "others", "metrics.jsonl", _metrics),
         Target("text.jsonl", "others", "text.jsonl", _text("text.jsonl")),
         Target("text.txt", "others", "text.txt", _text("text.txt")),

@@ -162,7 +162,14 @@ class Chain:
         elif nodes == 1:
             commands = [[sys.executable, *TRAIN, f"steps={done + STEPS}", "sharding.dp_shard=2"]]
         else:
-            torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", "--nproc-per-node=1"]
+            torchrun = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                f"--nnodes={nodes}",
+                "--nproc-per-node=1",
+                f"--log-dir={self._folder / 'torchrun'}",
+            ]  # else it leaves a folder in the temporary one
             meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{_free_port()}", "--max-restarts=0"]
             training = [*TRAIN, f"steps={done + STEPS}", f"sharding.dp_shard={nodes}"]
             commands = [[*torchrun, *meeting, f"--node-rank={node}", *training] for node in range(nodes)]

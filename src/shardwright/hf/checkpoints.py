@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from transformers import PreTrainedModel
 from shardwright.checkpoint.adapters import has_adapters, load_adapter_weights
 from shardwright.checkpoint.conversion import plan_load
 from shardwright.checkpoint.fill import check_fit, fill_from_folder
-from shardwright.checkpoint.folder import INDEX, open_folder
+from shardwright.checkpoint.folder import open_folder
 from shardwright.checkpoint.layout import owned_parts
 from shardwright.checkpoint.manifest import MANIFEST
 from shardwright.checkpoint.pieces import Pieces
@@ -36,13 +37,14 @@ from shardwright.distributed.apply.guards.fresh import Parallelized
 from shardwright.distributed.runtime.layout import whole
 from shardwright.errors import CheckpointError, UnsupportedError
 from shardwright.hf.arguments import mesh_sizes
-from shardwright.untrusted import read_json
+from shardwright.untrusted import ToldAs, read_json
 
 log = logging.getLogger(__name__)
 
 STATE = "optimizer"
 DATA = "optimizer.json"
 _WEIGHTS = "model.safetensors"
+_SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 _PLAIN = "optimizer.pt"  # what a trainer on one process writes
 _TIMEOUT = 600.0  # seconds until ranks that do not come are given up
 # Packages whose optimizers are kernels over whole tensors: they know no DTensor.
@@ -66,11 +68,14 @@ def save_model(model: nn.Module, folder: Path) -> None:
     save_pretrained(model, new, timeout=_TIMEOUT)
     with same_error_everywhere(f"Saving to {folder}"):
         if rank == 0:
-            for old in [*folder.glob("model*.safetensors"), folder / INDEX, folder / MANIFEST]:
-                old.unlink(missing_ok=True)
-            for file in new.iterdir():
-                os.replace(file, folder / file.name)
+            written = {file.name for file in new.iterdir()}
+            (folder / MANIFEST).unlink(missing_ok=True)
+            for name in written:
+                os.replace(new / name, folder / name)
             new.rmdir()
+            for file in folder.iterdir():  # shards of an earlier save, as transformers removes them
+                if _SHARD.fullmatch(file.name) and file.name not in written:
+                    file.unlink()
     barrier()
 
 
@@ -193,10 +198,15 @@ def _save_state(model: nn.Module, folder: Path) -> None:
 @torch.no_grad()
 def _load_state(model: nn.Module, folder: Path) -> None:
     with same_error_everywhere(f"Loading {folder}"):
-        state = load_file(folder / _WEIGHTS)
+        with ToldAs(CheckpointError, f"{folder / _WEIGHTS} is damaged"):
+            state = load_file(folder / _WEIGHTS)
         tensors = {name.removeprefix(MODEL): value for name, value in model_tensors(model).items()}
         if different := sorted(set(tensors) ^ set(state)):
             raise CheckpointError(f"{folder / _WEIGHTS} is of another model: {different[0]} is in one of them only.")
+        for name, tensor in tensors.items():
+            if state[name].shape != tensor.shape or state[name].is_floating_point() != tensor.is_floating_point():
+                found, own = (f"{one.dtype} {tuple(one.shape)}" for one in (state[name], tensor))
+                raise CheckpointError(f"{name} is {found} in {folder / _WEIGHTS}, and {own} in the model.")
     for name, tensor in tensors.items():
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         for part in owned_parts(tensor):

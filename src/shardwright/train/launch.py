@@ -180,10 +180,11 @@ def _cause(error: ChildFailedError, job: Path) -> ShardwrightError:
             return PreemptedError(text) if kind in _names(PreemptedError) else RunError(text)
     rank, failure = min(error.failures.items(), key=lambda item: _time_of(item[1]))
     report = failure.error_file_data["message"]
-    if not isinstance(report, dict):  # it was killed before it could say anything
+    if not isinstance(report, dict):  # it was killed before it could say anything, or the disk had no room for it
         log = next((job / "logs").rglob(f"attempt_0/{rank}/stderr.log"))
         last_words = "\n".join(log.read_text(errors="replace").splitlines()[-_TAIL:])
-        return RunError(f"Rank {rank} died: {failure.message}. The end of its standard error:\n\n{last_words}")
+        how = failure.message if failure.exitcode < 0 else f"its exit code is {failure.exitcode}"
+        return RunError(f"Rank {rank} died: {how}. The end of its standard error:\n\n{last_words}")
     return RunError(f"Rank {rank} failed, and the run with it.\n\n{report['extraInfo']['py_callstack'].strip()}")
 
 

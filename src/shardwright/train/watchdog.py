@@ -5,7 +5,6 @@ Standard library only: it watches while torch is still being imported.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import threading
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from shardwright.train.config import TrainConfig
+from shardwright.train.failure import leave_failure
 
 HANGS = 70  # exit code of a rank that its watchdog has ended
 NOTICE = 3.0  # seconds in which the ranks tell one another where they are
@@ -190,11 +190,7 @@ def within(seconds: float, function: Callable[[], _T]) -> _T | None:
 def report(text: str, stack: traceback.StackSummary, aloud: bool = True) -> None:
     """Leave ``text`` where torch's launcher looks for a rank's error, and (``aloud``) on standard error."""
     listing = "".join(traceback.format_list(stack))
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if file:
-        extra = {"py_callstack": listing, "timestamp": str(int(time.time()))}
-        with open(file, "w", encoding="utf-8") as opened:
-            json.dump({"message": {"message": f"RunError: {text}", "extraInfo": extra}}, opened)
+    leave_failure(f"RunError: {text}", listing)
     if aloud:
         print(f"{listing}\nError: {text}", file=sys.stderr, flush=True)
 

@@ -6,14 +6,18 @@ that is gone, and an import that hangs, are found from the first moment on.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import sys
+import traceback
+from contextlib import suppress
 from pathlib import Path
 
 from shardwright.distributed.config import runs_code
 from shardwright.errors import PreemptedError, ShardwrightError, from_system
 from shardwright.train.config import JOB_CONFIG, TrainConfig, read_config
+from shardwright.train.failure import leave_failure
 from shardwright.train.orphan import end_with_parent
 from shardwright.train.place import place_from_environment
 from shardwright.train.watchdog import Watchdog
@@ -22,21 +26,24 @@ REFUSED = 3  # exit code of a rank that raised a ShardwrightError: all that ther
 
 
 def main(job: Path, parent: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the launcher is told too, and ends the others
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the launcher is told too, and ends the others
     end_with_parent(parent, job)
+    faulthandler.enable()
     config = read_config(job / JOB_CONFIG)
     watchdog = Watchdog.of(config)
     watchdog.begin("importing libraries")
     watchdog.start()
 
-    from torch.distributed.elastic.multiprocessing.errors import record
-
     try:
-        record(_work)(config, job, watchdog)  # leaves the error where the launcher finds it
-    except PreemptedError as error:
-        sys.exit(error.exit_code)
-    except ShardwrightError:
-        sys.exit(REFUSED)
+        _work(config, job, watchdog)
+    except Exception as error:  # whatever ends this rank is told by the launcher
+        leave_failure(f"{type(error).__name__}: {error}", traceback.format_exc())
+        if not isinstance(error, ShardwrightError):
+            raise
+        with suppress(OSError):
+            print(error, file=sys.stderr, flush=True)  # a file, which the launcher reads where nothing could be left
+        sys.exit(error.exit_code if isinstance(error, PreemptedError) else REFUSED)
 
 
 def _work(config: TrainConfig, job: Path, watchdog: Watchdog) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from shardwright.errors import ConfigError
+from shardwright.untrusted import YAML_BYTES, parse_yaml, read_file, shown
 
 _FOLDER = Path(__file__).parent
 
@@ -152,10 +152,7 @@ def _path(kind: str, name: str) -> Path:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
+    data = parse_yaml(read_file(path, ConfigError, YAML_BYTES), str(path), ConfigError)
     if not isinstance(data, dict):
         raise ConfigError(f"{path} must be a mapping of keys to values.")
     return data
@@ -164,8 +161,32 @@ def _read(path: Path) -> dict[str, Any]:
 def _made(cls: type[Any], data: Mapping[str, Any], name: str) -> Any:
     known = {field.name for field in fields(cls)}
     if unknown := set(data) - known:
-        raise ConfigError(f"{name} has unknown key(s) {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}.")
+        told = ", ".join(map(shown, sorted(unknown, key=str)))
+        raise ConfigError(f"{name} has unknown key(s) {told}; known: {', '.join(sorted(known))}.")
+    for field in fields(cls):
+        if field.name in data:
+            _require_kind(data[field.name], str(field.type), f"{field.name} in {name}")
     try:
         return cls(**data)
     except TypeError as error:
         raise ConfigError(f"{name} lacks keys that a {cls.__name__.lower()} needs: {error}.") from error
+
+
+def _require_kind(value: Any, kind: str, what: str) -> None:
+    """Raises ConfigError unless ``value`` is of the type that a field is annotated with; numbers are finite."""
+    if kind == "Mapping[str, float]":
+        if not isinstance(value, Mapping) or "float32" not in value:
+            raise ConfigError(f"{what} is {shown(value)}; it must be a mapping of dtypes, float32 among them.")
+        for key, number in value.items():
+            _require_kind(number, "float", f"{shown(key)} of {what}")
+    elif kind == "str" and not isinstance(value, str):
+        raise ConfigError(f"{what} is {shown(value)}; it must be text.")
+    elif kind in ("int", "float", "float | None") and not (value is None and "None" in kind):
+        number_ = int if kind == "int" else (int, float)
+        least_is_0 = what.partition(" ")[0].endswith(("_us", "_per_hour"))
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, number_)
+            or not (0 < value < inf or (least_is_0 and value == 0))
+        ):
+            raise ConfigError(f"{what} is {shown(value)}; it must be a finite number above 0.")

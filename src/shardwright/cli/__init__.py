@@ -10,6 +10,7 @@ from shardwright.cli.export import export
 from shardwright.cli.group import Commands
 from shardwright.cli.inspect import inspect
 from shardwright.cli.plan import plan
+from shardwright.cli.suggest import suggest
 from shardwright.cli.train import train
 from shardwright.cli.verify import verify
 
@@ -22,5 +23,5 @@ def main() -> None:
     """Run any transformer sharded over many GPUs, and prove that it is the same function."""
 
 
-for command in (plan, estimate, verify, train, export, inspect):
+for command in (plan, estimate, suggest, verify, train, export, inspect):
     main.add_command(command)

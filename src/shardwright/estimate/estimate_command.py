@@ -48,11 +48,11 @@ def print_estimate(found: Estimate, console: Console) -> None:
     """The answer first, then what it is made of."""
     device, at = found.machine.device, found.peak
     word = "[bold green]Fits[/]" if found.fits else "[bold red]Does not fit[/]"
-    left = f"{_gib(found.free)} GiB free" if found.fits else f"{_gib(-found.free)} GiB too much"
-    console.print(f"{word}: {_gib(found.memory)} of {_gib(device.memory)} GiB on each {device.name}, {left}.")
+    left = f"{gib(found.free)} GiB free" if found.fits else f"{gib(-found.free)} GiB too much"
+    console.print(f"{word}: {gib(found.memory)} of {gib(device.memory)} GiB on each {device.name}, {left}.")
     console.print(
         f"{found.model}, {found.parameters / 1e9:.2f} billion parameters, on {found.config.least_world_size} ranks: "
-        f"{_layout(found.config)}; {found.workload.batch_size} x {found.workload.seq_len} tokens a micro-batch"
+        f"{layout_of(found.config)}; {found.workload.batch_size} x {found.workload.seq_len} tokens a micro-batch"
         + (f", {found.workload.accumulation} a step" if found.workload.accumulation > 1 else "")
         + f"; {found.workload.optimizer}."
     )
@@ -60,11 +60,11 @@ def print_estimate(found: Estimate, console: Console) -> None:
     table.add_column("part")
     table.add_column("GiB", justify="right")
     for name, size in largest_parts(at.parts):
-        table.add_row(_NAMES[name], _gib(size))
-    table.add_row("tensors together", _gib(at.total), style="bold", end_section=True)
-    table.add_row("allowance: context and workspaces", _gib(found.overheads.context))
-    table.add_row("allowance: communicators", _gib(found.overheads.communicators))
-    table.add_row("allowance: fragmentation, 5 % of the tensors", _gib(found.overheads.fragmentation))
+        table.add_row(_NAMES[name], gib(size))
+    table.add_row("tensors together", gib(at.total), style="bold", end_section=True)
+    table.add_row("allowance: context and workspaces", gib(found.overheads.context))
+    table.add_row("allowance: communicators", gib(found.overheads.communicators))
+    table.add_row("allowance: fragmentation, 5 % of the tensors", gib(found.overheads.fragmentation))
     console.print(table)
     print_speed(found, console)
     if found.why_formula:
@@ -105,7 +105,8 @@ def print_speed(found: Estimate, console: Console) -> None:
 _DEGREES = ("dp_replicate", "dp_shard", "cp", "tp")
 
 
-def _layout(config: ParallelConfig) -> str:
+def layout_of(config: ParallelConfig) -> str:
+    """The degrees above one, and the settings that are not the usual ones."""
     usual, values = ParallelConfig().to_dict(), config.to_dict()
     degrees = [f"{name} {values[name]}" for name in _DEGREES if values[name] > 1]
     others = [
@@ -114,5 +115,6 @@ def _layout(config: ParallelConfig) -> str:
     return ", ".join([*degrees, *others]) or "one rank"
 
 
-def _gib(size: float) -> str:
+def gib(size: float) -> str:
+    """Bytes in GiB, as text."""
     return f"{size / 2**30:.2f}"

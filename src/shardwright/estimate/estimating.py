@@ -21,7 +21,7 @@ from shardwright.estimate.predict import Model
 from shardwright.estimate.speed import Speed, speed
 from shardwright.estimate.step_memory import step_moments, units_of
 from shardwright.estimate.subject import Subject
-from shardwright.estimate.trace.tracer import Tracer
+from shardwright.estimate.trace.tracer import Traced, Tracer
 from shardwright.estimate.workload import Workload
 
 
@@ -176,9 +176,14 @@ def estimate(
         )
     subject = Subject.of(reading, config, gpus)
     traced = (tracer or Tracer()).trace(subject, workload)
+    return assembled(subject, workload, machine, traced)
+
+
+def assembled(subject: Subject, workload: Workload, machine: Machine, traced: Traced) -> Estimate:
+    """The estimate of a model that is decided about, and traced."""
     found = step_moments(subject, workload, traced.parts)
     return Estimate(
-        model=type(reading.model).__name__,
+        model=type(subject.reading.model).__name__,
         config=subject.config,
         workload=workload,
         machine=machine,

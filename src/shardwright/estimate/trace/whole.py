@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 
+from shardwright.estimate.trace.kernels import Kernel, Sending
 from shardwright.estimate.trace.live import Segment
 from shardwright.estimate.trace.short import Short
 
@@ -58,6 +60,28 @@ def _joined(segments: list[Segment]) -> Iterator[Segment]:
         held = segment
     if held is not None:
         yield held
+
+
+def scaled(part: Part, rows: int) -> Part:
+    """A part of one sequence as one of ``rows``: all but the gradients of parameters is so many times as much."""
+    segment = part.segment
+    kernels: Counter[Kernel] = Counter()
+    sent: Counter[Sending] = Counter()
+    for kernel, count in segment.kernels.items():
+        kernels[replace(kernel, flops=kernel.flops * rows, bytes=kernel.bytes * rows)] += count
+    for sending, count in segment.sent.items():
+        sent[replace(sending, bytes=sending.bytes * rows)] += count
+    made = replace(
+        segment,
+        delta=segment.delta * rows,
+        peak=(segment.peak - segment.gradients) * rows + segment.gradients
+        if segment.peak > segment.gradients
+        else segment.peak,
+        input=segment.input * rows,
+        kernels=kernels,
+        sent=sent,
+    )
+    return replace(part, segment=made)
 
 
 def join(first: Segment, second: Segment) -> Segment:

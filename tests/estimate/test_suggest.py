@@ -1,0 +1,61 @@
+"""``shardwright suggest``: what fits, in order; a file that ``train`` reads; what cannot be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from estimate_models import config_of
+
+from shardwright import ParallelConfig
+from shardwright.cli import main
+from shardwright.train.config import load_config
+
+MACHINE = ["--gpus", "8", "--gpu", "h100-80gb", "--seq-len", "64"]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("llama")
+    config_of("llama", 2).save_pretrained(folder)
+    return str(folder)
+
+
+def test_the_best_comes_first_and_can_be_trained(llama: str, tmp_path: Path) -> None:
+    path = tmp_path / "best.yaml"
+    words = ["suggest", llama, *MACHINE, "--global-batch", "16", "--save", str(path), "--json"]
+    found = json.loads(CliRunner().invoke(main, words).output)
+    times = [made["speed"]["step_seconds"] for made in found]
+    assert times == sorted(times)
+    assert all(made["fits"] and made["ranks"] == 8 for made in found)
+    batches = {
+        made["workload"]["batch_size"] * made["workload"]["accumulation"] * 8 // made["sharding"]["tp"]
+        for made in found
+    }
+    assert batches == {16}
+    assert {made["sharding"]["tp"] for made in found} == {1, 2, 4}  # 4 heads do not divide by 8
+    data = yaml.safe_load(path.read_text())
+    data |= {"tokenizer": {"vocab_size": 300}}
+    data["data"]["paths"] = ["text.txt"]
+    path.write_text(yaml.safe_dump(data))
+    settings = load_config(path)
+    settings.check_ranks(8)
+    expected = {key: value for key, value in found[0]["sharding"].items() if key != "precision"}
+    assert {key: settings.sharding.to_dict()[key] for key in expected} == expected
+    assert settings.sharding.precision == ParallelConfig(precision="bf16").precision  # type: ignore[arg-type]
+
+
+def test_the_table_says_what_costs_a_place(llama: str) -> None:
+    text = CliRunner().invoke(main, ["suggest", llama, *MACHINE, "--global-batch", "8", "--objective", "memory"]).output
+    assert "the first" in text
+    assert "layouts fit" in text
+    assert "not possible: " in text
+    assert "4 attention heads" in " ".join(text.split())
+
+
+def test_a_batch_that_no_layout_can_have(llama: str) -> None:
+    words = ["suggest", llama, "--gpus", "64", "--gpu", "h100-80gb", "--seq-len", "64", "--global-batch", "3"]
+    assert "cannot be dealt out evenly" in " ".join(CliRunner().invoke(main, words).output.split())

@@ -333,16 +333,19 @@ def run(cells: Sequence[Cell], folder: Path, times: Times, chains: int = 2) -> t
 
 
 def table(outcomes: dict[Cell, Outcome]) -> str:
-    """Markdown: for every fault, phases by victims."""
+    """Markdown: for every fault, phases by victims. Phases that were not run are left out."""
     lines = []
     for fault in FAULTS:
-        lines += [f"**{fault}**", "", f"| phase | {' | '.join(VICTIMS)} |", f"| --- |{' --- |' * len(VICTIMS)}"]
+        rows = []
         for phase in PHASES:
             row = [outcomes.get(Cell(fault, phase, victim)) for victim in VICTIMS]
             if phase == "export":
                 row[0] = outcomes.get(Cell(fault, phase, ALONE))
-            lines.append(f"| {phase} | {' | '.join(map(_shown, row))} |")
-        lines.append("")
+            if any(row):
+                rows.append(f"| {phase} | {' | '.join(map(_shown, row))} |")
+        if rows:
+            lines += [f"**{fault}**", "", f"| phase | {' | '.join(VICTIMS)} |", f"| --- |{' --- |' * len(VICTIMS)}"]
+            lines += [*rows, ""]
     return "\n".join(lines)
 
 

@@ -116,6 +116,13 @@ def test_with_data_parallel_ranks(ranks4: RankPool) -> None:
         assert_exact(verify(partial(build, "qwen3"), config, batch=padded, accumulate=2, pool=ranks4), 0.0)
 
 
+@pytest.mark.parametrize("family", ["gemma3_text", "mixtral"])
+def test_with_tensor_parallel_ranks(ranks4: RankPool, family: str) -> None:
+    changes, made = (MIXTURE, routed) if family == "mixtral" else ({}, padded)
+    config = CP2.with_(tp=2)
+    assert_exact(verify(partial(build, family, **changes), config, batch=made, accumulate=2, pool=ranks4), 0.5)
+
+
 def _used() -> dict[str, Any]:
     """What a loop does besides: losses of its own, gradients of its inputs, evaluation, generation."""
     reference, model = build("llama"), build("llama")
@@ -226,7 +233,9 @@ def test_what_would_not_be_split_is_refused() -> None:
         plan_context(ModelReading(only_whole()))
 
 
-@pytest.mark.parametrize("setting", [{"tp": 2}, {"ep": 2}, {"compile": True}, {"loss_tiles": 2}, {"mlp_tiles": 2}])
+@pytest.mark.parametrize(
+    "setting", [{"tp": 2, "sequence_parallel": True}, {"ep": 2}, {"compile": True}, {"loss_tiles": 2}, {"mlp_tiles": 2}]
+)
 def test_what_does_not_go_together_is_refused(fake_world: Callable[..., None], setting: dict[str, Any]) -> None:
     fake_world(4)
     config = ParallelConfig(cp=2, **setting)

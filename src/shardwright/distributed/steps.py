@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 
+from shardwright._torch import concatenated
 from shardwright.distributed.apply import megatron_fsdp
 from shardwright.distributed.apply.activation_checkpointing import apply_activation_checkpointing
 from shardwright.distributed.apply.compile import apply_compile, check_backend
@@ -175,7 +176,7 @@ def _before_sharding(model: nn.Module, mesh: DeviceMesh, axes: Axes, decided: De
         generate_together(model, tp_mesh)
         compare_first_calls(model, tp_mesh)
     if decided.context is not None:
-        _split_sequences(model, axis(mesh, axes.cp), decided.context)
+        _split_sequences(model, axis(mesh, axes.cp), tp_mesh, decided.context)
     if decided.tiles.head is not None:
         apply_loss_tiles(model, decided.tiles.head, decided.tiles.loss)
     apply_mlp_tiles(model, decided.tiles.mlps, decided.tiles.mlp)
@@ -187,9 +188,10 @@ def _before_sharding(model: nn.Module, mesh: DeviceMesh, axes: Axes, decided: De
     save_and_load_together(model)
 
 
-def _split_sequences(model: nn.Module, cp_mesh: DeviceMesh, plan: ContextPlan) -> None:
+def _split_sequences(model: nn.Module, cp_mesh: DeviceMesh, tp_mesh: DeviceMesh | None, plan: ContextPlan) -> None:
     register_context_attention()
     kernels = attention_kernels(model, {name: use.kernel for name, use in plan.attention.items()})
-    apply_context_parallel(model, cp_mesh, None, plan, kernels)
+    both = None if tp_mesh is None or tp_mesh.size() == 1 else concatenated(cp_mesh, tp_mesh)
+    apply_context_parallel(model, cp_mesh, both, plan, kernels)
     generate_together(model, cp_mesh)
     compare_first_calls(model, cp_mesh)

@@ -22,7 +22,7 @@ def check_context(config: ParallelConfig, cp: int, tp: int, ep: int) -> None:
     if cp == 1:
         return
     others = {
-        "tensor parallelism (tp)": tp > 1,
+        "sequence parallelism (sequence_parallel with tp)": tp > 1 and config.sequence_parallel,
         "expert parallelism (ep)": ep > 1,
         "loss_tiles": config.loss_tiles > 1,
         "mlp_tiles": config.mlp_tiles > 1,

@@ -14,14 +14,15 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedConfig
 
 from shardwright._transformers import attention_of
-from shardwright.distributed.runtime.context.attention import NAME, Kernel, context_attention
+from shardwright.distributed.runtime.context.attention import KERNELS, Kernel, KernelName, context_attention
 from shardwright.distributed.runtime.forward import original_class
 from shardwright.errors import PlanError
 
 
 def register_context_attention() -> None:
-    """Let modules find :func:`context_attention` under its name."""
-    AttentionInterface.register(NAME, context_attention)
+    """Let modules find :func:`context_attention` under its names."""
+    for name in KERNELS:
+        AttentionInterface.register(KernelName(name), context_attention)
 
 
 def attention_kernels(model: nn.Module, names: Mapping[str, str]) -> dict[str, Kernel]:

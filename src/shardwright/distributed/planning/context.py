@@ -73,12 +73,14 @@ def _by_kind(reading: ModelReading, recording: Recording) -> tuple[dict[str, Blo
         return {}, {
             kind: f"{type(error).__name__}: {error}" for kind in map(weightless.repeats.kind_of, reading.blocks)
         }
+    ids = recording.inputs.kwargs.get("input_ids")
+    length = ids.shape[-1] if isinstance(ids, torch.Tensor) else 0
     findings: dict[str, BlockFinding] = {}
     failures: dict[str, str] = {}
     for block in blocks:
         kind = weightless.repeats.kind_of(weightless.repeats.original_name(block))
         try:
-            found = _finding(reading, weightless, block, runs)
+            found = _finding(reading, weightless, block, runs, length)
         except Unsplit as error:
             failures[kind] = str(error)
             continue
@@ -98,7 +100,11 @@ def _moved(finding: BlockFinding) -> Any:
 
 
 def _finding(
-    reading: ModelReading, weightless: WeightlessCopy, block: str, runs: list[Mapping[str, list[ModuleCall]]]
+    reading: ModelReading,
+    weightless: WeightlessCopy,
+    block: str,
+    runs: list[Mapping[str, list[ModuleCall]]],
+    length: int,
 ) -> BlockFinding:
     """What holds in every run: a place that is split in one must not be whole in another."""
     kernels: dict[str, str] = {}
@@ -117,7 +123,7 @@ def _finding(
     for calls in runs:
         if block not in calls:
             continue
-        now = BlockReplay(weightless, block, calls, kernels, recorded, experts).find()
+        now = BlockReplay(weightless, block, calls, kernels, recorded, experts, length).find()
         found = now if found is None else _both(found, now)
     if found is None:
         raise Unsplit("it did not run in the trial")

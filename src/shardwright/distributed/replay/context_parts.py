@@ -32,7 +32,7 @@ from shardwright.distributed.replay.module_calls import ModuleCall
 from shardwright.distributed.replay.pointwise import copied, pointwise
 from shardwright.distributed.replay.record import CODE_ERRORS
 from shardwright.distributed.replay.weightless import WeightlessCopy
-from shardwright.distributed.runtime.context.attention import HOLDER, KERNELS, NAME
+from shardwright.distributed.runtime.context.attention import HOLDER, KERNELS, KernelName
 from shardwright.distributed.runtime.context.places import (
     RESULT,
     Place,
@@ -75,6 +75,7 @@ class BlockReplay:
     Args:
         kernels: name of a module in the block -> the attention function that the real model uses there.
         recorded: modules of the copy whose results the model hands out beside its own.
+        length: how many positions the model was given; 0 where that is not known.
         experts: modules of the copy that are called as experts are, for each token by itself.
 
     Raises:
@@ -89,16 +90,20 @@ class BlockReplay:
         kernels: Mapping[str, str],
         recorded: Iterable[str] = (),
         experts: Container[str] = (),
+        length: int = 0,
     ) -> None:
         self.weightless, self.block, self.calls, self.kernels = weightless, block, calls, kernels
         self.module = weightless.model.get_submodule(block)
         self.call = calls[block][0]
         self.stream = first_argument(self.module)
         stream = self.call.args[0] if self.call.args else self.call.kwargs.get(self.stream)
-        if not isinstance(stream, Tensor) or stream.ndim != 3 or stream.shape[SEQUENCE_DIM] < RANKS:
-            form = tuple(stream.shape) if isinstance(stream, Tensor) else type(stream).__name__
-            raise Unsplit(f"its input has the form {form}, not [batch, positions, features]")
-        self.batch, self.length = stream.shape[0], stream.shape[SEQUENCE_DIM]
+        form: tuple[int, ...] = tuple(stream.shape) if isinstance(stream, Tensor) else ()
+        # Streams of several copies have one dim more: [batch, positions, copies, features], or the copies first.
+        dims = [n for n, size in enumerate(form) if n and size == length] if len(form) == 4 else [SEQUENCE_DIM]
+        if not isinstance(stream, Tensor) or len(form) not in (3, 4) or len(dims) != 1 or form[dims[0]] < RANKS:
+            found = form if form else type(stream).__name__
+            raise Unsplit(f"its input has the form {found}, not [batch, positions, features]")
+        self.batch, self.length = stream.shape[dims[0] - 1], stream.shape[dims[0]]
         self.experts = experts
         self.recorded = [name for name in recorded if name.startswith(f"{block}.")]
         self.results: dict[str, Any] = {}
@@ -139,7 +144,8 @@ class BlockReplay:
             for name, module in self.attending.items():
                 module.__dict__[HOLDER] = holder(name)
                 stack.callback(module.__dict__.pop, HOLDER)
-                stack.enter_context(LocalSizes(module, {"config._attn_implementation": NAME}).on(module))
+                values = {"config._attn_implementation": KernelName(self.kernels[name])}
+                stack.enter_context(LocalSizes(module, values).on(module))
             yield
 
     @contextmanager

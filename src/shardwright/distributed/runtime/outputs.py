@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from shardwright.distributed.runtime import collectives as c
 from shardwright.distributed.runtime.forward import Around, Forward
+from shardwright.distributed.runtime.implicit import OwnRules
 from shardwright.distributed.runtime.logits import ShardedLogits
 from shardwright.errors import UnsupportedError
 
@@ -74,6 +75,8 @@ class PlainOutputs(Around):
 
 
 def _plain(value: Any, keep_logits: bool) -> Any:
+    if isinstance(value, OwnRules):
+        return value  # split along the sequence, too: context parallelism, which is around this, sees to it
     if isinstance(value, ShardedLogits):
         return value if keep_logits else value.full_tensor()
     if isinstance(value, DTensor):

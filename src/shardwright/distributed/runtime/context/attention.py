@@ -1,8 +1,8 @@
 """Attention of this rank's part of the queries over all keys, with the model's own kernel.
 
-A model's attention module computes queries, keys and values of its part of the sequence and asks for the function
-that is called :data:`NAME`. That gathers the keys and values, picks this rank's rows of the mask, and calls the kernel
-that the model would have called.
+A model's attention module computes queries, keys and values of its part of the sequence and asks for the function that
+is called by a :class:`KernelName`. That gathers the keys and values, picks this rank's rows of the mask, and calls the
+kernel that the model would have called.
 """
 
 from __future__ import annotations
@@ -21,12 +21,30 @@ from shardwright.distributed.runtime.forward import Around, Forward
 from shardwright.distributed.runtime.local_sizes import LocalSizes
 from shardwright.errors import UnsupportedError
 
-NAME = "shardwright_context"
 HOLDER = "_context_attention"
 CAUSAL_WITHOUT_MASK = "sdpa"  # the kernel that takes no mask for a causal one
 KERNELS = frozenset({CAUSAL_WITHOUT_MASK, "eager"})  # those whose masks this file knows
 
 Kernel = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+class KernelName(str):
+    """What a config calls its attention function while it stands for :func:`context_attention`.
+
+    It is equal to the kernel's name, so that code which asks for that (``if name == "eager"``) does what it did. In a
+    table it is another key: its hash differs.
+    """
+
+    __slots__ = ()
+
+    def __hash__(self) -> int:
+        return hash(("context", str(self)))
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) is True
+
+    def __reduce__(self) -> Any:
+        return KernelName, (str(self),)
 
 
 def context_attention(
@@ -47,7 +65,7 @@ class ContextAttention(Around):
 
     def __init__(self, module: nn.Module, context: Context, kernel: Kernel, name: str, *, own_keys: bool) -> None:
         self.context, self.kernel, self.name, self.own_keys = context, kernel, name, own_keys
-        self.asking = LocalSizes(module, {"config._attn_implementation": NAME})
+        self.asking = LocalSizes(module, {"config._attn_implementation": KernelName(name)})
 
     def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.context.split is None:

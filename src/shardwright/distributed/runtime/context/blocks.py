@@ -62,7 +62,7 @@ class ContextBlock(Around):
     def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = original_class(module).__name__
         stream = kwargs[self.stream] if self.stream in kwargs else args[self.names.index(self.stream)]
-        split, batch = self._split(stream), stream.shape[0]
+        split, batch = self._split(stream), stream.shape[max(self.arguments[self.stream].dim - 1, 0)]
         if split is None:
             return forward(*made_whole(args), **made_whole(kwargs))
         wholes: list[tuple[Tensor, Tensor]] = []
@@ -98,7 +98,8 @@ class ContextBlock(Around):
         found = recognized(stream, self.context.meshes)
         if isinstance(found, ContextSharded):
             return found.dealt
-        split = Split.even(self.context.meshes.group, 1, stream.shape[1])
+        dim = self.arguments[self.stream].dim
+        split = Split.even(self.context.meshes.group, dim, stream.shape[dim])
         return split if all(end > start for start, end in split.bounds) else None
 
 

@@ -29,8 +29,8 @@ class ContextModel(Around):
 
     Logits come whole, too, where no gradients are recorded and the model has not computed its loss from them
     (generation, scoring). A call with a key-value cache is computed on whole sequences, alike on every rank. A training
-    step that is told nothing of a cache is split, and hands out none: what it computes may depend on whether there is
-    one (transformers looks for packed documents where there is none), so that stays as it is.
+    step that is told nothing of a cache is split, and hands out none. It fills none, but for a call with positions and
+    no mask: transformers looks for packed documents in these where there is no cache, and would not have looked.
 
     Args:
         caches: whether the model fills a cache when it is not told to.
@@ -45,6 +45,9 @@ class ContextModel(Around):
         group = self.context.meshes.group
         named = {**dict(zip(self.names, args, strict=False)), **kwargs}
         cached = named.get("past_key_values") is not None or self._makes_cache(module, named)
+        packed = named.get("position_ids") is not None and named.get("attention_mask") is None
+        if not cached and not packed and "use_cache" in self.names[len(args) :]:
+            kwargs = {**kwargs, "use_cache": False}
         args, kwargs = mapped_arguments(self.names, args, kwargs, lambda path, x: parts.entering(x, group))
         self.context.active = not cached
         try:

@@ -103,3 +103,15 @@ def test_405_billion_parameters_on_16384_ranks(tmp_path: Path) -> None:
     assert seconds < 15
     assert gib < 2
     assert json.loads(done.stdout)["fits"]
+
+
+def test_the_page_is_one_file_that_asks_nobody(llama: str, tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    call(llama, *MACHINE, "activation_checkpointing=full", "--html", str(path))
+    text = path.read_text()
+    assert len(text) < 2**20
+    assert "http" not in text
+    assert "<script" not in text
+    assert "<h1>Fits, with" in text
+    assert text.count("<svg") == 2
+    assert "backward model.layers.31" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -27,6 +28,7 @@ from shardwright.distributed.config import DTYPES, ParallelConfig
 @click.option("--gpus-per-node", type=click.IntRange(1), help="Instead of what is usual for the device.")
 @click.option("--tokens", type=float, help="Of a whole run, to say how long it takes: 15e12, for example.")
 @click.option("--price", type=float, help="Dollars of one GPU for an hour.")
+@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a page about it to this file.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @sharding(precision="bf16")
 def estimate(

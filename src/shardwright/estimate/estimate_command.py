@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import click
 from rich.console import Console
@@ -14,7 +15,7 @@ from shardwright.estimate.estimating import Estimate, estimate, largest_parts, r
 from shardwright.estimate.hardware import load_machine
 from shardwright.estimate.workload import Workload
 
-_NAMES = {
+NAMES = {
     "parameters": "parameters",
     "optimizer": "optimizer state",
     "gradients": "gradients",
@@ -29,6 +30,7 @@ _NAMES = {
 def run(
     model: str, config: ParallelConfig, workload: Workload, *, gpus: int, gpu: str, weights: str, lora: int,
     network: str, gpus_per_node: int | None, tokens: float | None, price: float | None, as_json: bool,
+    html: Path | None,
 ) -> None:  # fmt: skip
     """Estimate and print.
 
@@ -38,6 +40,10 @@ def run(
     machine = load_machine(gpu, network=network, gpus_per_node=gpus_per_node)
     found = estimate(read_model(model, weights, lora), config, workload, machine, gpus=gpus)
     found = replace(found, tokens_asked=tokens, price=price)
+    if html is not None:
+        from shardwright.estimate.page import page
+
+        html.write_text(page(found))
     if as_json:
         click.echo(json.dumps(found.to_dict(), indent=2))
         return
@@ -60,7 +66,7 @@ def print_estimate(found: Estimate, console: Console) -> None:
     table.add_column("part")
     table.add_column("GiB", justify="right")
     for name, size in largest_parts(at.parts):
-        table.add_row(_NAMES[name], gib(size))
+        table.add_row(NAMES[name], gib(size))
     table.add_row("tensors together", gib(at.total), style="bold", end_section=True)
     table.add_row("allowance: context and workspaces", gib(found.overheads.context))
     table.add_row("allowance: communicators", gib(found.overheads.communicators))

@@ -7,7 +7,7 @@ CONSTRAINTS ?= constraints.txt
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install test test-oldest test-faults matrix fuzz test-gpu lint dist zoo demo bench bench-peers bench-zoo bench-gpu clean
+.PHONY: install test test-oldest test-faults test-launchers matrix fuzz test-gpu lint docs dist zoo demo bench bench-peers bench-zoo bench-gpu clean
 
 install: $(READY)
 
@@ -18,7 +18,7 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 
 # Two at a time: ranks wait for each other, and many tests have none.
 test: install
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not fault"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not fault and not launcher"
 
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
@@ -34,6 +34,10 @@ matrix: install
 fuzz: install
 	$(BIN)/python tests/faults/fuzz.py
 
+# Those whose launcher is not installed are skipped, with the name of what is missing.
+test-launchers: install
+	$(BIN)/python -m pytest -m launcher
+
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu
 
@@ -42,6 +46,10 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The pages, in build/site. A warning (a broken link, a name that is not there) fails.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # The source archive and the wheel made from it. tests/packaging installs both.
 dist: install

@@ -101,7 +101,7 @@ def loss_in_tiles(
             shards) and with the tile's part of every tensor in ``per_token``. Returns a value for each token, or one
             number for the tile. Backward calls it a second time.
         hidden: ``[..., features]``.
-        weight, bias, on_logits, dtype, tiles: as for :func:`linear_cross_entropy`.
+        weight: as for :func:`linear_cross_entropy`, and so are ``bias``, ``on_logits``, ``dtype`` and ``tiles``.
         per_token: tensors ``[..., *]`` with the leading dims of ``hidden``: labels, advantages, log-probabilities.
 
     Returns:

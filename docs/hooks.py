@@ -1,0 +1,21 @@
+"""What mkdocs runs while it builds the pages."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+_ROLE = re.compile(r":(?:class|data|func|meth|mod):(?=<code>)")
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """The changelog lies beside the folder of the pages, and so do its links."""
+    if page.file.src_uri != "changelog.md":
+        return markdown
+    return Path("CHANGELOG.md").read_text(encoding="utf-8").replace("](docs/", "](")
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Docstrings name other objects with Sphinx's roles, of which the pages show the name alone."""
+    return _ROLE.sub("", html)

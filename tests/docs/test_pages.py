@@ -125,6 +125,7 @@ def test_the_script_of_the_start_page_runs(tmp_path: Path) -> None:
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "path" / "to" / "qwen3")
     script = next(block for block in blocks("python") if block.page == "docs/start.md")
+    assert script.text.strip() in next(block for block in blocks("python") if block.page == "README.md").text
     (tmp_path / "train.py").write_text(script.text)
     torchrun = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
     done = subprocess.run(torchrun, cwd=tmp_path, capture_output=True, text=True, timeout=250, check=False)

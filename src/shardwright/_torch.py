@@ -27,7 +27,7 @@ from torch.nn.modules.dropout import _DropoutNd as DropoutNd
 from torch.optim.optimizer import _foreach_supported_types as _in_optimizers
 from torch.utils._foreach_utils import _foreach_supported_types as _in_clipping
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 
 __all__ = [
     "DropoutNd",
@@ -39,11 +39,14 @@ __all__ = [
     "add_view",
     "after_backward",
     "attention_kernels",
+    "begin_forward",
     "compute_local_shape_and_global_offset",
     "concatenated",
     "default_store",
     "drop_gathered_gradients",
+    "end_forward",
     "fake_store",
+    "fill_in_gradients",
     "find_root",
     "flatten",
     "flattened_names",
@@ -57,6 +60,7 @@ __all__ = [
     "is_gathering",
     "is_traceable_wrapper_subclass",
     "is_unfinished",
+    "is_unit",
     "learn_dtypes",
     "local_tensor",
     "make_wrapper",
@@ -68,13 +72,17 @@ __all__ = [
     "reshards_after_forward",
     "root_of",
     "runs",
+    "runs_backward",
     "shards_of",
+    "state_of",
     "states_of",
     "storage_key",
     "take_in_groups",
+    "tree_flatten",
     "tree_leaves",
     "tree_map",
     "tree_map_only",
+    "tree_unflatten",
     "version_of",
     "without_torch_function",
     "written_versions",
@@ -237,6 +245,45 @@ def is_gathering(group: Any) -> bool:
 def reshards_after_forward(group: Any) -> bool:
     """Whether ``group`` gives its gathered parameters back between forward and backward."""
     return group._reshard_after_forward
+
+
+def state_of(module: nn.Module) -> Any:
+    """The state of an FSDP2 unit."""
+    return module._get_fsdp_state()  # type: ignore[operator]
+
+
+def is_unit(module: nn.Module) -> bool:
+    """Whether ``module`` is an FSDP2 unit, by itself and not with others."""
+    return isinstance(module, FSDPModule) and len(state_of(module)._modules) == 1
+
+
+def begin_forward(state: Any, module: nn.Module, value: torch.Tensor) -> torch.Tensor:
+    """Do what FSDP2 does before a forward with ``value``; returns what the forward would be called with."""
+    (value,), _ = state._pre_forward(module, (value,), {})
+    return value
+
+
+def end_forward(state: Any, module: nn.Module, value: torch.Tensor) -> torch.Tensor:
+    """Do what FSDP2 does after a forward that returned ``value``; returns what its caller would get."""
+    result: torch.Tensor = state._post_forward(module, (value,), value)
+    return result
+
+
+def runs_backward(group: Any) -> bool:
+    """Whether backward has come to ``group`` and not yet left it."""
+    return group._training_state is TrainingState.PRE_BACKWARD
+
+
+def fill_in_gradients(group: Any) -> list[nn.Parameter]:
+    """Give zeros to the trained parameters of ``group`` that have got no gradient; returns their shards."""
+    filled = []
+    for param in group.fsdp_params:
+        if not (param.sharded_param.requires_grad and hasattr(param, "_unsharded_param")):
+            continue
+        if param.unsharded_accumulated_grad is None and param.unsharded_param.grad is None:
+            param.unsharded_param.grad = torch.zeros_like(param.unsharded_param)
+            filled.append(param.sharded_param)
+    return filled
 
 
 def shards_of(group: Any) -> list[nn.Parameter]:

@@ -32,10 +32,11 @@ from shardwright.distributed.apply.guards.same_calls import compare_first_calls
 from shardwright.distributed.apply.loss_tiles import apply_loss_tiles
 from shardwright.distributed.apply.megatron_fsdp import Options as MegatronOptions
 from shardwright.distributed.apply.mlp_tiles import apply_mlp_tiles
-from shardwright.distributed.apply.parts import open_to_losses
+from shardwright.distributed.apply.parts import PART, open_to_losses
 from shardwright.distributed.apply.passes import watch_passes
 from shardwright.distributed.apply.quantized import check_quantized
 from shardwright.distributed.apply.saving import save_and_load_together
+from shardwright.distributed.apply.skipped_units import pass_skipped_units
 from shardwright.distributed.apply.tensor_parallel import apply_tensor_parallel
 from shardwright.distributed.apply.trainers import connect_trainers
 from shardwright.distributed.axes import EXPERTS
@@ -128,6 +129,8 @@ def parallelize_with_fsdp2(
             let_mix(model, decided.experts)
         watch_passes(model, before=look_for_changes)
     open_to_losses(model, decided.readable, axes.tp, fsdp2=decided.data is not None)
+    if decided.data is not None and dp_mesh.size() > 1:
+        pass_skipped_units(model, decided.data.order, without=PART)
     check_parameters(model)
     replaced.raise_for_gradients(model)
     connect_trainers()

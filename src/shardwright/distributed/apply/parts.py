@@ -21,7 +21,7 @@ from shardwright.distributed.runtime.forward import Around, Forward, arounds, wr
 from shardwright.distributed.runtime.gradient_sum import UnitParameters
 from shardwright.distributed.runtime.read_weights import make_readable
 
-_PART = "shardwright_part"  # the argument by which the root is told to run a part in the place of itself
+PART = "shardwright_part"  # the argument by which the root is told to run a part in the place of itself
 
 
 def open_to_losses(model: nn.Module, readable: Iterable[str], axis: str, *, fsdp2: bool) -> None:
@@ -50,7 +50,7 @@ class _Root(Around):
         outer, self.running = self.running, True
         self.make_readable(module)  # what FSDP2 has gathered, and registered in the place of the shards
         try:
-            if _PART not in kwargs:
+            if PART not in kwargs:
                 return forward(*args, **kwargs)
             return _run_part(module, args, **kwargs)
         finally:
@@ -84,7 +84,7 @@ class _Part(Around):
 
     def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         model = None if self.root.running else self.model()
-        return forward(*args, **kwargs) if model is None else model(*args, **kwargs, **{_PART: forward})
+        return forward(*args, **kwargs) if model is None else model(*args, **kwargs, **{PART: forward})
 
 
 def _outside_units(module: nn.Module) -> Iterator[nn.Module]:

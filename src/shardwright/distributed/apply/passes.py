@@ -12,6 +12,9 @@ whatever the shards have become. Here:
 
 An ordinary step (forward, backward, optimizer) gathers and reduces what it would without this. What a user keeps
 gathered after backward (``set_reshard_after_backward(False)``) is gathered anew only if the shards were written to.
+
+Data-parallel ranks may use different parameters (:mod:`.skipped_units`). FSDP2 reduces those that have a gradient, and
+its reduction wants the same ones on every rank: the others get zeros before it, and None again where no rank used them.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from shardwright import _torch
 
@@ -103,6 +107,8 @@ class _Passes:
 
     def _end_backward(self) -> None:
         self._in_backward = False
+        for group in self._groups:
+            group.forget_zeros()
         for group in self._left_gathered():
             _torch.register_shards(group)
 
@@ -113,6 +119,8 @@ class _Passes:
         _torch.forget_forwards(self._groups, self._recorded)
         for group in self._left_gathered():
             group.settle()
+        for group in self._groups:
+            group._filled = ()
 
     def _left_gathered(self) -> list[_Group]:
         """The groups that are gathered, but for those that ``unshard_fsdp2_model`` holds."""
@@ -126,6 +134,7 @@ class _Group(_torch.FSDPParamGroup):
     passes: _Passes
     is_held = False
     _versions: list[tuple[int, int]] | None = None
+    _filled: tuple[nn.Parameter, ...] = ()
 
     def is_outdated(self) -> bool:
         """Whether the shards were written to since they were gathered."""
@@ -150,6 +159,23 @@ class _Group(_torch.FSDPParamGroup):
     def pre_backward(self, default_prefetch: bool, *unused: Any) -> None:
         self.passes.begin_backward()
         super().pre_backward(default_prefetch, *unused)
+
+    def post_backward(self, *unused: Any) -> None:
+        if self.reduce_grads and _torch.runs_backward(self):
+            # Ranks may have used different parameters, and the reduction wants the same ones on all.
+            self._filled += tuple(shard for shard in _torch.fill_in_gradients(self) if shard.grad is None)
+        super().post_backward(*unused)
+
+    def forget_zeros(self) -> None:
+        """Take away the gradients of parameters that no rank has used, as one process has none."""
+        for shard in self._filled:
+            if shard.grad is not None and not _local(shard.grad).any():
+                shard.grad = None
+        self._filled = ()
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager

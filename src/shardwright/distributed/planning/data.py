@@ -72,7 +72,20 @@ def decide_data(
         apart = _parts_of_other_dtype(reading, first, taken)
         taken |= {id(model.get_submodule(name)) for name in (*apart, *modules)}
         made.append(Unit(modules, reshard, tuple(apart)))
-    return DataPlan(tuple(made), _prefetch(by_list(plain, reading.blocks), config.prefetch))
+    lists = by_list(plain, reading.blocks)
+    return DataPlan(tuple(made), _prefetch(lists, config.prefetch), _as_they_run(reading, lists))
+
+
+def _as_they_run(reading: ModelReading, lists: Iterable[str]) -> tuple[str, ...]:
+    """``lists`` of blocks in the order in which they run, without those that the recorded run does not come to."""
+    recording = reading.recording()
+    if recording is None:
+        return ()
+    original = recording.weightless.repeats.original_name
+    called = [original(name) for name in recording.record.calls.counts]
+    places = {each: next((n for n, name in enumerate(called) if name.startswith(f"{each}.")), None) for each in lists}
+    found = {each: place for each, place in places.items() if place is not None}
+    return tuple(sorted(found, key=lambda each: found[each]))
 
 
 def _expert_units(reading: ModelReading, experts: ExpertPlan | None, kept: set[str], mode: str) -> Iterator[Unit]:

@@ -76,10 +76,12 @@ class DataPlan:
     Attributes:
         prefetch: block -> the blocks that it gathers ahead in forward, and in backward. Empty where torch's own way,
             the next one, is wanted.
+        order: the lists that units are in, in the order in which they run, as far as a run without weights shows it.
     """
 
     units: tuple[Unit, ...]
     prefetch: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=dict)
+    order: tuple[str, ...] = ()
 
     @property
     def names(self) -> list[str]:

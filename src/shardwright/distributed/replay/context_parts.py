@@ -10,7 +10,7 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -97,6 +97,9 @@ class BlockReplay:
         self.call = calls[block][0]
         self.stream = first_argument(self.module)
         stream = self.call.args[0] if self.call.args else self.call.kwargs.get(self.stream)
+        for value in (*self.call.args, *self.call.kwargs.values()):
+            if isinstance(value, (MutableMapping, MutableSequence)) and type(value) not in (dict, list) and len(value):
+                raise Unsplit(f"it is handed a {type(value).__name__}, by which blocks may hand each other tensors")
         form: tuple[int, ...] = tuple(stream.shape) if isinstance(stream, Tensor) else ()
         # Streams of several copies have one dim more: [batch, positions, copies, features], or the copies first.
         dims = [n for n, size in enumerate(form) if n and size == length] if len(form) == 4 else [SEQUENCE_DIM]

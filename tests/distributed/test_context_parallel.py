@@ -228,6 +228,11 @@ def test_a_model_of_ones_own(ranks2: RankPool) -> None:
     assert_exact(verify(mixing, CP2, batch=batch, accumulate=2, pool=ranks2), 0.0)
 
 
+def test_blocks_that_share_keys_and_values_are_refused() -> None:
+    with pytest.raises(PlanError, match="KVSharingDict, by which blocks may hand each other tensors"):
+        plan_context(ModelReading(case_of("gemma3n_text", CP2).build()))
+
+
 def test_what_would_not_be_split_is_refused() -> None:
     with pytest.raises(PlanError, match=r"would do nothing for Mixing.*layers\.\*"):
         plan_context(ModelReading(only_whole()))

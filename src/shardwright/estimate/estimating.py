@@ -163,7 +163,9 @@ def estimate(
         UnsupportedError: context parallelism, Megatron-FSDP.
     """
     if config.cp > 1:
-        raise UnsupportedError(f"cp is {config.cp}: context parallelism is not supported yet. Use cp=1.")
+        raise UnsupportedError(
+            f"cp is {config.cp}: layouts with context parallelism are not estimated yet. Estimate with cp=1."
+        )
     if config.ep > 1:
         raise UnsupportedError(
             f"ep is {config.ep}: how many tokens travel to each expert is only known when a model runs, so this is not "

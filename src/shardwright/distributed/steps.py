@@ -120,7 +120,8 @@ def parallelize_with_fsdp2(
         expert_mesh = expert_data_parallel_mesh(device_mesh, axes.dp_replicate)
         check_expert_shards(model, decided.experts, expert_mesh)
     _before_sharding(model, device_mesh, axes, decided)
-    mark_parallelized(model, Parallelized(device_mesh, axes.tp, "fsdp2"))
+    on = Parallelized(device_mesh, axes.tp, "fsdp2")
+    mark_parallelized(model, on)
     if decided.data is not None or tp > 1:
         refuse_later_changes(model)
     if decided.data is not None:
@@ -133,7 +134,7 @@ def parallelize_with_fsdp2(
         pass_skipped_units(model, decided.data.order, without=PART)
     check_parameters(model)
     replaced.raise_for_gradients(model)
-    connect_trainers()
+    connect_trainers(on)
     return model
 
 
@@ -156,8 +157,9 @@ def parallelize_with_megatron_fsdp(
     check_fused_kernels(model, tp_mesh.size())
     decided = decide(reading, config, tp=tp_mesh.size(), fsdp2=False, custom=plan, own_units=prepared.unit_names)
     _before_sharding(model, device_mesh, Axes(tp=options.tp_mesh_name), decided)
-    mark_parallelized(model, Parallelized(device_mesh, options.tp_mesh_name, "megatron_fsdp"))
-    connect_trainers()
+    on = Parallelized(device_mesh, options.tp_mesh_name, "megatron_fsdp")
+    mark_parallelized(model, on)
+    connect_trainers(on)
     return prepared.shard()
 
 

@@ -9,13 +9,17 @@ Tested with accelerate 1.15.
 
 from __future__ import annotations
 
+import gc
+from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.scheduler import AcceleratedScheduler
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
@@ -23,6 +27,7 @@ from shardwright.distributed.apply.guards.fresh import Parallelized, parallelize
 from shardwright.distributed.runtime.layout import whole
 from shardwright.errors import ConfigError, UnsupportedError
 from shardwright.hf.arguments import check_degrees
+from shardwright.hf.checkpoints import load_model, load_optimizer, save_model, save_optimizer
 from shardwright.hf.gathering import gather, gather_objects, plain, reduce
 
 _ITS_OWN = {
@@ -36,6 +41,8 @@ class ShardedAccelerator(Accelerator):
     """An accelerator that was given a sharded model; :func:`adopt` makes it one."""
 
     _on: Parallelized
+    _models: list[Any]
+    _optimizers: list[Any]
 
     @property
     def num_processes(self) -> int:
@@ -113,11 +120,64 @@ class ShardedAccelerator(Accelerator):
         if parallelized_model(model) is None:
             return super().get_state_dict(model, unwrap)
         state: dict[str, Any] = {}
-        for name, value in self.unwrap_model(model).state_dict().items():
-            full = whole(value)
+        gathered: dict[int, Tensor] = {}
+        for name, value in self.unwrap_model(model).state_dict(keep_vars=True).items():
+            if id(value) not in gathered:  # tied weights stay one tensor
+                full = whole(value.detach())
+                gathered[id(value)] = full.to("cpu", copy=full is value) if self.is_main_process else full[:0]
             if self.is_main_process:
-                state[name] = full.detach().to("cpu", copy=full is value)
+                state[name] = gathered[id(value)]
         return state
+
+    def save_state(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Every rank its part; models as plain folders, optimizers to go on at any mesh (``hf/checkpoints.py``)."""
+        models, optimizers = self._models, self._optimizers
+        self._models, self._optimizers = [], []
+        try:
+            folder = super().save_state(output_dir, *args, **kwargs)
+        finally:
+            self._models, self._optimizers = models, optimizers
+        for number, model in enumerate(map(self.unwrap_model, models)):
+            save_model(model, Path(folder) / f"model_{number}")
+        for number, optimizer in enumerate(optimizers):
+            save_optimizer(self._model_of(optimizer), optimizer, Path(folder) / f"optimizer_{number}", self._on)
+        return folder
+
+    def load_state(self, input_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """Read what :meth:`save_state` wrote, on the same mesh or another.
+
+        Raises:
+            CheckpointError: it is of another model or optimizer; on every rank.
+        """
+        folder = Path(input_dir).expanduser() if input_dir is not None else self._newest_state()
+        models, optimizers = self._models, self._optimizers
+        self._models, self._optimizers = [], []
+        try:
+            super().load_state(str(folder), *args, **kwargs)
+        finally:
+            self._models, self._optimizers = models, optimizers
+        for number, model in enumerate(map(self.unwrap_model, models)):
+            load_model(model, folder / f"model_{number}")
+        for number, optimizer in enumerate(optimizers):
+            load_optimizer(self._model_of(optimizer), optimizer, folder / f"optimizer_{number}")
+
+    def _newest_state(self) -> Path:
+        if not self.project_configuration.automatic_checkpoint_naming:
+            raise ConfigError("load_state was called without a folder. Pass the one that save_state was given.")
+        found = list((Path(self.project_dir) / "checkpoints").glob("checkpoint_*"))
+        if not found:
+            raise ConfigError(f"{self.project_dir} has no checkpoints yet.")
+        return max(found, key=lambda path: int(path.name.rpartition("_")[2]))
+
+    def _model_of(self, optimizer: Any) -> nn.Module:
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for model in map(self.unwrap_model, self._models):
+            if held <= {id(parameter) for parameter in model.parameters()}:
+                return model
+        raise ConfigError(
+            "An optimizer holds parameters of no single model that this accelerator has prepared, so its state cannot "
+            "be named. Make an optimizer for each model, and prepare them together."
+        )
 
 
 def adopt(accelerator: Accelerator, on: Parallelized) -> bool:
@@ -135,6 +195,18 @@ def adopt(accelerator: Accelerator, on: Parallelized) -> bool:
     accelerator.__class__ = _sharded(cls)
     vars(accelerator)["_on"] = on
     return True
+
+
+def adopt_all(on: Parallelized) -> None:
+    """Adopt the accelerators that this process has, so that they count the data-parallel ranks of ``on`` from now on.
+
+    One that cannot be adopted says so when it is handed the model, if it ever is.
+    """
+    if AcceleratorState._shared_state:
+        for each in gc.get_objects():
+            if issubclass(type(each), Accelerator) and "state" in vars(each):
+                with suppress(ConfigError, UnsupportedError):
+                    adopt(each, on)
 
 
 def check_same_mesh(one: Parallelized, other: Parallelized) -> None:

@@ -7,11 +7,16 @@ from typing import Any
 from accelerate import ParallelismConfig
 
 from shardwright.distributed.apply.guards.fresh import Parallelized
-from shardwright.errors import ConfigError
+from shardwright.errors import ConfigError, UnsupportedError
 
 
 def check_arguments(args: Any, on: Parallelized) -> None:
-    """Raise ConfigError where ``args`` (TrainingArguments) ask for what a model on ``on`` cannot do."""
+    """Refuse what ``args`` (TrainingArguments) ask for and a model on ``on`` cannot do.
+
+    Raises:
+        ConfigError: an argument that contradicts the mesh.
+        UnsupportedError: a trainer that generates (GRPO and its like) where ranks share a batch.
+    """
     for name, what in _ALWAYS.items():
         if getattr(args, name, None):
             raise ConfigError(f"{name}={getattr(args, name)!r} does not work on a sharded model. {what}")
@@ -19,6 +24,11 @@ def check_arguments(args: Any, on: Parallelized) -> None:
     shared = on.batches is None or on.batches.size() < on.mesh.size()
     if not shared:
         return
+    if hasattr(args, "num_generations"):
+        raise UnsupportedError(
+            f"{type(args).__name__}: training on generations is not exact yet where ranks share a batch, as on "
+            f"{on.mesh}. Use dp_shard and dp_replicate alone."
+        )
     for name, (values, what) in _SHARED_BATCHES.items():
         value = getattr(args, name, None)
         if value in values if values else value is not None:

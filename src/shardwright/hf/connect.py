@@ -5,11 +5,12 @@ that are not sharded. Given a sharded one, the accelerator or trainer becomes an
 (as FSDP2 does with modules), which knows the mesh: :mod:`shardwright.hf.accelerator`, :mod:`shardwright.hf.trainer`.
 No other class is touched, and none of the user's: trainers that are subclasses (TRL's, one's own) come through here.
 
-Tested with accelerate 1.15 and transformers 5.17 and 5.23.
+Written for transformers 5.17 to 5.23; tested with accelerate 1.15 and transformers 5.23.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -23,17 +24,22 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from shardwright.distributed.apply.guards.fresh import parallelized_model
-from shardwright.hf.accelerator import adopt
+from shardwright.distributed.apply.guards.fresh import Parallelized, parallelized_model
+from shardwright.hf.accelerator import adopt, adopt_all
 
+logger = logging.getLogger(__name__)
 _TRAINER = "transformers.trainer"
 _MARK = "_shardwright"
 
 
-def connect() -> None:
-    """Wrap these methods; calls after the first do nothing."""
-    if hasattr(Accelerator.prepare, _MARK):
-        return
+def connect(on: Parallelized) -> None:
+    """Wrap these methods, once; tell the accelerators that are there of ``on``, so that they count its ranks."""
+    if not hasattr(Accelerator.prepare, _MARK):
+        _wrap_all()
+    adopt_all(on)
+
+
+def _wrap_all() -> None:
     _wrap(Accelerator, "prepare", _adopting)
     _wrap(Accelerator, "prepare_model", _adopting)
     if _TRAINER in sys.modules:
@@ -57,8 +63,20 @@ def _adopting(self: Accelerator, method: Callable[..., Any], *args: Any, **kwarg
     for each in args:
         on = parallelized_model(each) if isinstance(each, nn.Module) else None
         if on is not None and adopt(self, on):
+            _warn_of_counts(self)
             return getattr(self, method.__name__)(*args, **kwargs)
     return method(self, *args, **kwargs)
+
+
+def _warn_of_counts(accelerator: Any) -> None:
+    """Say that an accelerator which was made after the model has counted other ranks until now."""
+    if accelerator.num_processes < accelerator.state.num_processes and accelerator.is_main_process:
+        logger.warning(
+            "accelerator.num_processes is %d from here on, the data-parallel ranks; it was %d before, and a learning "
+            "rate schedule that was made with that is too long. Make the Accelerator before parallelize is called.",
+            accelerator.num_processes,
+            accelerator.state.num_processes,
+        )
 
 
 def _connect_trainer(module: ModuleType) -> None:

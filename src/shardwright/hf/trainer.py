@@ -1,8 +1,8 @@
 """transformers' ``Trainer``, and whatever is made of it, on a sharded model.
 
 Private and protected parts of Trainer that are relied on are overridden here and nowhere else: how its accelerator is
-made, how the model, the optimizer and the random states are written and read, and how large a batch is. Tested with
-transformers 5.17 and 5.23.
+made, how the model, the optimizer and the random states are written and read, and how large a batch is. Written for
+transformers 5.17 to 5.23, tested with 5.23 and TRL 1.16.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ class Device:
         fabric: that joins the devices of a node.
         gpus_per_node: how many there are.
         source: where the numbers come from.
-        efficiencies: measured on this device (``shardwright calibrate``); None: those of the package.
+        efficiencies: measured on this device; None: those of the package.
         dollars_per_hour: for one device; None where nobody said.
     """
 
@@ -146,7 +146,7 @@ def _path(kind: str, name: str) -> Path:
         hint = f" Did you mean {close[0]}?" if close else ""
         raise ConfigError(
             f"There is no {kind[:-1]} {name!r}.{hint} Known: {', '.join(known)}. For another one pass the path of a "
-            "YAML file with the same keys, or measure it with shardwright calibrate."
+            "YAML file with the same keys."
         )
     return path
 

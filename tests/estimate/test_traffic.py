@@ -69,7 +69,8 @@ def test_every_style_is_compared_with_a_real_run() -> None:
     ]
     cases += [("mixtral", TP.with_(plan=plan)) for plan in CUSTOM]
     used = {row.style.partition(":")[0] for case in cases for row in predict(source_of(case[0]), case[1]).rows}
-    assert set(STYLES) <= used
+    # What experts on ranks of their own exchange is compared in tests/distributed/test_expert_parallel.py.
+    assert set(STYLES) - {"expert_parallel"} <= used
 
 
 ACTIVATIONS = {

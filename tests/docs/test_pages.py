@@ -7,6 +7,7 @@ import inspect
 import re
 import shlex
 import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,7 @@ def test_the_script_of_the_start_page_runs(tmp_path: Path) -> None:
     script = next(block for block in blocks("python") if block.page == "docs/start.md")
     assert script.text.strip() in next(block for block in blocks("python") if block.page == "README.md").text
     (tmp_path / "train.py").write_text(script.text)
-    torchrun = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
     done = subprocess.run(torchrun, cwd=tmp_path, capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 0, done.stderr
     model, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned", output_loading_info=True)

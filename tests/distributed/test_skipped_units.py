@@ -90,10 +90,18 @@ def _layerdrop(configs: Sequence[ParallelConfig]) -> None:
     _compare(_opt(), configs[0], steps, accumulate=2)
 
 
-def test_ranks_that_drop_different_layers(ranks2: RankPool) -> None:
-    configs = (FSDP, FSDP.with_(reshard_after_forward="always", activation_checkpointing="full"))
-    configs += (FSDP.with_(reshard_after_forward="never", prefetch=2), ParallelConfig(dp_replicate=2))
-    ranks2.run(_layerdrop, configs)
+OF_TWO = (
+    FSDP,
+    FSDP.with_(reshard_after_forward="always", activation_checkpointing="full"),
+    FSDP.with_(reshard_after_forward="never", prefetch=2),
+    ParallelConfig(dp_replicate=2),
+)
+OF_FOUR = (FSDP.with_(tp=2), FSDP.with_(tp=2, sequence_parallel=True))
+
+
+@pytest.mark.parametrize("pool", ["ranks2", "ranks4"])
+def test_ranks_that_drop_different_layers(pool: str, request: pytest.FixtureRequest) -> None:
+    request.getfixturevalue(pool).run(_layerdrop, OF_TWO if pool == "ranks2" else OF_FOUR)
 
 
 # Batches without images

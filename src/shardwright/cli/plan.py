@@ -16,7 +16,7 @@ from shardwright.distributed.config import DTYPES, ParallelConfig
               help="Dtype in which parameters, gradients and AdamW's state are kept.")  # fmt: skip
 @click.option("--save", type=click.Path(path_type=Path), help="Write the plan to this YAML file: edit, then --plan it.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-@sharding(tp=2, dp_shard=1, precision="bf16")
+@sharding(tp=2, precision="bf16")
 def plan(model: str, config: ParallelConfig, weights: str, save: Path | None, as_json: bool) -> None:
     """Show how MODEL would be cut, what stays on a rank, and what the ranks would send. Runs and downloads nothing.
 

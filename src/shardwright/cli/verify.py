@@ -14,7 +14,7 @@ from shardwright.distributed.config import ParallelConfig
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
               help="What both sides compute on; ranks share GPUs where there are fewer.")  # fmt: skip
-@sharding(dp_shard=1)
+@sharding()
 def verify(model: str, config: ParallelConfig, accumulate: int, as_json: bool, device: str) -> None:
     """Prove that MODEL, sharded, computes what it computes in one process. Exit code 0 only if it is exact.
 

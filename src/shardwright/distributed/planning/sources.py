@@ -45,6 +45,7 @@ from shardwright.untrusted import read_file, shown
 
 logger = logging.getLogger(__name__)
 
+NO_PLAN = "none"  # the source where a model is not to be cut
 GATHERED = ("colwise_gather_output", "colwise_rep")
 
 # Globs to styles (torch's objects, or names), a plan, a path to one in YAML or JSON, or a dotted path to a dict or to a
@@ -80,7 +81,7 @@ def _chosen(reading: ModelReading, brought: Brought | None, tp: int) -> tuple[Pa
         return merged, " and ".join(dict.fromkeys(why for _, why in plans.values()))
     if (reason := NOT_CUT.get(_model_type(model))) is not None:
         notes = (f"no tensor parallelism: {reason}.",)
-        return ParallelPlan({}, source="none", notes=notes), "no plan for this model type is exact"
+        return ParallelPlan({}, source=NO_PLAN, notes=notes), "no plan for this model type is exact"
     if adapter is None and (optimized := optimized_plan(model)) is not None:
         return optimized, "Shardwright has a tuned plan for this model type"
     if adapter is None and (huggingface := huggingface_plan(model)) and cuts_layers(model, huggingface):

@@ -12,7 +12,7 @@ from shardwright.distributed.planning.decided import ExpertPlan
 from shardwright.distributed.planning.replay_check import why_not_exact
 from shardwright.distributed.planning.resolve import resolve
 from shardwright.distributed.planning.resolved import ResolvedPlan
-from shardwright.distributed.planning.sources import Brought, CustomPlan, brought_plan, choose_plan
+from shardwright.distributed.planning.sources import NO_PLAN, Brought, CustomPlan, brought_plan, choose_plan
 from shardwright.distributed.replay.reading import ModelReading
 from shardwright.errors import PlanError
 
@@ -79,7 +79,7 @@ def _completed(
     reading: ModelReading, plan: ParallelPlan, resolved: ResolvedPlan, experts: ExpertPlan | None
 ) -> tuple[ParallelPlan, ResolvedPlan]:
     """A plan of transformers with what it does not mention, where all of it together is exact."""
-    more = completed(reading, plan, resolved)
+    more = None if plan.source == NO_PLAN else completed(reading, plan, resolved)
     if more is None:
         return plan, resolved
     both = resolve(reading, more, resolved.tp, sequence_parallel=resolved.sequence_parallel, experts=experts)

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from steps import assert_same_gradients, assert_same_parameters
 from tiny_models import LENGTH, batch, build, from_meta
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import _foreach_supported_types
 
 from shardwright import ParallelConfig, parallelize
+from shardwright.distributed.runtime.checked import CheckedDTensor
 from shardwright.distributed.runtime.read_weights import ReadableWeight
 from shardwright.errors import UnsupportedError
 from shardwright.losses import linear_cross_entropy, loss_in_tiles
@@ -162,7 +162,7 @@ def _optimizers() -> None:
                 optimizer.step()
         torch.testing.assert_close(model.lm_head.weight.full_tensor(), reference.lm_head.weight, rtol=1e-4, atol=1e-5)
         assert type(model.lm_head.weight) is ReadableWeight
-        assert type(optimizers[0].state[model.lm_head.weight]["exp_avg"]) is DTensor
+        assert type(optimizers[0].state[model.lm_head.weight]["exp_avg"]) is CheckedDTensor
 
 
 def test_optimizers(ranks2: RankPool) -> None:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -15,6 +16,7 @@ CONFIG = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
+FirstJobId={ports[3]}  # the ranks meet at a port that follows from it: another in each cluster
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/none
@@ -31,7 +33,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerType=sched/builtin
 MpiDefault=none
-KillWait=30
+KillWait=5
 NodeName={nodes[0]} NodeHostname={host} Port={ports[1]} CPUs=1
 NodeName={nodes[1]} NodeHostname={host} Port={ports[2]} CPUs=1
 PartitionName=all Nodes=ALL Default=YES MaxTime=60 State=UP
@@ -52,7 +54,7 @@ class SlurmCluster:
         self._environment = {**environment, "SLURM_CONF": str(folder / "slurm.conf")}
 
     def __enter__(self) -> SlurmCluster:
-        text = CONFIG.format(host=socket.gethostname(), folder=self._folder, nodes=NODES, ports=free_ports(3))
+        text = CONFIG.format(host=socket.gethostname(), folder=self._folder, nodes=NODES, ports=free_ports(4))
         (self._folder / "slurm.conf").write_text(text)
         (self._folder / "state").mkdir()
         self.call(f"{DAEMONS}/slurmctld", "-c")
@@ -67,16 +69,29 @@ class SlurmCluster:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.call("scancel", "--user=root")
-        time.sleep(1)
-        for file in self._folder.glob("*.pid"):
-            os.kill(int(file.read_text()), signal.SIGTERM)
+        """End the jobs, then the daemons: those that do not end when they are asked to are killed."""
+        with suppress(subprocess.SubprocessError):
+            self.call("scancel", "--user=root")
+            end = time.monotonic() + 60
+            while self.call("squeue", "--noheader") and time.monotonic() < end:
+                time.sleep(0.2)
+        daemons = [int(file.read_text()) for file in self._folder.glob("*.pid")]
+        for sent in (signal.SIGTERM, signal.SIGKILL):
+            for process in filter(alive, daemons):
+                os.kill(process, sent)
+            end = time.monotonic() + 10
+            while any(map(alive, daemons)) and time.monotonic() < end:
+                time.sleep(0.1)
 
     def call(self, *command: str, cwd: Path | None = None) -> str:
         """What a command of Slurm prints."""
         return subprocess.run(
             command, cwd=cwd, env=self._environment, capture_output=True, text=True, timeout=60, check=True
         ).stdout
+
+
+def alive(process: int) -> bool:
+    return Path(f"/proc/{process}").exists()
 
 
 def free_ports(count: int) -> list[int]:

@@ -7,7 +7,7 @@ CONSTRAINTS ?= constraints.txt
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install test test-oldest test-faults test-launchers matrix fuzz test-gpu lint docs dist zoo demo bench bench-peers bench-zoo bench-gpu clean
+.PHONY: install test test-oldest test-faults test-launchers matrix fuzz test-gpu lint docs dist zoo zoo-experts demo bench bench-peers bench-zoo bench-gpu clean
 
 install: $(READY)
 
@@ -59,6 +59,9 @@ dist: install
 
 zoo: install
 	$(BIN)/python -m shardwright.verify.zoo --output docs/architectures.md
+
+zoo-experts: install
+	$(BIN)/python -m shardwright.verify.zoo --experts --output docs/experts_zoo.md
 
 demo: install
 	$(BIN)/python examples/demo.py

@@ -38,6 +38,8 @@ MESHES = {
     "fsdp2": ParallelConfig(dp_shard=2),
     "tp2 x fsdp2": ParallelConfig(tp=2, dp_shard=2),
     "hsdp": ParallelConfig(dp_replicate=2, dp_shard=2),
+    "ep2": ParallelConfig(dp_shard=2, ep=2),
+    "efsdp2 x ep2": ParallelConfig(dp_shard=4, ep=2),
     "fsdp4": ParallelConfig(dp_shard=4),
 }
 

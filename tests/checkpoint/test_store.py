@@ -79,13 +79,25 @@ def _resume(name: str, mesh: str, root: Path) -> tuple[list[float], dict[str, Te
 @pytest.mark.parametrize("name", ["llama", "qwen3_tied", "phi3_packed", "mixtral_stacked"])
 def test_resumes_at_another_mesh(ranks2: RankPool, ranks4: RankPool, tmp_path: Path, name: str) -> None:
     losses, weights = ranks4.run(_save_and_go_on, name, "tp2 x fsdp2", tmp_path)[0]
-    for pool, mesh in [(ranks4, "tp2 x fsdp2"), (ranks2, "tp2"), (ranks2, "fsdp2"), (ranks4, "hsdp")]:
+    meshes = [(ranks4, "tp2 x fsdp2"), (ranks2, "tp2"), (ranks2, "fsdp2"), (ranks4, "hsdp")]
+    if name == "mixtral_stacked":
+        meshes += [(ranks2, "ep2"), (ranks4, "efsdp2 x ep2")]
+    for pool, mesh in meshes:
         same = mesh == "tp2 x fsdp2"
         for resumed, state in pool.run(_resume, name, mesh, tmp_path):
             assert resumed == (losses if same else pytest.approx(losses, rel=1e-5)), mesh
             for key, value in weights.items():
                 # AdamW turns rounding of near-zero gradients into steps of the size of the learning rate
                 torch.testing.assert_close(state[key], value, rtol=0, atol=0 if same else 1e-4, msg=key)
+
+
+def test_resumes_at_another_ep(ranks2: RankPool, ranks4: RankPool, tmp_path: Path) -> None:
+    losses, weights = ranks4.run(_save_and_go_on, "mixtral_stacked", "efsdp2 x ep2", tmp_path)[0]
+    for pool, mesh in [(ranks2, "ep2"), (ranks2, "tp2")]:
+        for resumed, state in pool.run(_resume, "mixtral_stacked", mesh, tmp_path):
+            assert resumed == pytest.approx(losses, rel=1e-5), mesh
+            for key, value in weights.items():
+                torch.testing.assert_close(state[key], value, rtol=0, atol=1e-4, msg=key)
 
 
 def _several(root: Path) -> None:

@@ -6,18 +6,25 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
+from expert_faults import FAULTS, no_gradient_where_nothing_came
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from shardwright import ParallelConfig, load_pretrained, parallelize, save_pretrained
+from shardwright.distributed.planning.experts import decide_experts
+from shardwright.distributed.replay.reading import ModelReading
+from shardwright.distributed.runtime import collectives as c
 from shardwright.errors import ConfigError, PlanError, UnsupportedError
+from shardwright.estimate.experts import EXCHANGES, bytes_per_token, expert_notes
 from shardwright.verify import verify
-from shardwright.verify.ranks import RankPool, shared_mesh
+from shardwright.verify.ranks import RankError, RankPool, shared_mesh
 
 EP2 = ParallelConfig(dp_shard=2, ep=2)
 SIZES: dict[str, Any] = {
@@ -107,6 +114,62 @@ def test_ranks_that_share_tokens_send_a_part_each(ranks2: RankPool, model_type: 
     assert report.exact, report.summary()
 
 
+@pytest.mark.parametrize("fault", list(FAULTS), ids=lambda fault: fault.__name__)
+def test_verify_finds_what_others_got_wrong(ranks2: RankPool, fault: Any) -> None:
+    build = partial(mixtral, "grouped_mm", 2 if fault is no_gradient_where_nothing_came else None)
+    if fault is no_gradient_where_nothing_came:  # one rank waits for a gradient that the other does not have
+        with pytest.raises(RankError):
+            verify(build, FAULTS[fault], batch=text, pool=ranks2, parallelize=fault)
+        return
+    report = verify(build, FAULTS[fault], batch=text, pool=ranks2, parallelize=fault)
+    assert not report.exact
+
+
+def _exchanges() -> tuple[int, int]:
+    model = parallelize(mixtral(), EP2, shared_mesh(EP2))
+    counts = []
+    with CommDebugMode() as mode:
+        loss = model(**text(dist.get_rank())).loss
+        counts.append(mode.get_comm_counts()[torch.ops.c10d_functional.all_to_all_single])
+        loss.backward()
+        counts.append(mode.get_comm_counts()[torch.ops.c10d_functional.all_to_all_single])
+    return counts[0], counts[1] - counts[0]
+
+
+def test_exchanges_of_a_layer(ranks2: RankPool) -> None:
+    """Forward: counts, tokens, results. Backward: the gradients of results and of tokens."""
+    layers = SIZES["num_hidden_layers"]
+    assert ranks2.run(_exchanges) == [(3 * layers, 2 * layers)] * 2
+
+
+def _tokens_sent(favourite: int) -> int:
+    """Bytes of tokens that this rank sends to the other in a forward and backward."""
+    model = parallelize(mixtral("grouped_mm", favourite), EP2, shared_mesh(EP2))
+    sent, all_to_all = 0, c.all_to_all
+
+    def counted(x: torch.Tensor, send: list[int], receive: list[int], group: c.Group) -> torch.Tensor:
+        nonlocal sent
+        others = sum(rows for rank, rows in enumerate(send) if rank != group.rank)
+        sent += others * x.shape[-1] * x.element_size() if x.is_floating_point() else 0
+        return all_to_all(x, send, receive, group)
+
+    with patch.object(c, "all_to_all", counted):
+        model(**text(dist.get_rank())).loss.backward()
+    return sent
+
+
+def test_what_is_sent_is_what_the_plan_says(ranks2: RankPool) -> None:
+    """Every token goes to the second rank's experts, so that half of all tokens travel: as many as in balance."""
+    reading = ModelReading(mixtral())
+    plan = decide_experts(reading, 2)
+    assert plan is not None
+    tokens = text(0)["input_ids"].numel()
+    said = sum(EXCHANGES * bytes_per_token(reading, plan, name, 4) * tokens for name in plan.modules)
+    assert sum(ranks2.run(_tokens_sent, 2)) / 2 == said
+    notes = expert_notes(reading, plan, 4)
+    assert "4 experts lie on 2 ranks, 2 on each: rank 0 of ep holds 0 to 1, the last 2 to 3" in notes[0]
+
+
 def _layout_and_files(folder: Path) -> dict[str, tuple[int, ...]]:
     model = load_pretrained(folder, EP2, shared_mesh(EP2))
     whole = AutoModelForCausalLM.from_pretrained(folder)
@@ -145,6 +208,35 @@ def test_updates_in_one_call(ranks2: RankPool) -> None:
     ranks2.run(_updates_in_one_call)
 
 
+def _three_steps(config: ParallelConfig) -> list[tuple[float, float]]:
+    model = parallelize(mixtral(), config, shared_mesh(config))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    found = []
+    for step in range(3):
+        loss = model(**text(dist.get_rank() + 2 * step)).loss
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append((loss.item(), norm.full_tensor().item()))
+    return found
+
+
+def test_in_bf16_as_with_fsdp2_alone(ranks2: RankPool) -> None:
+    config = EP2.with_(precision="bf16")
+    alone = ranks2.run(_three_steps, config.with_(ep=1))
+    for spread, expected in zip(ranks2.run(_three_steps, config), alone, strict=True):
+        for (loss, norm), (expected_loss, expected_norm) in zip(spread, expected, strict=True):
+            assert loss == pytest.approx(expected_loss, rel=1e-3)
+            assert norm == pytest.approx(expected_norm, rel=1e-2)
+
+
+def _with_adapters_on_experts() -> nn.Module:
+    peft = pytest.importorskip("peft")
+    adapters = peft.LoraConfig(r=4, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
+    return peft.get_peft_model(mixtral(), adapters)
+
+
 def _llama() -> nn.Module:
     return LlamaForCausalLM(LlamaConfig(**SIZES))
 
@@ -162,6 +254,7 @@ def _refused(build: Any, config: ParallelConfig) -> str:
     [
         (_llama, EP2, "LlamaForCausalLM has no experts"),
         (mixtral, EP2.with_(compile=True), "Leave compile or ep out"),
+        (_with_adapters_on_experts, EP2, "has adapters on its experts"),
     ],
 )
 def test_refused_by_name(ranks2: RankPool, build: Any, config: ParallelConfig, words: str) -> None:

@@ -24,6 +24,7 @@ from shardwright.distributed.planning.resolved import ResolvedPlan
 from shardwright.distributed.planning.units import unit_names
 from shardwright.distributed.replay.reading import ModelReading
 from shardwright.errors import ConfigError, UnsupportedError
+from shardwright.estimate.experts import expert_notes
 from shardwright.estimate.gathering import Gathering, predict_gathering
 from shardwright.estimate.memory import Memory, memory_per_rank
 from shardwright.estimate.rows import Row, module_rows
@@ -144,6 +145,7 @@ def predict(model: Model, config: ParallelConfig, *, weights: str = "float32") -
     assert resolved is not None
     layouts = list(parameter_layouts(reading, resolved, decided.experts).values())
     whole = [replace(layout, placement=_WHOLE, ep=None) for layout in layouts]
+    itemsize = _compute_dtype(layouts, settled).itemsize
     return Prediction(
         model=type(built).__name__,
         plan=plan,
@@ -159,7 +161,7 @@ def predict(model: Model, config: ParallelConfig, *, weights: str = "float32") -
         unsharded=memory_per_rank(whole, ParallelConfig(dp_shard=1)),
         traffic=tuple(_traffic(reading, decided, resolved, _compute_dtype(layouts, settled))),
         gathering=predict_gathering(layouts, decided, settled),
-        notes=tuple(dict.fromkeys(decided.notes)),
+        notes=tuple(dict.fromkeys((*decided.notes, *expert_notes(reading, decided.experts, itemsize)))),
         warnings=decided.warnings,
     )
 

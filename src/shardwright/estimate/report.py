@@ -100,7 +100,9 @@ def _degrees(prediction: Prediction) -> str:
     sequence = " + sequence parallel" if config.sequence_parallel else ""
     ranks = config.tp * config.dp_shard * config.dp_replicate
     replicas = f" x dp_replicate {config.dp_replicate}" if config.dp_replicate > 1 else ""
-    return f"tp {config.tp}{sequence} x dp_shard {config.dp_shard}{replicas} = {ranks} rank{'s' * (ranks > 1)}"
+    experts = f", ep {config.ep} among them" if config.ep > 1 else ""
+    degrees = f"tp {config.tp}{sequence} x dp_shard {config.dp_shard}{replicas}"
+    return f"{degrees} = {ranks} rank{'s' * (ranks > 1)}{experts}"
 
 
 def _modules(prediction: Prediction, look: _Look) -> Table:
@@ -129,7 +131,7 @@ def _add(table: Table, row: Row, look: _Look) -> None:
 
 def _origin(row: Row) -> str:
     """Why the row has its style: ``plan``, with the rule where that is not the row's own name, or what else it was."""
-    if row.source == "tie":
+    if row.source in ("tie", "experts"):
         return row.rule
     if row.source in ("no rule", "sequence parallelism"):
         return row.source.removesuffix(" parallelism")

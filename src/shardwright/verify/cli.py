@@ -29,6 +29,11 @@ def verify_command(model: str, config: ParallelConfig, accumulate: int, as_json:
     return 0 if report.exact else 1
 
 
+def _experts(report: Report) -> list[tuple[str, float, str]]:
+    kinds = {"- of experts": report.expert_grad_rel_err, "- of routers": report.router_grad_rel_err}
+    return [(what, error, "") for what, error in kinds.items() if error is not None]
+
+
 def _show(model: str, report: Report, console: Console) -> None:
     table = Table(title=f"{model} on {report.world_size} ranks against one process", title_justify="left")
     table.add_column("compared")
@@ -38,6 +43,7 @@ def _show(model: str, report: Report, console: Console) -> None:
         ("loss (absolute)", report.loss_diff, ""),
         ("logits", report.logits_rel_err, ""),
         ("gradients", report.max_grad_rel_err, report.worst_parameter),
+        *_experts(report),
         ("clipped norm", report.grad_norm_rel_err, ""),
         ("parameters after AdamW", report.parameter_rel_err, report.worst_updated_parameter),
     )
@@ -53,6 +59,8 @@ def _show(model: str, report: Report, console: Console) -> None:
     console.print(
         f"plan: {report.plan_source}; tensor parallelism splits {report.sharded_fraction:.0%} of the matrices"
     )
+    if report.spread_fraction:
+        console.print(f"experts on ranks of their own: {report.spread_fraction:.0%} of the parameters")
     if report.exact and report.precision != "float32":
         console.print("This model amplifies float32 rounding beyond 1e-5; the numbers are from a run in float64.")
     console.print("[green]exact[/green]" if report.exact else "[red]NOT exact[/red]")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -45,6 +45,9 @@ class Report:
         grad_norm_rel_err: of the norm that stock ``clip_grad_norm_`` returns.
         parameter_rel_err: of the parameters after one AdamW step; ``worst_updated_parameter`` has it.
         sharded_fraction: share of the elements of the text model's matrices that tensor parallelism split.
+        spread_fraction: share of the elements of all parameters that are experts on ranks of their own.
+        expert_grad_rel_err: over the gradients of these; None where there are none.
+        router_grad_rel_err: over the gradients of what chooses among them.
         plan_source: where the tensor-parallel plan came from.
         world_size: number of ranks.
         inputs: ``text``, or ``text and images``; a vision tower takes part only in the latter.
@@ -68,6 +71,9 @@ class Report:
     grad_norm_rel_err: float = 0.0
     parameter_rel_err: float = 0.0
     worst_updated_parameter: str = ""
+    spread_fraction: float = 0.0
+    expert_grad_rel_err: float | None = None
+    router_grad_rel_err: float | None = None
     world_size: int = 1
     inputs: str = "text"
     precision: str = "float32"
@@ -119,9 +125,17 @@ def relative_error(value: torch.Tensor, reference: torch.Tensor, floor: float = 
     return difference / scale if scale else math.inf if difference else 0.0
 
 
-def compare(trace: Trace, reference: Trace) -> tuple[dict[str, Difference], list[str]]:
-    """Errors by kind (``loss``, ``loss_diff``, ``logits``, ``gradient``, ``norm``, ``parameter``), and problems."""
-    errors = {kind: Difference() for kind in ("loss", "loss_diff", "logits", "gradient", "norm", "parameter")}
+def compare(
+    trace: Trace, reference: Trace, groups: Mapping[str, Collection[str]] | None = None
+) -> tuple[dict[str, Difference], list[str]]:
+    """Errors by kind (``loss``, ``loss_diff``, ``logits``, ``gradient``, ``norm``, ``parameter``), and problems.
+
+    Args:
+        groups: names of parameters whose gradients are a kind of their own besides, by the name of the kind.
+    """
+    groups = groups or {}
+    kinds = ("loss", "loss_diff", "logits", "gradient", "norm", "parameter", *groups)
+    errors = {kind: Difference() for kind in kinds}
     for loss, expected in zip(trace.losses, reference.losses, strict=True):
         errors["loss"].take(relative_error(loss, expected), "loss")
         errors["loss_diff"].take((loss - expected).abs().item(), "loss")
@@ -137,7 +151,8 @@ def compare(trace: Trace, reference: Trace) -> tuple[dict[str, Difference], list
             expected_gradient = torch.zeros(()) if gradient is None else torch.zeros_like(gradient)
         if gradient is None:
             gradient = torch.zeros_like(expected_gradient)
-        errors["gradient"].take(relative_error(gradient, expected_gradient, scales[name]), name)
+        for kind in ("gradient", *(kind for kind, names in groups.items() if name in names)):
+            errors[kind].take(relative_error(gradient, expected_gradient, scales[name]), name)
     errors["norm"].take(relative_error(trace.norm, reference.norm), "total norm")
     for name, parameter in reference.parameters.items():
         if name in trace.parameters:

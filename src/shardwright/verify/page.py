@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,35 +17,76 @@ if TYPE_CHECKING:
 LONGEST_REASON = 200
 
 
-def write_page(entries: Sequence[Entry], titles: Mapping[str, str]) -> str:
+@dataclass(frozen=True)
+class Page:
+    """What a page says before its numbers.
+
+    Attributes:
+        title: its heading.
+        command: that wrote it.
+        text: lines behind the versions.
+        share: the heading of the column that says how much was split, and the attribute of an entry that it shows.
+    """
+
+    title: str
+    command: str
+    text: tuple[str, ...]
+    share: tuple[str, str]
+
+
+_COMPARED = (
+    "architecture, trained for one step in one process and on N ranks, and compared: loss, logits, the gradient",
+    "of every parameter, the clipped norm, every parameter after an AdamW step. *Exact* means that every relative",
+    "error is below 1e-5. The FSDP modes accumulate two micro-batches on each data-parallel rank.",
+)
+ARCHITECTURES = Page(
+    "Architectures",
+    "`python -m shardwright.verify.zoo` (`make zoo` for all modes)",
+    (
+        "Every causal-LM and image-text-to-text type of transformers is shrunk to a tiny model of the same",
+        *_COMPARED,
+        "*Sharded* is the share of the elements of the text model's matrices, embeddings included, that tensor",
+        "parallelism splits.",
+    ),
+    ("sharded", "sharded_fraction"),
+)
+EXPERTS_PAGE = Page(
+    "Experts on ranks of their own",
+    "`python -m shardwright.verify.zoo --experts` (`make zoo-experts` for all modes)",
+    (
+        "Every type of transformers whose config states several experts is shrunk to a tiny model of the same",
+        *_COMPARED,
+        "*Spread* is the share of the elements of all parameters that are experts on ranks of their own.",
+        "[Experts](experts.md) says how it works.",
+    ),
+    ("spread", "spread_fraction"),
+)
+
+
+def write_page(entries: Sequence[Entry], titles: Mapping[str, str], page: Page = ARCHITECTURES) -> str:
     """Markdown: versions and command, counts, a row per type, then the reasons."""
     modes = [mode for mode in titles if any(entry.mode == mode for entry in entries)]
     by_type: dict[str, dict[str, Entry]] = {}
     for entry in entries:
         by_type.setdefault(entry.type, {})[entry.mode] = entry
     lines = [
-        *_header(modes),
+        *_header(modes, page),
         *_counts(by_type, modes, titles),
-        *_table(by_type, modes, titles),
+        *_table(by_type, modes, titles, page),
         *_reasons(entries, titles),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _header(modes: Sequence[str]) -> list[str]:
+def _header(modes: Sequence[str], page: Page) -> list[str]:
     return [
-        "# Architectures",
+        f"# {page.title}",
         "",
-        "Written by `python -m shardwright.verify.zoo` (`make zoo` for all modes), not by hand; modes of this run: "
-        f"{', '.join(modes)}.",
+        f"Written by {page.command}, not by hand; modes of this run: {', '.join(modes)}.",
         f"Shardwright {__version__}, torch {torch.__version__}, transformers {transformers.__version__}, float32, gloo "
         "ranks on one machine.",
         "",
-        "Every causal-LM and image-text-to-text type of transformers is shrunk to a tiny model of the same",
-        "architecture, trained for one step in one process and on N ranks, and compared: loss, logits, the gradient",
-        "of every parameter, the clipped norm, every parameter after an AdamW step. *Exact* means that every relative",
-        "error is below 1e-5. The FSDP modes accumulate two micro-batches on each data-parallel rank. *Sharded* is",
-        "the share of the elements of the text model's matrices, embeddings included, that tensor parallelism splits.",
+        *page.text,
         "",
     ]
 
@@ -59,14 +101,17 @@ def _counts(by_type: Mapping[str, Mapping[str, Entry]], modes: Sequence[str], ti
     return [*lines, ""]
 
 
-def _table(by_type: Mapping[str, Mapping[str, Entry]], modes: Sequence[str], titles: Mapping[str, str]) -> list[str]:
-    columns = ["type", "inputs", "plan", "sharded", *(titles[mode] for mode in modes)]
+def _table(
+    by_type: Mapping[str, Mapping[str, Entry]], modes: Sequence[str], titles: Mapping[str, str], page: Page
+) -> list[str]:
+    heading, share = page.share
+    columns = ["type", "inputs", "plan", heading, *(titles[mode] for mode in modes)]
     lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
     for model_type, row in sorted(by_type.items()):
         ran = next((entry for entry in row.values() if entry.plan_source), None)
         source = ran.plan_source if ran else ""
         inputs = ran.inputs if ran else ""
-        fraction = f"{ran.sharded_fraction:.0%}" if ran else ""
+        fraction = f"{getattr(ran, share):.0%}" if ran else ""
         cells = [_cell(row[mode]) if mode in row else "" for mode in modes]
         lines.append(f"| {' | '.join([model_type, inputs, source, fraction, *cells])} |")
     return [*lines, ""]

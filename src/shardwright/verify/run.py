@@ -23,7 +23,7 @@ from shardwright.verify.compare import EXACT, Difference, Report, compare
 from shardwright.verify.locate import first_module_that_differs
 from shardwright.verify.precision import computing_in, prepared_for
 from shardwright.verify.ranks import rank_device, shared_mesh
-from shardwright.verify.sharded import tp_sharded_fraction
+from shardwright.verify.sharded import expert_groups, spread_fraction, tp_sharded_fraction
 from shardwright.verify.stages import CrashError, ShrinkError, Stage
 from shardwright.verify.step import train_step
 
@@ -87,13 +87,20 @@ def _measure(case: Case, dtype: torch.dtype) -> Report:
     labelled = 0 if case.config.loss_tiles > 1 else case.accumulate  # calls with labels whose logits there are
     reference.logits = reference.logits[:labelled] + reference.logits[len(batches) :]
     with Stage(CrashError, "Sharding the model failed"):
+        groups = expert_groups(model, case.config.ep)
         model = case.parallelize(model, case.config, mesh)
-    fraction = tp_sharded_fraction(model)
+    sharded, spread = tp_sharded_fraction(model), spread_fraction(model)
     with Stage(CrashError, "The model runs in one process, but fails when it is sharded"), computing_in(dtype):
         trace = train_step(model, batches[: case.accumulate], case.accumulate)
-    report = _report(*_over_ranks(*compare(trace, reference)))
+    report = _report(*_over_ranks(*compare(trace, reference, groups)))
     precision = str(dtype).removeprefix("torch.")
-    return replace(report, sharded_fraction=fraction, world_size=dist.get_world_size(), precision=precision)
+    return replace(
+        report,
+        sharded_fraction=sharded,
+        spread_fraction=spread,
+        world_size=dist.get_world_size(),
+        precision=precision,
+    )
 
 
 def _dp(case: Case) -> tuple[int, int]:
@@ -143,6 +150,8 @@ def _report(errors: dict[str, Difference], problems: list[str]) -> Report:
         grad_norm_rel_err=errors["norm"].error,
         parameter_rel_err=errors["parameter"].error,
         worst_updated_parameter=errors["parameter"].name,
+        expert_grad_rel_err=errors["experts"].error if "experts" in errors else None,
+        router_grad_rel_err=errors["routers"].error if "routers" in errors else None,
         problems=problems,
         first_module=wrong[-1] if wrong else None,
         first_in="backward",

@@ -1,4 +1,4 @@
-"""How much of a model tensor parallelism really split."""
+"""How much of a model was really split, and which of its parameters are experts and routers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from shardwright.distributed.axes import EXPERTS
 from shardwright.distributed.models.huggingface import head_name, text_model
+from shardwright.distributed.planning.experts import decide_experts
+from shardwright.distributed.replay.reading import ModelReading
 
 
 def tp_sharded_fraction(model: nn.Module) -> float:
@@ -26,6 +29,35 @@ def tp_sharded_fraction(model: nn.Module) -> float:
             # Strided shards (packed weights) are no subclass of Shard in every version of torch.
             split += 0 if parameter.placements[names.index("tp")].is_replicate() else parameter.numel()
     return split / total if total else 0.0
+
+
+def spread_fraction(model: nn.Module) -> float:
+    """Share of the elements of all parameters that lie on an ``ep`` axis, cut along the experts."""
+    total = spread = 0
+    for parameter in model.parameters():
+        total += parameter.numel()
+        if isinstance(parameter, DTensor) and EXPERTS in (names := parameter.device_mesh.mesh_dim_names or ()):
+            spread += 0 if parameter.placements[names.index(EXPERTS)].is_replicate() else parameter.numel()
+    return spread / total if total else 0.0
+
+
+def expert_groups(model: nn.Module, ep: int) -> dict[str, set[str]]:
+    """The names of the parameters of a plain model that are experts and that choose among them; empty for one rank.
+
+    What has a row per expert beside them is taken for what chooses among them.
+    """
+    plan = decide_experts(ModelReading(model), ep)
+    if plan is None:
+        return {}
+    experts, routers = set(plan.parameters), set()
+    for module, own in plan.modules.items():
+        around = f"{module.rpartition('.')[0]}."
+        routers |= {
+            name
+            for name, parameter in model.named_parameters()
+            if name.startswith(around) and name not in experts and parameter.shape[:1] == (own.count,)
+        }
+    return {"experts": experts, "routers": routers}
 
 
 def text_parameters(model: PreTrainedModel) -> set[str]:

@@ -1,17 +1,19 @@
 """The zoo: ``verify`` over every causal-LM and image-text-to-text type of the installed transformers.
 
-python -m shardwright.verify.zoo [--types a,b,c] [--modes tp2,...] [--output docs/architectures.md] [--json FILE]
+python -m shardwright.verify.zoo [--experts] [--types a,b,c] [--modes tp2,...] [--output PAGE] [--json FILE]
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import click
 from transformers.models.auto.modeling_auto import (
@@ -23,10 +25,11 @@ from shardwright.distributed.config import ParallelConfig
 from shardwright.distributed.planning.tensor import plan_and_resolve
 from shardwright.distributed.replay.reading import ModelReading
 from shardwright.errors import ConfigError, ShardwrightError
-from shardwright.verify.page import write_page
+from shardwright.verify.page import ARCHITECTURES, EXPERTS_PAGE, write_page
 from shardwright.verify.public import case_of, run
 from shardwright.verify.ranks import RankError, RankPool
 from shardwright.verify.run import Case
+from shardwright.verify.source import load_config
 from shardwright.verify.stages import CrashError, ShrinkError, Stage
 
 
@@ -49,7 +52,19 @@ MODES = {
 }
 
 
+_EP2 = ParallelConfig(dp_shard=2, ep=2)
+_TP2_EP2 = ParallelConfig(dp_shard=1, tp=2, ep=2, sequence_parallel=True)
+# For types with experts.
+EXPERT_MODES = {
+    "ep2": Mode(_EP2, 1, "EP 2"),
+    "ep2_over_tp2_sp": Mode(_TP2_EP2, 1, "EP 2 over TP 2 + SP"),
+    "fsdp2_tp2_ep2": Mode(_TP2_EP2.with_(dp_shard=2), 2, "EP 2 in FSDP 2 x TP 2 + SP"),
+    "fsdp2_tp2_ep4": Mode(_TP2_EP2.with_(dp_shard=2, ep=4), 2, "EP 4 over FSDP 2 x TP 2 + SP"),
+}
+EVERY_MODE = MODES | EXPERT_MODES
+
 TYPES_PER_POOL = 25
+_EXPERT_COUNT = re.compile(r"(moe_)?(num|n)_(local_|routed_)?experts")
 
 
 @dataclass
@@ -72,11 +87,30 @@ class Entry:
     inputs: str = ""
     worst_error: float = 0.0
     seconds: float = 0.0
+    spread_fraction: float = 0.0
 
 
 def all_types() -> list[str]:
     """Every causal-LM and image-text-to-text type of the installed transformers."""
     return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})
+
+
+def types_with_experts() -> list[str]:
+    """Those among them whose config states several experts, as far as they have a config by themselves."""
+    found = []
+    for model_type in all_types():
+        with contextlib.suppress(ConfigError):
+            if _has_experts(load_config(model_type).to_dict()):
+                found.append(model_type)
+    return found
+
+
+def _has_experts(config: Mapping[Any, Any]) -> bool:
+    return any(
+        (isinstance(value, dict) and _has_experts(value))
+        or (isinstance(key, str) and bool(_EXPERT_COUNT.fullmatch(key)) and isinstance(value, int) and value > 1)
+        for key, value in config.items()
+    )
 
 
 @lru_cache(maxsize=1)
@@ -90,10 +124,11 @@ def _case(model_type: str) -> Case:
 
 def examine(model_type: str, mode_name: str, pool: RankPool, timeout: float = 90.0) -> Entry:
     """Verify one type in one mode; whatever happens to it becomes an entry."""
-    mode, entry = MODES[mode_name], Entry(model_type, mode_name, "exact")
+    mode, entry = EVERY_MODE[mode_name], Entry(model_type, mode_name, "exact")
     with _into(entry):
         report = run(replace(_case(model_type), config=mode.config, accumulate=mode.accumulate), pool, timeout=timeout)
         entry.plan_source, entry.sharded_fraction = report.plan_source, report.sharded_fraction
+        entry.spread_fraction = report.spread_fraction
         entry.worst_error, entry.inputs = report.worst_error, report.inputs
         if not report.exact:
             entry.outcome, entry.reason = "wrong", report.summary()
@@ -135,7 +170,7 @@ def examine_all(types: Iterable[str], modes: Sequence[str]) -> Iterator[Entry]:
                 two.close()
                 four.close()
             for mode in modes:
-                pool = two if MODES[mode].config.least_world_size == 2 else four
+                pool = two if EVERY_MODE[mode].config.least_world_size == 2 else four
                 entry = examine(model_type, mode, pool)
                 yield entry
                 if entry.outcome == "not built":  # it would fail the same way in every mode
@@ -144,16 +179,17 @@ def examine_all(types: Iterable[str], modes: Sequence[str]) -> Iterator[Entry]:
 
 @click.command()
 @click.option("--types", default="", help="Comma-separated model types; all of transformers without it.")
-@click.option("--modes", default=",".join(MODES), show_default=True, help="Comma-separated modes.")
+@click.option("--modes", default="", help=f"Comma-separated: {', '.join(EVERY_MODE)}. Without it, all that apply.")
+@click.option("--experts", is_flag=True, help="Only types with experts, in the modes of expert parallelism.")
 @click.option("--output", type=click.Path(path_type=Path), help="Write the page (Markdown) here.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the entries (JSON) here.")
 @click.option("--plan-only", is_flag=True, help="Only choose and resolve every plan: no ranks, no numbers, no page.")
-def main(types: str, modes: str, plan_only: bool, output: Path | None, json_path: Path | None) -> None:
+def main(types: str, modes: str, experts: bool, plan_only: bool, output: Path | None, json_path: Path | None) -> None:
     """Verify every architecture of the installed transformers, in every mode. Exit code 1 if one is wrong."""
-    chosen = [name for name in types.split(",") if name] or all_types()
-    chosen_modes = modes.split(",")
-    if unknown := sorted(set(chosen_modes) - set(MODES)):
-        raise click.UsageError(f"There is no mode {', '.join(unknown)}; there are {', '.join(MODES)}.")
+    chosen = [name for name in types.split(",") if name] or (types_with_experts() if experts else all_types())
+    chosen_modes = [name for name in modes.split(",") if name] or list(EXPERT_MODES if experts else MODES)
+    if unknown := sorted(set(chosen_modes) - set(EVERY_MODE)):
+        raise click.UsageError(f"There is no mode {', '.join(unknown)}; there are {', '.join(EVERY_MODE)}.")
     entries = []
     for entry in map(plan_of, chosen) if plan_only else examine_all(chosen, chosen_modes):
         reason = " ".join(entry.reason.split())[:160]
@@ -163,7 +199,8 @@ def main(types: str, modes: str, plan_only: bool, output: Path | None, json_path
             json_path.write_text(json.dumps([asdict(entry) for entry in entries], indent=1) + "\n")
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(write_page(entries, {name: mode.title for name, mode in MODES.items()}))
+        titles = {name: mode.title for name, mode in EVERY_MODE.items()}
+        output.write_text(write_page(entries, titles, EXPERTS_PAGE if experts else ARCHITECTURES))
     counts = {
         outcome: sum(entry.outcome == outcome for entry in entries) for outcome in sorted({e.outcome for e in entries})
     }

@@ -63,7 +63,7 @@ class CheckedDTensor(DTensor):
             return write_whole(func, args, kwargs)
         if not writes(func) and _is_number_among_plain(tensors_in((args, kwargs))):
             return func(*joined(args), **joined(kwargs))
-        with without_torch_function():
+        with without_torch_function(), _as_dtensors(tensors_in((args, kwargs))):
             try:
                 result = _checked(func(*args, **kwargs))
             except (ShardwrightError, torch.OutOfMemoryError):
@@ -84,23 +84,29 @@ class CheckedDTensor(DTensor):
         return _checked(DTensor.__tensor_unflatten__(inner, meta, size, stride))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        with _as_dtensor(self):  # whose clone is of its own class, which torch asks for
+        with _as_dtensors([self]):  # whose clone is of its own class, which torch asks for
             return _checked(copy.deepcopy(self, memo))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # What is saved can be loaded without Shardwright.
-        with _as_dtensor(self):
+        with _as_dtensors([self]):
             return self.__reduce_ex__(protocol)
 
 
 @contextmanager
-def _as_dtensor(tensor: Any) -> Iterator[None]:
-    """``tensor`` is of torch's own class inside; the classes have the same layout."""
-    cls, tensor.__class__ = type(tensor), DTensor
+def _as_dtensors(tensors: list[Tensor]) -> Iterator[None]:
+    """Those of ``tensors`` that are checked are of torch's own class inside; the classes have the same layout.
+
+    Modes that look at operations (torch's ``CommDebugMode``) know DTensors by their class.
+    """
+    checked: list[tuple[Any, Any]] = [(each, type(each)) for each in tensors if isinstance(each, CheckedDTensor)]
+    for tensor, _ in checked:
+        tensor.__class__ = DTensor
     try:
         yield
     finally:
-        tensor.__class__ = cls
+        for tensor, cls in checked:
+            tensor.__class__ = cls
 
 
 take_in_groups(CheckedDTensor)

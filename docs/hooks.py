@@ -6,6 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from mkdocs.exceptions import PluginError
+
+_FETCHED = re.compile(r'<(?:script|link rel="stylesheet"|img)[^>]*(?:src|href)="https?:[^>]*>')
 _ROLE = re.compile(r":(?:class|data|func|meth|mod):(?=<code>)")
 
 
@@ -19,3 +22,10 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 def on_page_content(html: str, **_: Any) -> str:
     """Docstrings name other objects with Sphinx's roles, of which the pages show the name alone."""
     return _ROLE.sub("", html)
+
+
+def on_post_page(output: str, **_: Any) -> str:
+    """The pages are read where there is no network."""
+    if found := _FETCHED.search(output):
+        raise PluginError(f"A page would fetch {found[0]} when it is read.")
+    return output

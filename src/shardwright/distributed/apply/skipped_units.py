@@ -1,7 +1,7 @@
 """FSDP2 units that a rank does not run: it takes part in their collectives all the same.
 
 Data-parallel ranks may run different units: LayerDrop draws other layers on each, a batch without images leaves the
-vision tower out, an early exit leaves out the last layers. FSDP2 gathers and reduces a unit when it runs, and its
+vision tower out. FSDP2 gathers and reduces a unit when it runs, and its
 collectives pair up in order: ranks that run different units would compute with halves of two layers, or wait for ever.
 
 Here every rank goes through all units in one order. Before a unit runs, and when the module around it ends, the units

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from shardwright.verify.ranks import RankPool
+
+
+def pytest_configure() -> None:
+    """Folders of tests are no packages, so Python would import the first of two files of one name for both."""
+    names = Counter(path.name for path in Path(__file__).parent.rglob("*.py") if path.name != "conftest.py")
+    if twice := sorted(name for name, count in names.items() if count > 1):
+        raise pytest.UsageError(f"Files of tests need names of their own; more than one is called {', '.join(twice)}.")
 
 
 @pytest.fixture(scope="session")

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from running import BATCH, Rows, assert_same, build, on_ranks, state_of
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
+from trainer_runs import BATCH, Rows, assert_same, build, on_ranks, state_of
 from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
 from shardwright import ParallelConfig

@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import IA3Config, LoraConfig, PeftModel, VeraConfig, get_peft_model
-from running import Rows, arguments, assert_same, build, on_ranks, result
 from safetensors.torch import load_file
 from torch import nn
+from trainer_runs import Rows, arguments, assert_same, build, on_ranks, result
 from transformers import Trainer
 
 from shardwright import ParallelConfig

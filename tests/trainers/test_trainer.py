@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import Rows, accuracy, arguments, assert_same, build, on_ranks, result
 from torch import nn
+from trainer_runs import Rows, accuracy, arguments, assert_same, build, on_ranks, result
 from transformers import Trainer
 
 from shardwright import ParallelConfig

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from running import Rows, accuracy, arguments, assert_same, build, on_ranks, result, state_of
 from torch import nn
+from trainer_runs import Rows, accuracy, arguments, assert_same, build, on_ranks, result, state_of
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer
 
 from shardwright import ParallelConfig

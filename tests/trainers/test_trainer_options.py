@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate import ParallelismConfig
-from running import LENGTH, Rows, arguments, assert_same, build, on_ranks, result
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
+from trainer_runs import LENGTH, Rows, arguments, assert_same, build, on_ranks, result
 from transformers import DataCollatorWithFlattening, Trainer
 
 from shardwright import ParallelConfig

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -146,9 +148,15 @@ def test_slurm_saves_requeues_and_resumes(cluster: SlurmCluster, folder: Path) -
 
 
 def resumed(cluster: SlurmCluster, job: str, output: Path) -> bool:
-    """Slurm lets a job that was queued again wait for two minutes; this one need not."""
-    if "JobState=PENDING" in cluster.call("scontrol", "show", "job", job):
-        cluster.call("scontrol", "update", f"JobId={job}", "StartTime=now")
+    """Slurm lets a job that was queued again wait for two minutes; this one waits for three seconds.
+
+    Started in the second in which it was queued, Slurm would take its new permission to run for the revoked one.
+    """
+    shown = cluster.call("scontrol", "show", "job", job)
+    eligible = re.search(r"EligibleTime=(\d\S+)", shown)
+    late = datetime.now() + timedelta(seconds=10)
+    if "JobState=PENDING" in shown and eligible and datetime.fromisoformat(eligible[1]) > late:
+        cluster.call("scontrol", "update", f"JobId={job}", "StartTime=now+3")
     return "Resumed after step" in output.read_text()
 
 

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _get_default_store as default_store
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, TrainingState
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._ops._math_ops import _NormPartial
@@ -39,11 +39,13 @@ __all__ = [
     "add_view",
     "after_backward",
     "attention_kernels",
+    "begin_backward",
     "begin_forward",
     "compute_local_shape_and_global_offset",
     "concatenated",
     "default_store",
     "drop_gathered_gradients",
+    "end_backward",
     "end_forward",
     "fake_store",
     "fill_in_gradients",
@@ -55,6 +57,7 @@ __all__ = [
     "forget_unfinished_pass",
     "functional_collectives",
     "groups_of",
+    "has_begun_backward",
     "has_gradient_hooks",
     "in_backward",
     "is_gathering",
@@ -269,21 +272,59 @@ def end_forward(state: Any, module: nn.Module, value: torch.Tensor) -> torch.Ten
     return result
 
 
+def has_begun_backward(state: Any) -> bool:
+    """Whether backward has come to the unit of ``state``, or has left it."""
+    return any(
+        group._training_state in (TrainingState.PRE_BACKWARD, TrainingState.POST_BACKWARD) for group in groups_of(state)
+    )
+
+
+def begin_backward(state: Any) -> None:
+    """Do what FSDP2 does when backward comes to a unit."""
+    state._pre_backward(None)
+
+
+def end_backward(state: Any) -> None:
+    """Do what FSDP2 does when backward leaves a unit, where it has not."""
+    for group in reversed(groups_of(state)):
+        if group._training_state is not TrainingState.POST_BACKWARD:
+            group.post_backward()
+
+
 def runs_backward(group: Any) -> bool:
     """Whether backward has come to ``group`` and not yet left it."""
     return group._training_state is TrainingState.PRE_BACKWARD
 
 
 def fill_in_gradients(group: Any) -> list[nn.Parameter]:
-    """Give zeros to the trained parameters of ``group`` that have got no gradient; returns their shards."""
-    filled = []
+    """Give zeros to the trained parameters of ``group`` that have got no gradient; returns their shards.
+
+    These zeros are negative, and no other gradient begins a rank's shard with a negative zero: a sum of zeros is
+    negative only where all of them are (IEEE 754), so the reduced gradient tells whether any rank had one.
+    """
+    filled, begins = [], []
     for param in group.fsdp_params:
         if not (param.sharded_param.requires_grad and hasattr(param, "_unsharded_param")):
             continue
-        if param.unsharded_accumulated_grad is None and param.unsharded_param.grad is None:
-            param.unsharded_param.grad = torch.zeros_like(param.unsharded_param)
+        grad = param.unsharded_accumulated_grad
+        grad = param.unsharded_param.grad if grad is None else grad
+        if grad is None:
+            param.unsharded_param.grad = torch.full_like(param.unsharded_param, -0.0)
             filled.append(param.sharded_param)
+        else:
+            begins.append(_begins_of_shards(param, grad))
+    if begins:
+        torch._foreach_add_(begins, 0.0)  # -0.0 + 0.0 is 0.0
     return filled
+
+
+def _begins_of_shards(param: Any, grad: Tensor) -> Tensor:
+    """The first element of every rank's shard, a view of ``grad``."""
+    local = local_tensor(grad) if isinstance(grad, DTensor) else grad
+    dim, mesh = param.fsdp_placement.dim, param.mesh_info
+    ranks = mesh.shard_mesh_size if isinstance(mesh, FSDPMeshInfo) else 1
+    step = max(-(-local.shape[dim] // ranks), 1)
+    return local.detach()[tuple(slice(0, None, step) if n == dim else slice(0, 1) for n in range(local.ndim))]
 
 
 def shards_of(group: Any) -> list[nn.Parameter]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -43,7 +44,8 @@ def _compare(whole: nn.Module, config: ParallelConfig, steps: Sequence[tuple[Los
             assert_same(ours, theirs[_index()], f"{config}: loss {number}")
             ours.backward()
             for each in theirs:
-                (each / 2).backward()
+                if each.requires_grad:  # else that batch uses nothing that is trained
+                    (each / 2).backward()
         assert_same_gradients(model, whole, f"{config}: step {first}")
         for optimizer in optimizers:
             optimizer.step()
@@ -137,3 +139,126 @@ VISION = ("qwen2_5_vl", "gemma3", "mllama")
 @pytest.mark.parametrize("model_type", VISION)
 def test_a_rank_without_images(ranks2: RankPool, model_type: str) -> None:
     ranks2.run(_modalities, model_type, (FSDP,))
+
+
+# Parameters that one rank uses, with gradients of zero in another's shard
+
+
+class Extra(nn.Module):
+    """A table, of which few rows are read, and a factor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.factor = nn.Embedding(8, 8), nn.Parameter(torch.ones(2, 8))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.table(rows).sum(0) * self.factor[:1] - self.factor[1:]
+
+
+class Sometimes(nn.Module):
+    """A model whose extra part runs where ``rows`` are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.extra = nn.Embedding(16, 8), nn.ModuleList([Extra()])
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(2))
+
+    def forward(self, ids: Tensor, rows: Tensor | None = None, weight: float = 1.0) -> Tensor:
+        x = self.embed(ids)
+        if rows is not None:
+            x = x + self.extra[0](rows) * weight
+        for layer in self.layers:
+            x = x + layer(x)
+        return x.square().mean()
+
+
+def _rows(index: int, rows: Sequence[int], weight: float, model: nn.Module) -> Tensor:
+    ids = torch.randint(16, (2, 6), generator=torch.Generator().manual_seed(index))
+    loss: Tensor = model(ids, torch.tensor(rows), weight) if rows else model(ids)
+    return loss
+
+
+def _zeros_in_one_shard(configs: Sequence[ParallelConfig]) -> None:
+    cases = [((1,), (), 1.0), ((), (6,), 1.0), ((), (), 1.0), ((2,), (), 0.0), ((), (7,), -0.0), ((3,), (5,), 1.0)]
+    steps = [
+        (partial(_rows, 2 * n, one, weight), partial(_rows, 2 * n + 1, other, weight))
+        for n, (one, other, weight) in enumerate(cases)
+    ]
+    for config in configs:
+        torch.manual_seed(0)
+        _compare(Sometimes(), config, steps)
+        _compare(Sometimes(), config, steps, accumulate=2)
+
+
+def test_a_gradient_of_zero_in_one_shard_is_none_nowhere(ranks2: RankPool) -> None:
+    """Weight decay must reach all rows of a parameter that any rank has used, and none that no rank has."""
+    ranks2.run(_zeros_in_one_shard, (FSDP, ParallelConfig(dp_replicate=2)))
+
+
+# Towers that are frozen in part, and whose last block nobody uses
+
+
+class Tower(nn.Module):
+    """Blocks whose last but one gives the features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Linear(8, 8)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(4))
+
+    def forward(self, image: Tensor) -> Tensor:
+        found = [self.patches(image)]
+        for block in self.blocks:
+            found.append(found[-1] + block(found[-1]))
+        return found[-2]
+
+
+class Seeing(nn.Module):
+    """A model with a tower and a projector, which run where there is an image."""
+
+    def __init__(self, frozen: str) -> None:
+        super().__init__()
+        self.embed, self.tower, self.project = nn.Embedding(16, 8), Tower(), nn.Linear(8, 8)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(2))
+        for name, param in self.named_parameters():
+            param.requires_grad_(not re.match(frozen, name))
+
+    def forward(self, ids: Tensor, image: Tensor | None = None) -> Tensor:
+        x = self.embed(ids)
+        if image is not None:
+            x = x + self.project(self.tower(image))
+        for layer in self.layers:
+            x = x + layer(x)
+        return x.square().mean()
+
+
+FROZEN = {
+    "nothing": "$",
+    "the tower": "tower",
+    "what comes before the tower's blocks": "tower.patches",
+    "the first blocks": r"tower.(patches|blocks.[01])",
+    "the blocks, not what comes before": "tower.blocks",
+    "blocks between others": "tower.blocks.1",
+    "all but the projector": "(embed|tower|layers)",
+    "the embedding and the tower": "(embed|tower)",
+}
+
+
+def _seen(index: int, seen: bool, model: nn.Module) -> Tensor:
+    generator = torch.Generator().manual_seed(index)
+    ids, image = torch.randint(16, (2, 6), generator=generator), torch.randn(2, 6, 8, generator=generator)
+    loss: Tensor = model(ids, image if seen else None)
+    return loss
+
+
+def _towers(frozen: str, configs: Sequence[ParallelConfig]) -> None:
+    seen = ((True, False), (False, True), (True, True), (True, False))
+    steps = [(partial(_seen, 2 * n, one), partial(_seen, 2 * n + 1, other)) for n, (one, other) in enumerate(seen)]
+    for config in configs:
+        torch.manual_seed(0)
+        _compare(Seeing(frozen), config, steps)
+
+
+@pytest.mark.parametrize("frozen", list(FROZEN))
+def test_a_tower_that_is_frozen_or_not_used_to_its_end(ranks2: RankPool, frozen: str) -> None:
+    ranks2.run(_towers, FROZEN[frozen], (FSDP, FSDP.with_(reshard_after_forward="never", prefetch=2)))

@@ -169,9 +169,17 @@ class _Group(_torch.FSDPParamGroup):
     def forget_zeros(self) -> None:
         """Take away the gradients of parameters that no rank has used, as one process has none."""
         for shard in self._filled:
-            if shard.grad is not None and not _local(shard.grad).any():
+            if shard.grad is not None and _used_by_none(_local(shard.grad)):
                 shard.grad = None
         self._filled = ()
+
+
+def _used_by_none(grad: torch.Tensor) -> bool:
+    """Whether all ranks have filled in zeros, which are negative (:func:`shardwright._torch.fill_in_gradients`).
+
+    A shard without elements cannot tell, and has nothing to update.
+    """
+    return not grad.any() and bool(grad.flatten()[:1].signbit().all())
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

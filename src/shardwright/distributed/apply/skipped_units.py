@@ -1,23 +1,28 @@
-"""FSDP2 units that a rank does not run: it takes part in their collectives all the same.
+"""FSDP2 units that a rank does not run, or runs for nothing: it takes part in their collectives all the same.
 
 Data-parallel ranks may run different units: LayerDrop draws other layers on each, a batch without images leaves the
-vision tower out. FSDP2 gathers and reduces a unit when it runs, and its
+vision tower out. FSDP2 gathers a unit when it runs and reduces it when its inputs have their gradients, and its
 collectives pair up in order: ranks that run different units would compute with halves of two layers, or wait for ever.
 
 Here every rank goes through all units in one order. Before a unit runs, and when the module around it ends, the units
 in front of it that did not run are *passed*: gathered, given zero gradients in backward, and reduced, in the places
-where the ranks that run them do so. So gradients are the averages that one process has. A unit that no rank has run
-has gradients of zero everywhere; its parameters get None back, as in one process, so that optimizers leave them alone.
+where the ranks that run them do so. A unit that does run is *finished* in that place of backward, if FSDP2 has not done
+so: its inputs have no gradients (a tower's first block), or its output is not used (a tower's last block, where an
+earlier one's features are taken). So gradients are the averages that one process has. A parameter that no rank has used
+gets None back, as in one process, so that optimizers leave it alone (:mod:`.passes`).
+
+Frozen units are not reduced. A rank that passes one gathers it in backward where a gradient goes through it on the
+ranks that run it: where something that is trained stands in front of it, in the module that holds its list.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from shardwright import _torch
 from shardwright.distributed.runtime.forward import Around, Forward, wrap_forward
@@ -33,18 +38,27 @@ def pass_skipped_units(model: nn.Module, order: Sequence[str], without: str) -> 
     units = _tree(model, order)
     for unit in units:
         if unit.parts:
-            wrap_forward(unit.module, _Passing(unit, without if unit.module is model else ""))
+            wrap_forward(
+                unit.module, _Passing(unit, without if unit.module is model else "", root=unit.module is model)
+            )
         for part in unit.parts:
             part.module.register_forward_pre_hook(_Arrival(unit, part), prepend=True, with_kwargs=True)
 
 
 class _Unit:
-    """A unit, the units inside it in the order in which they run, and those that are left in the forward that runs."""
+    """A unit and the units inside it, in the order in which they run.
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    Attributes:
+        holder: the module that holds the list that the unit is in.
+        left: the units inside that have not run in the forward that runs; None where none runs.
+        token: where backward finishes those that have; it goes into what the next one gets.
+    """
+
+    def __init__(self, module: nn.Module, holder: nn.Module) -> None:
+        self.module, self.holder = module, holder
         self.parts: list[_Unit] = []
-        self.left: list[_Unit] | None = None  # None: no forward runs
+        self.left: list[_Unit] | None = None
+        self.token: Tensor | None = None
 
     def arrives(self, part: _Unit) -> list[_Unit]:
         """The units to pass before ``part`` runs."""
@@ -54,13 +68,65 @@ class _Unit:
         passed, self.left = self.left[:place], self.left[place + 1 :]
         return passed
 
+    def is_trained(self) -> bool:
+        return any(param.requires_grad for param in self.module.parameters())
+
+    def is_in_backward(self) -> bool:
+        """Whether backward comes to this unit on the ranks that run it."""
+        if self.is_trained():
+            return True
+        own = {id(param) for param in self.module.parameters()}
+        before = takewhile(lambda param: id(param) not in own, self.holder.parameters())
+        return any(param.requires_grad for param in before)
+
     def take_part(self, token: Tensor) -> Tensor:
         """Do what FSDP2 does around a forward and a backward of this unit; ``token`` is 0 and stays 0."""
-        state: Any = _torch.state_of(self.module)
+        if token.requires_grad and not self.is_in_backward():
+            with torch.no_grad():
+                self.take_part(token.detach())
+            return token
+        state = _torch.state_of(self.module)
         token = _torch.begin_forward(state, self.module, token)
         for part in self.parts:
             token = part.take_part(token)
         return _torch.end_forward(state, self.module, token.clone())
+
+    def finish(self) -> None:
+        """Gather and reduce this unit in backward, as far as FSDP2 has not done so."""
+        if not self.is_trained():
+            return
+        state = _torch.state_of(self.module)
+        if not _torch.has_begun_backward(state):
+            _torch.begin_backward(state)
+            for part in reversed(self.parts):
+                part.finish()
+        _torch.end_backward(state)
+
+
+class _Finish(torch.autograd.Function):
+    """A node that backward comes to after all that ran later than it was made: autograd takes the newest first."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, unit: _Unit) -> Tensor:
+        ctx.unit = unit
+        return token.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.unit.finish()
+        return grad, None
+
+
+class _Through(torch.autograd.Function):
+    """Values as they are, which have come through a token as far as backward is concerned."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return torch.zeros((), device=grads[0].device), *grads
 
 
 class _Arrival:
@@ -71,10 +137,21 @@ class _Arrival:
 
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if _torch.in_backward():
-            return None  # a checkpoint repeats it
-        passed = self.around.arrives(self.unit)
-        return _passed(passed, (args, kwargs)) if passed else None
+        around = self.around
+        if around.left is None or _torch.in_backward():
+            return None  # called outside of the forward around it; or a checkpoint repeats it
+        token = _pass(around.token, around.arrives(self.unit), module)
+        if not self.unit.is_in_backward():
+            around.token = token
+            return None
+        leaves, spec = _torch.tree_flatten((args, kwargs))
+        places = _places(leaves)
+        if token is not None and token.requires_grad and places:
+            for place, value in zip(places, _Through.apply(token, *(leaves[place] for place in places)), strict=True):
+                leaves[place] = value
+        if torch.is_grad_enabled():
+            around.token = _Finish.apply(_token(module) if token is None else token, self.unit)
+        return _torch.tree_unflatten(leaves, spec)
 
 
 class _Passing(Around):
@@ -82,8 +159,8 @@ class _Passing(Around):
 
     eager = True
 
-    def __init__(self, unit: _Unit, without: str) -> None:
-        self.unit, self.without = unit, without
+    def __init__(self, unit: _Unit, without: str, *, root: bool) -> None:
+        self.unit, self.without, self.root = unit, without, root
 
     @torch.compiler.disable
     def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -93,37 +170,47 @@ class _Passing(Around):
         unit.left = list(unit.parts)
         try:
             output = forward(*args, **kwargs)
-            return _passed(unit.left, output) if unit.left else output
+            if self.root and not unit.left:
+                return output  # what the last one made is what the model returns
+            token = _pass(unit.token, unit.left, module)
+            return output if token is None or not token.requires_grad else _with_token(output, token)
         finally:
-            unit.left = None
+            unit.left = unit.token = None
 
 
-def _passed(units: list[_Unit], values: Any) -> Any:
-    """``values``, which have come through ``units`` now as far as backward is concerned."""
-    leaves, spec = _torch.tree_flatten(values)
-    floats = [n for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    places = [n for n in floats if leaves[n].requires_grad] or floats[:1]
-    trained = torch.is_grad_enabled() and bool(places)
-    token = torch.zeros((), device=next(units[0].module.parameters()).device)
-    for place in places if trained else ():
-        leaf = leaves[place].to_local() if isinstance(leaves[place], DTensor) else leaves[place]
-        token = token + leaf.flatten()[:0].sum()
-    if trained and not token.requires_grad:
-        token.requires_grad_()  # FSDP2 reduces in order only where an input has a gradient
+def _token(module: nn.Module) -> Tensor:
+    return torch.zeros((), device=next(module.parameters()).device, requires_grad=torch.is_grad_enabled())
+
+
+def _pass(token: Tensor | None, units: list[_Unit], module: nn.Module) -> Tensor | None:
+    """``token`` after it has come through ``units``."""
     for unit in units:
-        token = unit.take_part(token)
-    for place in places if trained else ():
+        token = unit.take_part(_token(module) if token is None else token)
+    return token
+
+
+def _places(leaves: list[Any]) -> list[int]:
+    """Which of ``leaves`` have gradients; the first that could have one where none has."""
+    floats = [n for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return [n for n in floats if leaves[n].requires_grad] or floats[:1]
+
+
+def _with_token(output: Any, token: Tensor) -> Any:
+    """``output`` of a unit with ``token`` added: FSDP2 wants no views there."""
+    leaves, spec = _torch.tree_flatten(output)
+    for place in _places(leaves):
         leaves[place] = leaves[place] + token.to(leaves[place].dtype)
     return _torch.tree_unflatten(leaves, spec)
 
 
 def _tree(model: nn.Module, order: Sequence[str]) -> list[_Unit]:
     """The units, each before those inside it."""
-    units = {"": _Unit(model)}
-    for name, module in model.named_modules():
+    modules = dict(model.named_modules())
+    units = {"": _Unit(model, model)}
+    for name, module in modules.items():
         if module is model or not _torch.is_unit(module):
             continue
-        units[name] = _Unit(module)
+        units[name] = _Unit(module, modules[".".join(name.split(".")[:-2])])
         around = max(
             (other for other in units if other != name and (not other or name.startswith(f"{other}."))), key=len
         )

@@ -8,6 +8,7 @@ from torch import nn
 
 from shardwright._transformers import call_of_experts
 from shardwright.distributed.planning.decided import ExpertPlan, Experts
+from shardwright.distributed.planning.listed_experts import listed_experts
 from shardwright.distributed.replay.reading import ModelReading
 from shardwright.errors import PlanError, sizes_that_work
 
@@ -21,10 +22,12 @@ def decide_experts(reading: ModelReading, ep: int) -> ExpertPlan | None:
     the ways of :data:`shardwright._transformers.CALLS_OF_EXPERTS`.
 
     Raises:
-        PlanError: the model has no such modules, too few experts, or adapters on experts.
+        PlanError: the model has no such modules, too few experts, adapters on experts, or a list of experts.
     """
     if ep == 1:
         return None
+    if listed := listed_experts(reading):
+        raise PlanError(listed[0].why_not(ep))
     found = {name: experts for name, module in reading.modules.items() if (experts := experts_of(module)) is not None}
     inner = tuple(f"{name}." for name in found)
     found = {name: experts for name, experts in found.items() if not name.startswith(inner)}

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from shardwright import ParallelConfig, make_mesh, parallelize
 from shardwright.distributed.planning.context import plan_context
+from shardwright.distributed.planning.decide import decide
 from shardwright.distributed.replay.reading import ModelReading
 from shardwright.errors import ConfigError, PlanError, UnsupportedError
 from shardwright.verify.public import case_of, verify
@@ -121,6 +122,54 @@ def test_with_tensor_parallel_ranks(ranks4: RankPool, family: str) -> None:
     changes, made = (MIXTURE, routed) if family == "mixtral" else ({}, padded)
     config = CP2.with_(tp=2)
     assert_exact(verify(partial(build, family, **changes), config, batch=made, accumulate=2, pool=ranks4), 0.5)
+
+
+SP = CP2.with_(tp=2, sequence_parallel=True)
+# The sequence is split over cp first, and every part over tp: 13 positions are 4, 3, 3 and 3.
+SPLIT_TWICE = {
+    "padded": ("llama", {}, padded),
+    "padded-windows": ("gemma3_text", {}, padded),
+    "packed": ("gpt_oss", {}, packed_without_cache),
+    "router-losses": ("mixtral", MIXTURE, routed),
+    "recurrence": ("falcon_h1", None, padded),
+    "relative-bias": ("t5", None, None),
+}
+
+
+@pytest.mark.parametrize("case", SPLIT_TWICE)
+def test_with_sequence_parallelism(ranks4: RankPool, case: str) -> None:
+    family, changes, made = SPLIT_TWICE[case]
+    model = family if changes is None else partial(build, family, **changes)
+    assert_exact(verify(model, SP, batch=made, accumulate=2, pool=ranks4), 0.5)
+
+
+def test_the_plan_with_sequence_parallelism() -> None:
+    """The stream is split in every block, and a mixer that gathers more of it writes a whole that is cut behind it."""
+    decided = decide(ModelReading(case_of("falcon_h1", SP).build()), SP, tp=2, cp=2, fsdp2=False)
+    assert decided.tensor is not None
+    assert decided.tensor.blocks == ["model.layers.0", "model.layers.1"]
+    direct = {name.rpartition(".")[2]: use.direct for name, use in decided.tensor.regions.items() if use.block}
+    assert direct == {"self_attn": True, "feed_forward": True, "mamba": False}
+
+
+def _written_logits() -> float:
+    """A loss on logits that are written to first: at positions, and at some of the vocabulary."""
+    losses, gradients = [], []
+    for model in (build("llama"), parallelize(build("llama"), SP, shared_mesh(SP))):
+        logits = model(input_ids=batch(0)["input_ids"]).logits
+        logits[:, 9:11] = 0.25
+        logits[..., 3:5] = 0.5
+        loss = logits.square().logsumexp(-1).mean()
+        loss.backward()
+        grads = [param.grad for param in model.parameters() if param.grad is not None]
+        gradients.append([grad.full_tensor() if isinstance(grad, DTensor) else grad for grad in grads])
+        losses.append(loss.detach())
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
+    return max(float((x - y).norm() / x.norm()) for x, y in zip(*gradients, strict=True))
+
+
+def test_logits_that_are_written_to(ranks4: RankPool) -> None:
+    assert all(error < 1e-5 for error in ranks4.run(_written_logits))
 
 
 def _used() -> dict[str, Any]:
@@ -238,9 +287,7 @@ def test_what_would_not_be_split_is_refused() -> None:
         plan_context(ModelReading(only_whole()))
 
 
-@pytest.mark.parametrize(
-    "setting", [{"tp": 2, "sequence_parallel": True}, {"ep": 2}, {"compile": True}, {"loss_tiles": 2}, {"mlp_tiles": 2}]
-)
+@pytest.mark.parametrize("setting", [{"ep": 2}, {"compile": True}, {"loss_tiles": 2}, {"mlp_tiles": 2}])
 def test_what_does_not_go_together_is_refused(fake_world: Callable[..., None], setting: dict[str, Any]) -> None:
     fake_world(4)
     config = ParallelConfig(cp=2, **setting)

@@ -97,7 +97,7 @@ def parallelize_with_fsdp2(
     cp = 1 if cp_mesh is None else cp_mesh.size()
     ep_mesh = axis_or_none(device_mesh, axes.ep)
     ep = 1 if ep_mesh is None else ep_mesh.size()
-    check_context(config, cp, tp, ep)
+    check_context(config, cp, ep)
     casts = mp_policy is not None and mp_policy.param_dtype is not None
     check_quantized(model, tp=tp, engine="fsdp2" if mp_policy is not None else "", casts=casts)
     check_fused_kernels(model, tp * cp)

@@ -52,4 +52,4 @@ def apply_compile(model: nn.Module, blocks: Iterable[str], backend: str = "induc
     """
     train_without_cache(model)
     for name in blocks:
-        wrap_forward(model.get_submodule(name), _Compiled(backend), inside_eager=True)
+        wrap_forward(model.get_submodule(name), _Compiled(backend), inside=lambda around: around.eager)

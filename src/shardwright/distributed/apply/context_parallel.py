@@ -14,15 +14,15 @@ from shardwright.distributed.runtime.context.base import Context, Meshes
 from shardwright.distributed.runtime.context.blocks import ContextBlock, ContextLayer, ContextRegion, WholeContextBlock
 from shardwright.distributed.runtime.context.outputs import ContextModel, Owner, Recorded
 from shardwright.distributed.runtime.forward import wrap_forward
+from shardwright.distributed.runtime.regions import SequenceRegion
 from shardwright.errors import UnsupportedError
 
 
-def check_context(config: ParallelConfig, cp: int, tp: int, ep: int) -> None:
+def check_context(config: ParallelConfig, cp: int, ep: int) -> None:
     """Raise UnsupportedError for what does not go together with context parallelism yet."""
     if cp == 1:
         return
     others = {
-        "sequence parallelism (sequence_parallel with tp)": tp > 1 and config.sequence_parallel,
         "expert parallelism (ep)": ep > 1,
         "loss_tiles": config.loss_tiles > 1,
         "mlp_tiles": config.mlp_tiles > 1,
@@ -53,12 +53,14 @@ def apply_context_parallel(
     context = Context(Meshes(cp_mesh, both))
     for name, use in plan.attention.items():
         module = model.get_submodule(name)
-        around = ContextAttention(module, context, kernels[name], use.kernel, own_keys=use.own_keys)
-        module.__dict__[HOLDER] = around
-        wrap_forward(module, around)
+        attention = ContextAttention(module, context, kernels[name], use.kernel, own_keys=use.own_keys)
+        module.__dict__[HOLDER] = attention
+        wrap_forward(module, attention)
     for name, places in plan.regions.items():
         module = model.get_submodule(name)
-        wrap_forward(module, ContextRegion(module, context, places))
+        # What sequence parallelism gathers is this rank's part under context parallelism, which gathers next.
+        around = ContextRegion(module, context, places)
+        wrap_forward(module, around, inside=lambda each: isinstance(each, SequenceRegion))
     for name, block in plan.blocks.items():
         module = model.get_submodule(name)
         wrap_forward(module, ContextBlock(module, context, block.stream, block.places))

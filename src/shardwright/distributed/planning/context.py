@@ -17,11 +17,11 @@ from transformers import PreTrainedModel
 
 from shardwright._transformers import call_of_experts, recorded_modules
 from shardwright.distributed.models.attention import attention_name
-from shardwright.distributed.models.blocks import block_names, numbers_to_globs
+from shardwright.distributed.models.blocks import block_names, is_norm, numbers_to_globs
 from shardwright.distributed.planning.context_plan import ContextPlan, GatheredAttention, SplitBlock
 from shardwright.distributed.replay.context_parts import BlockFinding, BlockReplay, Unsplit
 from shardwright.distributed.replay.module_calls import ModuleCall
-from shardwright.distributed.replay.pointwise import pointwise_run
+from shardwright.distributed.replay.pointwise import is_pointwise_norm, pointwise_run
 from shardwright.distributed.replay.reading import ModelReading, Recording
 from shardwright.distributed.replay.record import CODE_ERRORS, Mismatch
 from shardwright.distributed.replay.runs import Inputs
@@ -239,8 +239,12 @@ def _owners(reading: ModelReading, blocks: Mapping[str, Any]) -> tuple[str, ...]
 
 def _layers(reading: ModelReading, weightless: WeightlessCopy) -> tuple[str, ...]:
     inside = tuple(f"{block}." for block in reading.blocks)
-    names = (weightless.repeats.original_name(name) for name, stub in weightless.stubs.items() if stub.kind == "linear")
-    return tuple(dict.fromkeys(name for name in names if name in reading.modules and not name.startswith(inside)))
+    linear = (
+        weightless.repeats.original_name(name) for name, stub in weightless.stubs.items() if stub.kind == "linear"
+    )
+    norms = (name for name, module in reading.modules.items() if is_norm(module))
+    names = dict.fromkeys(name for name in (*linear, *norms) if name in reading.modules and not name.startswith(inside))
+    return tuple(name for name in names if not is_norm(m := reading.modules[name]) or is_pointwise_norm(m))
 
 
 def _caches(model: nn.Module) -> bool:

@@ -47,7 +47,7 @@ class ContextPlan:
         attention: modules whose keys and values are gathered.
         recorded: modules in split blocks whose results the model hands out beside its own -> what of them is split.
         owners: the models, the outermost and those inside, that hand them out.
-        layers: linear layers outside of the blocks, which work on each position.
+        layers: linear layers and norms outside of the blocks, which work on each position.
         caches: whether the model fills a key-value cache when it is not told to.
     """
 

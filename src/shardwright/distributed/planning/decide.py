@@ -59,12 +59,17 @@ def decide(
         )
     plan = resolved = None
     experts = decide_experts(reading, ep)
+    context = plan_context(reading) if cp > 1 else None
     if tp > 1 or always_plan:
         custom = custom if custom is not None else config.plan
         plan, resolved = plan_and_resolve(
-            reading, custom, tp, sequence_parallel=config.sequence_parallel, experts=experts
+            reading,
+            custom,
+            tp,
+            sequence_parallel=config.sequence_parallel,
+            experts=experts,
+            gathered=() if context is None else context.regions,
         )
-    context = plan_context(reading) if cp > 1 else None
     one_by_one = config.activation_checkpointing != "none" or config.compile_backend is not None
     blocks = unit_names(reading) if fsdp2 or own_units or one_by_one else []
     recomputed = _recomputed(reading, blocks, config)

@@ -5,6 +5,7 @@ Pure: needs no process group, no GPU and no weights.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import replace
 
 from torch import nn
@@ -48,10 +49,12 @@ def resolve(
     *,
     sequence_parallel: bool = False,
     experts: ExpertPlan | None = None,
+    gathered: Container[str] = (),
 ) -> ResolvedPlan:
     """What ``plan`` means for the model on ``tp`` ranks.
 
     Args:
+        gathered: children of blocks that gather more of the sequence for themselves, as context parallelism has it.
         experts: modules whose experts are spread over ranks, whatever the plan says of them.
 
     Raises:
@@ -77,7 +80,7 @@ def resolve(
     _declare_partial(reading, resolved)
     find_regions(resolved)
     if sequence_parallel:
-        overlay_sequence_parallel(reading, resolved)
+        overlay_sequence_parallel(reading, resolved, gathered)
     _collect_replicated(modules, resolved)
     _check_styles(modules, resolved)
     return resolved

@@ -8,6 +8,7 @@ on the whole sequence, and so do blocks whose own code cannot run on a part (:mo
 
 from __future__ import annotations
 
+from collections.abc import Callable, Container
 from dataclasses import replace
 
 from torch import nn
@@ -32,8 +33,13 @@ def find_regions(resolved: ResolvedPlan) -> None:
             resolved.regions.setdefault(region, RegionUse())
 
 
-def overlay_sequence_parallel(reading: ModelReading, resolved: ResolvedPlan) -> None:
-    """Split the residual stream of every block that has tensor-parallel layers and can run on a part of it."""
+def overlay_sequence_parallel(reading: ModelReading, resolved: ResolvedPlan, gathered: Container[str] = ()) -> None:
+    """Split the residual stream of every block that has tensor-parallel layers and can run on a part of it.
+
+    Args:
+        gathered: children of blocks that gather more of the sequence for themselves (context parallelism). What their
+            layers write is as long as what they see, and is cut behind them.
+    """
     modules = reading.modules
     blocks = [
         name for name in reading.blocks if any(_is_tensor_parallel(other, resolved) for other in _below(name, modules))
@@ -41,27 +47,37 @@ def overlay_sequence_parallel(reading: ModelReading, resolved: ResolvedPlan) -> 
     if not blocks:
         resolved.notes.append("Sequence parallelism does nothing: no block has tensor-parallel layers under this plan.")
         return
-    whole = unsplittable_blocks(reading, blocks, lambda name: _child_kind(name, modules, resolved) == "region")
+
+    def kind(name: str) -> str:
+        return "region" if name in gathered else _child_kind(name, modules, resolved)
+
+    whole = unsplittable_blocks(reading, blocks, lambda name: kind(name) == "region")
     for reason in dict.fromkeys(whole.values()):
         names = sorted({numbers_to_globs(name) for name, why in whole.items() if why == reason})
         resolved.notes.append(f"{', '.join(names)} stays on the whole sequence: {reason}.")
     resolved.whole_blocks = list(whole) if len(whole) < len(blocks) else []
     for block in blocks:
         if block not in whole:
-            _overlay_block(block, modules, resolved)
+            _overlay_block(block, modules, resolved, kind, gathered)
     _overlay_norms(modules, resolved)
 
 
-def _overlay_block(block: str, modules: dict[str, nn.Module], resolved: ResolvedPlan) -> None:
+def _overlay_block(
+    block: str,
+    modules: dict[str, nn.Module],
+    resolved: ResolvedPlan,
+    kind_of: Callable[[str], str],
+    gathered: Container[str],
+) -> None:
     resolved.blocks.append(block)
     own = resolved.modules.get(block)
     if own is not None and own.style == "replicate":
         resolved.modules[block] = replace(own, style=ReplicatedPartialGradient.name, origin="sequence parallelism")
     for child, _ in modules[block].named_children():
         name = f"{block}.{child}"
-        kind, use = _child_kind(name, modules, resolved), resolved.modules.get(name)
+        kind, use = kind_of(name), resolved.modules.get(name)
         if kind == "region":
-            _make_region(name, _below(name, modules), block, resolved)
+            _make_region(name, _below(name, modules), block, resolved, may_be_direct=name not in gathered)
         elif kind == "layer" and use is not None:
             resolved.modules[name] = replace(use, sequence=True)
         elif kind == "local" and use is not None and use.style == "replicate":
@@ -108,12 +124,13 @@ def _is_tensor_parallel(name: str, resolved: ResolvedPlan) -> bool:
     )
 
 
-def _make_region(name: str, names: list[str], block: str, resolved: ResolvedPlan) -> None:
+def _make_region(name: str, names: list[str], block: str, resolved: ResolvedPlan, *, may_be_direct: bool) -> None:
     uses = {other: resolved.modules[other] for other in names if other in resolved.modules}
     writers = [other for other, use in uses.items() if use.writes and use.made.input_is_slice]
     owners = {owner for owner, _ in resolved.parameters}
     direct = (
-        len(writers) == 1
+        may_be_direct
+        and len(writers) == 1
         # Beside its one writer, all work in a direct region is on this rank's share.
         and all(_rank_local(use, other in owners) for other, use in uses.items() if other not in writers)
         and all(_parent(other) == name or not (use.reads or use.writes) for other, use in uses.items())

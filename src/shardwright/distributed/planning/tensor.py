@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Container
 from dataclasses import replace
 
 from shardwright.distributed.plan import ParallelPlan
@@ -26,6 +27,7 @@ def plan_and_resolve(
     *,
     sequence_parallel: bool = False,
     experts: ExpertPlan | None = None,
+    gathered: Container[str] = (),
 ) -> tuple[ParallelPlan, ResolvedPlan]:
     """The plan that applies, and what it means for the model on ``tp`` ranks; exact, as far as it can be replayed.
 
@@ -36,6 +38,7 @@ def plan_and_resolve(
         custom: a plan to use instead of one that is chosen.
         sequence_parallel: split the residual stream along the sequence; torch styles in ``custom`` may ask for it too.
         experts: modules whose experts are spread over ranks, and not cut.
+        gathered: children of blocks that gather more of the sequence for themselves.
 
     Raises:
         PlanError: the plan cannot be read, does not fit the model or ``tp``, or is not exact.
@@ -44,7 +47,11 @@ def plan_and_resolve(
         refuse_scales(reading.model)
     brought = None if custom is None else brought_plan(custom)
     split = sequence_parallel or (brought is not None and brought.asks_for_sequence_parallel)
-    plan, resolved = _exact(reading, brought, tp, sequence_parallel=split, experts=experts)
+
+    def resolved_on(plan: ParallelPlan) -> ResolvedPlan:
+        return resolve(reading, plan, tp, sequence_parallel=split, experts=experts, gathered=gathered)
+
+    plan, resolved = _exact(reading, brought, tp, resolved_on)
     if tp > 1:
         resolved.notes += left_replicated(reading, resolved)
         resolved.warnings += little_cut(reading, resolved)
@@ -52,15 +59,15 @@ def plan_and_resolve(
 
 
 def _exact(
-    reading: ModelReading, brought: Brought | None, tp: int, *, sequence_parallel: bool, experts: ExpertPlan | None
+    reading: ModelReading, brought: Brought | None, tp: int, resolved_on: Callable[[ParallelPlan], ResolvedPlan]
 ) -> tuple[ParallelPlan, ResolvedPlan]:
     plan = choose_plan(reading, brought, tp)
-    resolved = resolve(reading, plan, tp, sequence_parallel=sequence_parallel, experts=experts)
+    resolved = resolved_on(plan)
     if tp == 1 or (brought is None and plan.tp == tp):  # one that was derived just now has been replayed
         return plan, resolved
     reason = why_not_exact(reading, resolved)
     if reason is None:
-        return _completed(reading, plan, resolved, experts) if brought is None else (plan, resolved)
+        return _completed(reading, plan, resolved, resolved_on) if brought is None else (plan, resolved)
     if brought is not None:
         raise PlanError(
             f"The plan ({plan.source}) does not compute what {type(reading.model).__name__} computes: replayed on "
@@ -72,15 +79,18 @@ def _exact(
     logger.warning("%s: %s.", type(reading.model).__name__, note)
     derived = derive_plan(reading, tp=tp)
     derived = replace(derived, notes=(f"{note}.", *derived.notes))
-    return derived, resolve(reading, derived, tp, sequence_parallel=sequence_parallel, experts=experts)
+    return derived, resolved_on(derived)
 
 
 def _completed(
-    reading: ModelReading, plan: ParallelPlan, resolved: ResolvedPlan, experts: ExpertPlan | None
+    reading: ModelReading,
+    plan: ParallelPlan,
+    resolved: ResolvedPlan,
+    resolved_on: Callable[[ParallelPlan], ResolvedPlan],
 ) -> tuple[ParallelPlan, ResolvedPlan]:
     """A plan of transformers with what it does not mention, where all of it together is exact."""
     more = None if plan.source == NO_PLAN else completed(reading, plan, resolved)
     if more is None:
         return plan, resolved
-    both = resolve(reading, more, resolved.tp, sequence_parallel=resolved.sequence_parallel, experts=experts)
+    both = resolved_on(more)
     return (plan, resolved) if why_not_exact(reading, both) else (more, both)

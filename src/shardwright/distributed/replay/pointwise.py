@@ -11,14 +11,16 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from shardwright.distributed.replay.module_calls import ModuleCall, as_now
-from shardwright.distributed.replay.record import Idle, Recorder, first_float
+from shardwright.distributed.replay.record import CODE_ERRORS, Idle, Recorder, first_float, same
 from shardwright.distributed.replay.runs import Inputs
 from shardwright.distributed.replay.weightless import WeightlessCopy
 from shardwright.distributed.runtime.context.places import mapped
@@ -48,6 +50,27 @@ def _generator(name: str) -> torch.Generator:
 def copied(value: Any) -> Any:
     """The tensors as they are now, in lists where they were in lists."""
     return mapped(value, "", lambda path, x: as_now(x))
+
+
+def is_pointwise_norm(norm: nn.Module) -> bool:
+    """Whether a module that owns vectors alone gives the same for every position, whatever the others are.
+
+    Tried on a copy with numbers of its own; what needs running statistics, or something else to be called with, is not.
+    """
+    generator = torch.Generator().manual_seed(0)
+    vectors = {
+        name: torch.randn(param.shape, generator=generator, dtype=torch.float32)
+        for name, param in norm._parameters.items()
+        if param is not None
+    }
+    x = torch.randn(2, 6, next(iter(vectors.values())).numel(), generator=generator)
+    copy = deepcopy(norm)
+    try:
+        with torch.no_grad():
+            whole, part = functional_call(copy, vectors, (x,)), functional_call(copy, vectors, (x[:, 2:4],))
+    except CODE_ERRORS:
+        return False
+    return isinstance(whole, Tensor) and whole.shape == x.shape and same(part, whole[:, 2:4])
 
 
 @dataclass

@@ -36,15 +36,15 @@ class Around:
         raise NotImplementedError
 
 
-def wrap_forward(module: nn.Module, around: Around, *, inside_eager: bool = False) -> None:
+def wrap_forward(module: nn.Module, around: Around, *, inside: Callable[[Around], bool] | None = None) -> None:
     """Put ``around`` outside of everything that already wraps ``module``'s forward.
 
     Args:
-        inside_eager: put it inside of all that is ``eager``, and of what is outside of that.
+        inside: put it inside of all for which this is true, and of what is outside of that.
     """
     _become_wrapped(module)
     chain = arounds(module)
-    place = max((n for n, each in enumerate(chain, 1) if each.eager), default=0) if inside_eager else 0
+    place = max((n for n, each in enumerate(chain, 1) if inside is not None and inside(each)), default=0)
     module.__dict__["_around"] = (*chain[:place], around, *chain[place:])
 
 

@@ -72,7 +72,7 @@ class ContextBlock(Around):
             place = self.arguments.get(path)
             x = recognized(x, self.context.meshes)
             if isinstance(x, ContextSharded):
-                handed.append(x.inside)
+                handed.append(x.to_local())
             if place is None:
                 return made_whole(x)
             mine = _entered(x, place, split, batch, f"{name}'s argument {path}")
@@ -169,7 +169,7 @@ class WholeContextBlock(Around):
         def whole(path: str, x: Tensor) -> Tensor:
             x = recognized(x, self.context.meshes)
             if isinstance(x, ContextSharded):
-                handed.append(x.inside)
+                handed.append(x.to_local())
             return made_whole(x)
 
         args, kwargs = mapped_arguments([], args, kwargs, whole)
@@ -177,7 +177,7 @@ class WholeContextBlock(Around):
 
 
 class ContextLayer(Around):
-    """A linear layer outside of the blocks: each rank computes its part."""
+    """A linear layer or a norm outside of the blocks: each rank computes its part."""
 
     def __init__(self, context: Context) -> None:
         self.context = context

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from shardwright._torch import without_torch_function
 from shardwright.distributed.runtime.context import parts
@@ -61,12 +61,20 @@ def _on_whole(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
         x, *others = args
         new = x.whole().clone()
         func(new, *made_whole(others), **made_whole(kwargs))
-    part = x.like(parts.part(new, x.dealt), x.dealt) if x.kind is None else None
-    if part is None:
-        return NotImplemented
     with without_torch_function():
-        x.copy_(part)
+        x.copy_(_part_like(x, new))
     return None if func is Tensor.__setitem__ else x
+
+
+def _part_like(x: ContextTensor, new: Tensor) -> ContextTensor:
+    """What this rank has of ``new``, which is whole, laid out as ``x`` is."""
+    mine = parts.part(new, x.dealt)
+    if x.kind is None:
+        return x.like(mine, x.dealt)
+    replicated = DTensor.from_local(mine, x.meshes.tp, [Replicate()], run_check=False)
+    inside = replicated.redistribute(placements=[x.placements[1]])
+    inside.__class__ = x.kind
+    return x.like(inside, x.dealt)
 
 
 def made_whole(value: Any) -> Any:

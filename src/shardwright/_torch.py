@@ -7,6 +7,7 @@ parameters have two forms: the shards, and the gathered ones, which are register
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.distributed.distributed_c10d import _get_default_store as default_sto
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, TrainingState
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor._ops._math_ops import _NormPartial
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import Placement
@@ -203,6 +204,8 @@ def concatenated(*meshes: DeviceMesh) -> DeviceMesh:
 
 def part_of_norm(order: float) -> Placement:
     """The placement of a norm of which every rank holds that of its shard (torch 2.11 to 2.13)."""
+    if math.isinf(order):  # as DTensor's own: one kind cannot be made into the other
+        return Partial("max" if order > 0 else "min")
     return _NormPartial(order)
 
 

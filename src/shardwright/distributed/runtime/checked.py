@@ -45,14 +45,13 @@ class CheckedDTensor(DTensor):
     """A parameter, its gradient, or what is computed from them."""
 
     __slots__ = ()
+    goes_first = False  # whether a class that checks, too, leaves a call with both to this one
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if any(
-            issubclass(kind, (ImplicitDTensor, OwnRules)) and not issubclass(kind, CheckedDTensor) for kind in types
-        ):
+        if any(cls._leaves_to(kind) for kind in types):
             return NotImplemented  # that class is asked next
         kwargs = kwargs or {}
         if func in _NUMBERS and not (func is Tensor.__format__ and args[0].ndim):  # torch shows that as what it is
@@ -61,11 +60,11 @@ class CheckedDTensor(DTensor):
         refuse_lost_write(func, args)
         if is_whole_write(func, args, kwargs):
             return write_whole(func, args, kwargs)
-        if not writes(func) and _is_number_among_plain(tensors_in((args, kwargs))):
+        if not writes(func) and _are_numbers_elsewhere(tensors_in((args, kwargs))):
             return func(*joined(args), **joined(kwargs))
-        with without_torch_function(), _as_dtensors(tensors_in((args, kwargs))):
+        with without_torch_function():
             try:
-                result = _checked(func(*args, **kwargs))
+                result = cls.computed(func, args, kwargs)
             except (ShardwrightError, torch.OutOfMemoryError):
                 raise
             except NotImplementedError as error:  # DTensor has no rule for it
@@ -78,14 +77,26 @@ class CheckedDTensor(DTensor):
             note_copies(result, args[0])
         return result
 
+    @classmethod
+    def _leaves_to(cls, kind: type) -> bool:
+        if issubclass(kind, CheckedDTensor):
+            return kind.goes_first and not cls.goes_first
+        return issubclass(kind, (ImplicitDTensor, OwnRules))
+
+    @classmethod
+    def computed(cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What torch makes of it; called where no class is asked any more."""
+        with _as_dtensors(tensors_in((args, kwargs))):
+            return checked(func(*args, **kwargs))
+
     @staticmethod
     def __tensor_unflatten__(inner: Any, meta: Any, size: Any, stride: Any) -> DTensor:
         # A compiled block gets its parameters so, and asks for the class that it has seen.
-        return _checked(DTensor.__tensor_unflatten__(inner, meta, size, stride))
+        return checked(DTensor.__tensor_unflatten__(inner, meta, size, stride))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         with _as_dtensors([self]):  # whose clone is of its own class, which torch asks for
-            return _checked(copy.deepcopy(self, memo))
+            return checked(copy.deepcopy(self, memo))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # What is saved can be loaded without Shardwright.
@@ -115,22 +126,27 @@ take_in_groups(CheckedDTensor)
 def check_parameters(model: nn.Module) -> None:
     """Make the parameters of ``model`` that are DTensors of torch's own class :class:`CheckedDTensor`, in place."""
     for param in model.parameters():
-        _checked(param)
+        checked(param)
 
 
-def _checked(value: Any) -> Any:
+def checked(value: Any) -> Any:
+    """``value`` with what is of torch's own class in it made :class:`CheckedDTensor`, in place."""
     if type(value) is DTensor:
         value.__class__ = CheckedDTensor
     elif type(value) in (tuple, list):
         for item in value:
-            _checked(item)
+            checked(item)
     return value
 
 
-def _is_number_among_plain(tensors: list[Tensor]) -> bool:
-    """Whether DTensors of no dimension meet plain tensors: a penalty on weights that is added to a loss."""
+def _are_numbers_elsewhere(tensors: list[Tensor]) -> bool:
+    """Whether DTensors of no dimension meet plain tensors, or each other on different meshes.
+
+    A penalty on weights that is added to a loss is such a number, and so are its parts.
+    """
     sharded = [x for x in tensors if isinstance(x, DTensor)]
-    return 0 < len(sharded) < len(tensors) and all(x.ndim == 0 for x in sharded)
+    alone = len(sharded) == len(tensors) and all(x.device_mesh == sharded[0].device_mesh for x in sharded)
+    return bool(sharded) and not alone and all(x.ndim == 0 for x in sharded)
 
 
 def _refuse_part(x: DTensor) -> None:

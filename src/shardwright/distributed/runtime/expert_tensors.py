@@ -18,30 +18,28 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
-from shardwright._torch import foreach_norm, part_of_norm, take_in_groups, without_torch_function
+from shardwright._torch import foreach_norm, part_of_norm, take_in_groups
+from shardwright.distributed.runtime.checked import CheckedDTensor, checked
 from shardwright.distributed.runtime.implicit import OwnRules
 
 _NORMS = {torch.linalg.vector_norm: "ord", torch.linalg.norm: "ord", torch.norm: "p", Tensor.norm: "p"}
 
 
-class ExpertTensor(OwnRules):
+class ExpertTensor(CheckedDTensor, OwnRules):
     """A shard of experts, its gradient, or what an optimizer keeps for it."""
 
     __slots__ = ()
+    goes_first = True  # it knows of the other mesh
 
     @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        with without_torch_function():
-            if func.__name__.startswith(("_foreach_", "_fused_")):
-                return _by_mesh(func, args, kwargs)
-            order = args[1] if len(args) > 1 else kwargs.get(_NORMS.get(func, ""), 2)
-            if func in _NORMS and len(args) <= 2 and not {"dim", "dtype", "keepdim"} & set(kwargs):
-                return _norm(args[0], 2 if order in ("fro", None) else order)
-            first = next(x for x in _flat((args, kwargs)) if isinstance(x, ExpertTensor))
-            return _mark(func(*_here(args, first), **_here(kwargs, first)), first)
+    def computed(cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func.__name__.startswith(("_foreach_", "_fused_")):
+            return _by_mesh(func, args, kwargs)
+        order = args[1] if len(args) > 1 else kwargs.get(_NORMS.get(func, ""), 2)
+        if func in _NORMS and len(args) <= 2 and not {"dim", "dtype", "keepdim"} & set(kwargs):
+            return checked(_norm(args[0], 2 if order in ("fro", None) else order))
+        first = next(x for x in _flat((args, kwargs)) if isinstance(x, ExpertTensor))
+        return checked(_mark(func(*_here(args, first), **_here(kwargs, first)), first))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         tensor: Any = self

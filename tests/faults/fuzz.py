@@ -47,8 +47,8 @@ from shardwright.distributed.plan import ParallelPlan
 from shardwright.errors import ShardwrightError, from_system
 from shardwright.estimate.hardware import load_machine
 from shardwright.train.config import load_config as load_run
+from shardwright.train.encoding import encode
 from shardwright.train.metrics import MetricsFiles
-from shardwright.train.prepare import encode
 from shardwright.train.text import Piece, read_texts
 from shardwright.train.tokenizer import train_tokenizer
 

@@ -16,9 +16,9 @@ from test_train import make_job, train_in_rank
 
 from shardwright.checkpoint.run_info import list_checkpoints, read_info
 from shardwright.errors import CheckpointError, ConfigError, ShardwrightError
-from shardwright.train.config import OutputSettings
 from shardwright.train.metrics import MetricsFiles
 from shardwright.train.output import check_output, output_folder
+from shardwright.train.sections import OutputSettings
 from shardwright.verify.ranks import RankPool
 
 FSDP2 = "sharding.dp_shard=2"

@@ -11,12 +11,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from shardwright.errors import ConfigError, UnsupportedError
 from shardwright.train.check import relative_error
-from shardwright.train.config import ModelSettings, OptimizerSettings, OutputSettings
 from shardwright.train.metrics import use_tensorboard
 from shardwright.train.model import build_whole_model, check_fit, model_config
 from shardwright.train.optim import make_optimizer, rate
 from shardwright.train.output import check_output
 from shardwright.train.plot import curve
+from shardwright.train.sections import ModelSettings, OptimizerSettings, OutputSettings
 from shardwright.train.tokenizer import load_tokenizer, train_tokenizer
 
 TINY = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1} | {

@@ -18,9 +18,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from shardwright.errors import ConfigError
-from shardwright.train.config import DataSettings
+from shardwright.train.encoding import encode
 from shardwright.train.find import find_files
-from shardwright.train.prepare import encode
+from shardwright.train.sections import DataSettings
 from shardwright.train.text import PIECE, Piece, pieces, read_texts
 
 
@@ -76,7 +76,10 @@ def test_texts_of_files_and_lines(folder: Path) -> None:
         (b'{"text": "ok"}\n{"text": ', "line 2, is not valid JSON"),
         (b'{"txt": "x", "id": 1}', "line 1, has no text under the key 'text' (it has 'txt', 'id')"),
         (b'["x"]', "line 1, is a list and not a mapping with the text under the key 'text'"),
-        (b'{"text": [{"role": "user"}]}', "line 1, has a list under the key 'text', and not a text (a conversation"),
+        (
+            b'{"text": [{"role": "user"}]}',
+            "line 1, has a list under the key 'text', and not a text (for a conversation, set data.format",
+        ),
         (b'{"text": null}', "line 1, has null under the key 'text', and not a text. Set"),
         (b'{"text": "\xff"}', "is not UTF-8 text (byte 10)"),
         (b'{"text": "\xc3', "is not UTF-8 text (byte 10)"),

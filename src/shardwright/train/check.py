@@ -82,7 +82,7 @@ def reference_step(config: TrainConfig, model_config: PreTrainedConfig, data: To
     loss = 0.0
     for part in rows.reshape(config.accumulation, -1):
         batch = data.batch(part)
-        logits = model(input_ids=batch.input_ids, use_cache=False).logits
+        logits = model(**batch.inputs).logits
         share = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE, reduction="sum")
         (share / targets).backward()
         loss += share.item() / targets

@@ -10,25 +10,33 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 IGNORE = -100  # a target that is not counted, torch's convention
-_PADDING = -1
+PADDING = -1
 TOKENS = "tokens.bin"
-_TARGETS = "targets.bin"
-_SHAPE = "tokens.json"
+TARGETS = "targets.bin"  # how many targets each row has, where not every token is one
+FLAGS = "flags.bin"  # a byte for each token, where examples are kept apart: the two below
+TRAINED, STARTS = 1, 2  # it is a target; an example, or the padding, begins with it
+SHAPE = "tokens.json"
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How rows lie in the flat file of tokens."""
+    """How rows lie in the flat file of tokens.
+
+    Attributes:
+        documents: several examples share a row, and positions begin at 0 in each.
+    """
 
     sequences: int
     sequence_length: int
     stride: int
+    documents: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,7 @@ def write_packed(parts: Iterable[Tokens], folder: Path, sequence_length: int) ->
         for part in parts:
             part.ids.tofile(file)
             total += len(part.ids)
-    return _write_shape(folder, Shape(max(total - 1, 0) // sequence_length, sequence_length, sequence_length)), total
+    return write_shape(folder, Shape(max(total - 1, 0) // sequence_length, sequence_length, sequence_length)), total
 
 
 def write_separate(parts: Iterable[Tokens], folder: Path, sequence_length: int) -> tuple[Shape, int]:
@@ -66,23 +74,24 @@ def write_separate(parts: Iterable[Tokens], folder: Path, sequence_length: int) 
     total = rows = 0
     width = sequence_length + 1
     rest = np.empty(0, dtype=np.int32)  # of the text that is being written: its last token begins the next row
-    with (folder / TOKENS).open("wb") as tokens, (folder / _TARGETS).open("wb") as targets:
+    with (folder / TOKENS).open("wb") as tokens, (folder / TARGETS).open("wb") as targets:
         for part in parts:
             total += len(part.ids)
             rest = np.concatenate([rest, part.ids])
             while len(rest) >= width or (part.last and len(rest) > 1):
-                row = np.full(width, _PADDING, dtype=np.int32)
+                row = np.full(width, PADDING, dtype=np.int32)
                 row[: len(rest[:width])] = rest[:width]
                 row.tofile(tokens)
                 np.int32(min(len(rest), width) - 1).tofile(targets)
                 rest = rest[sequence_length:]
                 rows += 1
             rest = rest[:0] if part.last else rest
-    return _write_shape(folder, Shape(rows, sequence_length, width)), total
+    return write_shape(folder, Shape(rows, sequence_length, width)), total
 
 
-def _write_shape(folder: Path, shape: Shape) -> Shape:
-    (folder / _SHAPE).write_text(json.dumps(asdict(shape)))
+def write_shape(folder: Path, shape: Shape) -> Shape:
+    """Leave ``shape`` where :class:`TokenRows` finds it."""
+    (folder / SHAPE).write_text(json.dumps(asdict(shape)))
     return shape
 
 
@@ -93,23 +102,34 @@ class Batch:
     Attributes:
         input_ids: tokens, ``[rows, sequence_length]``, int64.
         labels: the token after each, or ``IGNORE``; same shape.
+        position_ids: where several examples share a row, each position's place in its example; same shape.
     """
 
     input_ids: Tensor
     labels: Tensor
+    position_ids: Tensor | None = None
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The arguments of the model's call. Without a cache: transformers tells examples apart only then."""
+        positions = {} if self.position_ids is None else {"position_ids": self.position_ids}
+        return {"input_ids": self.input_ids, **positions, "use_cache": False}
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(self.input_ids.to(device), self.labels.to(device))
+        positions = None if self.position_ids is None else self.position_ids.to(device)
+        return Batch(self.input_ids.to(device), self.labels.to(device), positions)
 
 
 class TokenRows:
-    """The rows that :func:`write_packed` or :func:`write_separate` left in ``folder``, read from disk as needed."""
+    """The rows that :func:`write_packed`, :func:`write_separate` or ``write_documents`` left in ``folder``, read from
+    disk as needed."""
 
     def __init__(self, folder: Path) -> None:
-        self.shape = Shape(**json.loads((folder / _SHAPE).read_text()))
+        self.shape = Shape(**json.loads((folder / SHAPE).read_text()))
         self._tokens = np.memmap(folder / TOKENS, dtype=np.int32, mode="r")
-        padded = (folder / _TARGETS).is_file()
-        self._targets = np.memmap(folder / _TARGETS, dtype=np.int32, mode="r") if padded else None
+        padded, flagged = (folder / TARGETS).is_file(), (folder / FLAGS).is_file()
+        self._targets = np.memmap(folder / TARGETS, dtype=np.int32, mode="r") if padded else None
+        self._flags = np.memmap(folder / FLAGS, dtype=np.uint8, mode="r") if flagged else None
 
     def __len__(self) -> int:
         return self.shape.sequences
@@ -118,10 +138,15 @@ class TokenRows:
         """The rows with these numbers; -1 stands for a row of nothing but padding."""
         offsets = np.maximum(rows, 0)[:, None] * self.shape.stride + np.arange(self.shape.sequence_length + 1)
         tokens = torch.from_numpy(np.asarray(self._tokens[offsets], dtype=np.int64))
-        tokens[torch.from_numpy(rows < 0)] = _PADDING
+        tokens[torch.from_numpy(rows < 0)] = PADDING
         labels = tokens[:, 1:].clone()
-        labels[labels == _PADDING] = IGNORE
-        return Batch(tokens[:, :-1].clamp(min=0), labels)
+        labels[labels == PADDING] = IGNORE
+        ids = tokens[:, :-1].clamp(min=0)
+        if self._flags is None:
+            return Batch(ids, labels)
+        flags = self._flags[offsets]
+        labels[torch.from_numpy((flags[:, 1:] & TRAINED) == 0)] = IGNORE
+        return Batch(ids, labels, _positions(flags[:, :-1]) if self.shape.documents else None)
 
     def targets(self, rows: np.ndarray) -> int:
         """How many positions of these rows have a target: what the loss is divided by. Reads no row."""
@@ -129,6 +154,13 @@ class TokenRows:
         if self._targets is None:
             return len(there) * self.shape.sequence_length
         return int(self._targets[there].sum(dtype=np.int64))
+
+
+def _positions(flags: np.ndarray) -> Tensor:
+    """Each token's place in its example, int64, as ``flags``."""
+    place = np.arange(flags.shape[1])
+    starts = np.maximum.accumulate(np.where(flags & STARTS, place, 0), axis=1)
+    return torch.from_numpy(place - starts)
 
 
 class Order:

@@ -11,7 +11,8 @@ from glob import has_magic
 from pathlib import Path
 
 from shardwright.errors import ConfigError
-from shardwright.train.config import DataSettings
+from shardwright.train.records import is_saved_dataset
+from shardwright.train.sections import DataSettings
 from shardwright.untrusted import shown, usable_path
 
 _MOST_ENTRIES = 2_000_000  # of the folders that are searched
@@ -19,16 +20,20 @@ _STDLIB = "stdlib:"
 _ANY_DEPTH = "**"
 
 
-def find_files(settings: DataSettings) -> list[Path]:
-    """Every file that ``settings`` names, each once, in the order of their names.
+def find_files(settings: DataSettings, paths: Sequence[str] | None = None) -> list[Path]:
+    """Every file that ``settings`` names, each once, in the order of their names; a folder that ``datasets`` has
+    written counts as one.
+
+    Args:
+        paths: in place of ``settings.paths``.
 
     Raises:
         ConfigError: a path that does not exist, a glob or folder that yields nothing or is too large to search, or
             everything excluded.
     """
     found: set[Path] = set()
-    for text in settings.paths:
-        found.update(_expand(text, settings.include))
+    for text in settings.paths if paths is None else paths:
+        found.update(_expand(text, settings.included))
     files = sorted(path for path in found if not any(fnmatch(path.as_posix(), glob) for glob in settings.exclude))
     if not files:
         raise ConfigError(
@@ -41,6 +46,8 @@ def _expand(text: str, include: Sequence[str]) -> list[Path]:
     if text.startswith(_STDLIB):
         text = str(Path(sysconfig.get_path("stdlib"), text.removeprefix(_STDLIB).lstrip("/")))
     path = usable_path(text, "One of data.paths", ConfigError)
+    if path.is_dir() and is_saved_dataset(path):
+        return [path]
     if path.is_dir():
         inside = _search(path, [_ANY_DEPTH], text, hidden=True)
         files = [file for file in inside if any(fnmatch(file.name, pattern) for pattern in include)]

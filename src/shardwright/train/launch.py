@@ -23,7 +23,7 @@ from shardwright.distributed.apply import megatron_fsdp
 from shardwright.distributed.mesh import default_device_type, make_mesh
 from shardwright.errors import ConfigError, PreemptedError, RunError, ShardwrightError, from_system
 from shardwright.scratch import scratch_folder
-from shardwright.train.config import TrainConfig
+from shardwright.train.config import JOB_CONFIG, TrainConfig, read_config
 from shardwright.train.meeting import check_devices, device_type, joined
 from shardwright.train.metrics import use_tensorboard
 from shardwright.train.output import CHECKPOINTS, check_output
@@ -61,7 +61,8 @@ def run_here(config: TrainConfig, place: Place, watchdog: Watchdog) -> None:
         job = stack.enter_context(scratch_folder()) if located.local_rank == 0 else None
         watchdog.begin("preparing the data, or waiting for it")
         prepared = _prepare_once_per_machine(config, job, located)
-        train(config, prepared, make_mesh(config.sharding, device.type), watchdog)
+        settled = read_config(prepared / JOB_CONFIG)
+        train(settled, prepared, make_mesh(config.sharding, device.type), watchdog)
 
 
 def _check(config: TrainConfig, ranks: int) -> None:

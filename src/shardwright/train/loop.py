@@ -27,7 +27,7 @@ def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
         logits, labels = output.logits.flatten(0, 1).float(), batch.labels.flatten()
         return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
 
-    return call_with_loss(model, loss, input_ids=batch.input_ids, use_cache=False)
+    return call_with_loss(model, loss, **batch.inputs)
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
@@ -111,8 +111,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def validate(self, rows: np.ndarray, rows_at_once: int) -> float:
-        """Mean loss over ``rows``, each rank measuring its share.
+    def validate(self, data: TokenRows, rows: np.ndarray, rows_at_once: int) -> float:
+        """Mean loss over ``rows`` of ``data``, each rank measuring its share.
 
         Args:
             rows_at_once: rows per forward of one rank.
@@ -122,8 +122,8 @@ class Trainer:
         padded = np.pad(rows, (0, -len(rows) % group), constant_values=-1)  # every rank takes part in every forward
         total = torch.zeros((), device=self._device)
         for part in padded.reshape(-1, self.dp_size, rows_at_once):
-            batch = self._data.batch(part[self._dp.get_local_rank()])
+            batch = data.batch(part[self._dp.get_local_rank()])
             total += whole(summed_loss(self.model, batch.to(self._device)))
         dist.all_reduce(total, group=self._dp.get_group())
         self.model.train()
-        return total.item() / self._data.targets(rows)
+        return total.item() / data.targets(rows)

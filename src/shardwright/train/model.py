@@ -24,7 +24,7 @@ from shardwright.distributed.models.build import load_config
 from shardwright.distributed.models.config_json import check_values
 from shardwright.errors import ConfigError, UnsupportedError
 from shardwright.settings import unknown_key
-from shardwright.train.config import ModelSettings
+from shardwright.train.sections import ModelSettings
 from shardwright.untrusted import ToldAs, shown, usable_path
 
 # Keys that transformers still takes although they are no fields of its configs any more.

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from shardwright.train.config import OptimizerSettings, ScheduleSettings
+from shardwright.train.sections import OptimizerSettings, ScheduleSettings
 
 
 def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> AdamW:

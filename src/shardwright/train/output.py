@@ -15,7 +15,7 @@ from shardwright.checkpoint.atomic import require_replaceable, write_text
 from shardwright.checkpoint.run_info import find_checkpoint
 from shardwright.errors import ConfigError
 from shardwright.lock import Lock
-from shardwright.train.config import OutputSettings
+from shardwright.train.sections import OutputSettings
 from shardwright.untrusted import usable_path
 
 MODEL = "model"

@@ -1,30 +1,37 @@
-"""What is done once per machine before training: the config, the tokenizer and the packed tokens, in a folder.
+"""What is done once per machine before training: the config, the tokenizer and the examples' tokens, in a folder.
 
-The *job folder* is all that a rank needs. Whatever is wrong with the text, the tokenizer or the model's config comes
+The *job folder* is all that a rank needs. Whatever is wrong with the data, the tokenizer or the model's config comes
 out here, in one process, before there are ranks.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from shardwright.errors import ConfigError
-from shardwright.train.config import JOB_CONFIG, DataSettings, TrainConfig
-from shardwright.train.dataset import TOKENS, Tokens, write_packed, write_separate
+from shardwright.train.config import JOB_CONFIG, TrainConfig
+from shardwright.train.conversations import prepare_template, read_documents
+from shardwright.train.dataset import Shape, write_packed, write_separate
+from shardwright.train.documents import write_documents
+from shardwright.train.encoding import encode
 from shardwright.train.find import find_files
 from shardwright.train.model import check_fit, model_config
-from shardwright.train.text import PIECE, Piece, read_texts
+from shardwright.train.packing import check_keeps_apart
+from shardwright.train.records import read_records
+from shardwright.train.sample import sample
+from shardwright.train.sections import DataSettings
+from shardwright.train.text import read_texts
 from shardwright.train.tokenizer import load_tokenizer, train_tokenizer
-from shardwright.untrusted import ToldAs
 
 TOKENIZER = "tokenizer"
-_PIECES_AT_ONCE = 512
-_CHARACTERS_AT_ONCE = 4 * PIECE
+VALIDATION = "validation"  # a folder with the rows of data.validation_paths, as those of the job folder
 
 Say = Callable[[str], None]
 
@@ -34,25 +41,73 @@ def prepare(config: TrainConfig, folder: Path, say: Say) -> None:
 
     Args:
         folder: an empty folder.
-        say: told, in a sentence each, what was done.
+        say: told, in a sentence each, what was done; with rich's markup.
 
     Raises:
-        ConfigError: the text, tokenizer or model config cannot be used; the message has the numbers.
+        ConfigError: the data, tokenizer or model config cannot be used; the message has the numbers.
     """
-    files = find_files(config.data)
+    data = config.data
+    files = find_files(data)
     tokenizer = _tokenizer(config, files)
-    check_fit(model_config(config.model, tokenizer), tokenizer, config.data.sequence_length)
+    prepare_template(tokenizer, data)
+    architecture = model_config(config.model, tokenizer)
+    check_fit(architecture, tokenizer, data.sequence_length)
+    if data.pack and data.format != "text":
+        check_keeps_apart(architecture)
     tokenizer.save_pretrained(folder / TOKENIZER)
-    write = write_packed if config.data.pack else write_separate
-    tokens = encode(read_texts(files, config.data.text_key), tokenizer)
-    shape, total = write(tokens, folder, config.data.sequence_length)
-    _require_enough(config.data, shape.sequences, total, len(files))
+    shape = _write_rows(files, data, tokenizer, folder, say)
+    if data.validation_paths:
+        (folder / VALIDATION).mkdir()
+        said = _prefixed(say, "Validation: ")
+        _write_rows(find_files(data, data.validation_paths), data, tokenizer, folder / VALIDATION, said)
+    config = _with_steps(config, shape, say)
     (folder / JOB_CONFIG).write_text(config.to_yaml())
-    size = sum(file.stat().st_size for file in files) / 1e6
+
+
+def _prefixed(say: Say, prefix: str) -> Say:
+    return lambda text: say(prefix + text)
+
+
+def _with_steps(config: TrainConfig, shape: Shape, say: Say) -> TrainConfig:
+    """``config`` with the steps that its epochs make."""
+    if config.epochs is None:
+        return config
+    rows = shape.sequences - config.data.validation
+    steps = math.ceil(config.epochs * rows / config.batch_size)
+    say(f"{config.epochs:g} epochs of {rows:,} sequences in batches of {config.batch_size} are {steps:,} steps")
+    return replace(config, steps=steps, epochs=None)
+
+
+def _write_rows(
+    files: Sequence[Path], data: DataSettings, tokenizer: PreTrainedTokenizerBase, folder: Path, say: Say
+) -> Shape:
+    size = sum(_size(file) for file in files) / 1e6
+    if data.format == "text":
+        write = write_packed if data.pack else write_separate
+        shape, total = write(encode(read_texts(files, data.text_key), tokenizer), folder, data.sequence_length)
+        used = f"{total:,} tokens"
+        left_out = ""
+    else:
+        documents = read_documents(read_records(files), data, tokenizer)
+        first = next(documents, None)
+        if first is None:
+            raise ConfigError(f"There is no example in the files of data.paths ({len(files)}, first {files[0]}).")
+        shape, counts = write_documents(itertools.chain([first], documents), folder, data)
+        say(sample(first, tokenizer))
+        used = f"{counts.documents:,} examples, {counts.tokens:,} tokens, {counts.trained:,} of them trained on,"
+        total, left_out = counts.tokens, counts.told(data)
+    _require_enough(data, shape.sequences, total, len(files), left_out)
     say(
-        f"{len(files):,} files, {size:.1f} MB: {total:,} tokens of a vocabulary of {len(tokenizer):,}, "
-        f"{shape.sequences:,} sequences of {shape.sequence_length}"
+        f"{len(files):,} files, {size:.1f} MB: {used} of a vocabulary of {len(tokenizer):,}, "
+        f"{shape.sequences:,} sequences of {shape.sequence_length}{'. Of the examples, ' * bool(left_out)}{left_out}"
     )
+    return shape
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
 
 
 def _tokenizer(config: TrainConfig, files: Sequence[Path]) -> PreTrainedTokenizerBase:
@@ -64,68 +119,7 @@ def _tokenizer(config: TrainConfig, files: Sequence[Path]) -> PreTrainedTokenize
     return load_tokenizer(folder)
 
 
-def encode(texts: Iterable[Piece], tokenizer: PreTrainedTokenizerBase) -> Iterator[Tokens]:
-    """The tokens of texts that come in pieces: those of the whole text, with the end-of-text token after it, where the
-    tokenizer has one.
-
-    A piece that does not begin its text is tokenized once with the characters before it and once they alone: the tokens
-    that come on top are its own. So no piece gets what a tokenizer puts before the first word of a text.
-    """
-    first, final = _around(tokenizer)
-    end = tokenizer.eos_token_id
-    for group in in_groups(texts):
-        parts = [piece for piece in group if not piece.is_whole]
-        whole = iter(_ids(tokenizer, [piece.text for piece in group if piece.is_whole], special=True))
-        joined = iter(_ids(tokenizer, [piece.before + piece.text for piece in parts]))
-        before = iter(_ids(tokenizer, [piece.before for piece in parts]))
-        for piece in group:
-            if piece.is_whole:
-                own = next(whole)
-            else:
-                own = _without(next(before), next(joined)) or _ids(tokenizer, [piece.text])[0]
-                own = [*(() if piece.before else first), *own, *(final if piece.last else ())]
-            if piece.last and end is not None and (not own or own[-1] != end):
-                own.append(end)
-            yield Tokens(np.asarray(own, dtype=np.int32), piece.last)
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool = False) -> list[list[int]]:
-    if not texts:
-        return []
-    with ToldAs(ConfigError, "The tokenizer cannot be used"):
-        told = tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)
-        return [list(ids) for ids in told["input_ids"]]
-
-
-def _without(before: list[int], joined: list[int]) -> list[int] | None:
-    """``joined`` without the tokens ``before`` at its beginning; None where others are there."""
-    return joined[len(before) :] if joined[: len(before)] == before else None
-
-
-def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before and after the tokens of a text."""
-    (plain,), (full,) = _ids(tokenizer, ["a"]), _ids(tokenizer, ["a"], special=True)
-    for start in range(len(full) - len(plain) + 1):
-        if full[start : start + len(plain)] == plain:
-            return full[:start], full[start + len(plain) :]
-    return [], []
-
-
-def in_groups(texts: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Groups of pieces, large enough for a fast tokenizer to use all cores and small enough for memory."""
-    group: list[Piece] = []
-    size = 0
-    for piece in texts:
-        if group and (size + len(piece.text) > _CHARACTERS_AT_ONCE or len(group) == _PIECES_AT_ONCE):
-            yield group
-            group, size = [], 0
-        group.append(piece)
-        size += len(piece.text)
-    if group:
-        yield group
-
-
-def _require_enough(data: DataSettings, sequences: int, tokens: int, files: int) -> None:
+def _require_enough(data: DataSettings, sequences: int, tokens: int, files: int, left_out: str) -> None:
     needed = data.validation + 1
     if sequences < needed:
         held = f" and {data.validation} more to hold out (data.validation)" if data.validation else ""
@@ -133,11 +127,15 @@ def _require_enough(data: DataSettings, sequences: int, tokens: int, files: int)
         raise ConfigError(
             f"The text is too short: {given} {tokens:,} tokens, which make {sequences} sequences of "
             f"data.sequence_length = {data.sequence_length}; training needs at least 1{held}. Give more text, or "
-            "lower data.sequence_length or data.validation."
+            f"lower data.sequence_length or data.validation.{' Of the examples, ' * bool(left_out)}{left_out}"
         )
 
 
 def digest(folder: Path) -> str:
     """A fingerprint of the rows in the job folder, to tell whether two machines prepared the same data."""
-    with (folder / TOKENS).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    found = hashlib.sha256()
+    for path in sorted(folder.rglob("*.bin")):
+        with path.open("rb") as file:
+            found.update(path.relative_to(folder).as_posix().encode())
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()

@@ -30,7 +30,7 @@ from shardwright.train.loop import Trainer
 from shardwright.train.model import build_model, model_config
 from shardwright.train.optim import make_optimizer, make_schedule
 from shardwright.train.output import MODEL, output_folder
-from shardwright.train.prepare import TOKENIZER
+from shardwright.train.prepare import TOKENIZER, VALIDATION
 from shardwright.train.progress import ConsoleHandler, show_curve
 from shardwright.train.recorder import Recorder
 from shardwright.train.tokenizer import load_tokenizer
@@ -92,7 +92,11 @@ def _train(config: TrainConfig, job: Path, mesh: DeviceMesh, watchdog: Watchdog)
         first = (loss, norm)
         _say(console, f"[green]The first step equals one process.[/] Relative differences: {difference}")
     with checkpoints.listening():
-        losses = _Steps(config, trainer, order, console, device, checkpoints, watchdog).take(done, first)
+        held_out = data, order.held_out
+        if config.data.validation_paths:
+            there = TokenRows(job / VALIDATION)
+            held_out = there, np.arange(len(there))
+        losses = _Steps(config, trainer, order, held_out, console, device, checkpoints, watchdog).take(done, first)
         watchdog.begin("waiting for the last checkpoint")
 
     watchdog.begin("saving the model")
@@ -139,11 +143,16 @@ def _headline(trainer: Trainer, mesh: DeviceMesh, device: torch.device, sequence
 
 @dataclass
 class _Steps:
-    """The steps of a run, and what happens between them."""
+    """The steps of a run, and what happens between them.
+
+    Attributes:
+        held_out: what the loss is measured on: rows of which data.
+    """
 
     config: TrainConfig
     trainer: Trainer
     order: Order
+    held_out: tuple[TokenRows, np.ndarray]
     console: Console
     device: torch.device
     checkpoints: Checkpoints
@@ -186,7 +195,7 @@ class _Steps:
     def _validate(self, step: int) -> float:
         self.watchdog.begin(f"evaluating after step {step + 1}")
         rows_at_once = self.config.batch_size // (self.config.accumulation * self.trainer.dp_size)
-        return self.trainer.validate(self.order.held_out, rows_at_once)
+        return self.trainer.validate(*self.held_out, rows_at_once)
 
     def _save(self, step: int, held_out: float | None) -> None:
         self.watchdog.begin(f"saving a checkpoint after step {step + 1}")

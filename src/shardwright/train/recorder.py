@@ -56,8 +56,8 @@ class Recorder:
         self._stack.close()
 
     def validates(self, step: int) -> bool:
-        """Whether the held-out sequences are measured after ``step`` (from 0)."""
-        if self._config.data.validation == 0:
+        """Whether the loss is measured on what is held out after ``step`` (from 0)."""
+        if not self._config.data.validates:
             return False
         every = self._config.output.validate_every
         return self._is_last(step) or (every > 0 and (step + 1) % every == 0)

@@ -1,0 +1,130 @@
+"""Fine-tuning on conversations over two ranks against a plain loop in one process that sees one example at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from chats import TEMPLATE, UNMARKED, conversations, model_folder, write_lines
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from shardwright.train.config import JOB_CONFIG, TrainConfig, read_config
+from shardwright.train.dataset import IGNORE, Order, TokenRows
+from shardwright.train.optim import rate
+from shardwright.train.prepare import VALIDATION, prepare
+from shardwright.train.rank import train
+from shardwright.verify.ranks import RankPool, shared_mesh
+
+LR, CLIP = 1e-2, 0.5
+
+
+def make_job(folder: Path, data: dict[str, Any], *overrides: str, template: str = TEMPLATE) -> Path:
+    """A run on data of which the examples have different numbers of tokens to train on, and its filled job folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    run = {
+        "model": {"path": str(model_folder(folder / "base", template=template))},
+        "data": {"sequence_length": 48, "validation_paths": data["paths"], **data},
+        "optimizer": {"lr": LR},
+        "batch_size": 4,
+        "accumulation": 2,
+        "epochs": 1.0,
+        "clip_norm": CLIP,
+        "device": "cpu",
+        "output": {"dir": str(folder / "run"), "tensorboard": False},
+    }
+    (folder / "run.json").write_text(json.dumps(run))
+    (folder / "job").mkdir()
+    prepare(read_config(folder / "run.json", overrides), folder / "job", lambda text: None)
+    return folder / "job"
+
+
+def train_in_rank(job: Path) -> None:
+    config = read_config(job / JOB_CONFIG)
+    train(config, job, shared_mesh(config.sharding))
+
+
+def alone(data: TokenRows, rows: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
+    """Ids and labels of every example in ``rows``, by itself, ``[1, tokens]``."""
+    batch = data.batch(rows)
+    for row in range(len(rows)):
+        places = torch.arange(48) if batch.position_ids is None else batch.position_ids[row]
+        starts = [*torch.nonzero(places == 0).flatten().tolist(), 48]
+        for start, end in pairwise(starts):
+            yield batch.input_ids[row : row + 1, start:end], batch.labels[row : row + 1, start:end]
+
+
+def mean_loss(model: Any, data: TokenRows, rows: np.ndarray) -> Tensor:
+    losses, count = [], 0
+    for ids, labels in alone(data, rows):
+        logits = model(input_ids=ids).logits
+        losses.append(F.cross_entropy(logits[0], labels[0], ignore_index=IGNORE, reduction="sum"))
+        count += int((labels != IGNORE).sum())
+    return torch.stack(losses).sum() / count
+
+
+def plain_run(config: TrainConfig, job: Path) -> tuple[list[float], float, dict[str, Tensor]]:
+    """The loss of every step, the validation loss at the end, and the weights."""
+    model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32).train()
+    data, held = TokenRows(job), TokenRows(job / VALIDATION)
+    order = Order(len(data), config.batch_size, 0, config.seed)
+    matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) is wanted] for wanted in (True, False))
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    losses = []
+    for step in range(config.steps):
+        loss = mean_loss(model, data, order.rows(step))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        for group in optimizer.param_groups:
+            group["lr"] = LR * rate(step, config.steps, 0, 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    validation = mean_loss(model, held, np.arange(len(held))).item()
+    return losses, validation, {name: p.detach() for name, p in model.named_parameters()}
+
+
+def check_run(ranks: RankPool, job: Path) -> Path:
+    """Train on the ranks and compare; returns the folder of the saved model."""
+    config = read_config(job / JOB_CONFIG)
+    losses, validation, weights = plain_run(config, job)
+    assert len(losses) > 2
+    ranks.run(train_in_rank, job)
+    output = Path(config.output.dir)
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines] == pytest.approx(losses, rel=2e-5)
+    assert lines[-1]["validation_loss"] == pytest.approx(validation, rel=2e-5)
+    model = AutoModelForCausalLM.from_pretrained(output / "model")
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), weights[name], rtol=1e-4, atol=1e-4)
+    return output / "model"
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        ["sharding.dp_shard=2", "check_first_step=true"],
+        ["sharding.tp=2", "sharding.sequence_parallel=true", "sharding.activation_checkpointing=full"],
+        ["sharding.cp=2"],
+        ["sharding.dp_shard=2", "data.pack=false"],
+    ],
+    ids=" ".join,
+)
+def test_conversations_train_as_in_one_process(ranks2: RankPool, tmp_path: Path, mesh: list[str]) -> None:
+    lines = write_lines(tmp_path / "talks.jsonl", conversations(36))
+    saved = check_run(ranks2, make_job(tmp_path, {"paths": str(lines), "format": "chat"}, *mesh))
+    assert "generation" in AutoTokenizer.from_pretrained(saved).chat_template
+
+
+def test_prompts_and_completions(ranks2: RankPool, tmp_path: Path) -> None:
+    pairs = [{"prompt": f"{n} plus {n % 5} is", "completion": f" {n + n % 5}"} for n in range(40)]
+    data = {"paths": str(write_lines(tmp_path / "pairs.jsonl", pairs)), "format": "prompt_completion"}
+    check_run(ranks2, make_job(tmp_path, data, "sharding.tp=2", template=UNMARKED))

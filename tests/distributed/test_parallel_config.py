@@ -33,6 +33,7 @@ FSDP2_ONLY = (
 
 
 def _config(engine: str, settings: dict[str, Any], **rest: Any) -> ParallelConfig:
+    rest["compile"] = rest["compile"] if rest["activation_checkpointing"] != "selective_2" else False
     return ParallelConfig(engine=engine, **(settings if engine == "fsdp2" else {}), **rest)
 
 
@@ -46,7 +47,7 @@ CONFIGS = st.builds(
     engine=st.sampled_from(ENGINES),
     precision=st.builds(Precision, *[st.sampled_from(DTYPES)] * 3),
     settings=st.sampled_from(FSDP2_ONLY),
-    activation_checkpointing=st.sampled_from((*CHECKPOINTING_MODES, "every_1", "every_12")),
+    activation_checkpointing=st.sampled_from((*CHECKPOINTING_MODES, "every_1", "every_12", "selective_2")),
     compile=st.booleans() | st.sampled_from(["inductor", "aot_eager"]),
     plan=st.none() | st.text(st.characters(blacklist_categories=("Cs", "Cc"))),
 )
@@ -123,6 +124,8 @@ def test_the_empty_config_takes_every_rank_for_sharding() -> None:
         ({"activation_checkpointing": True}, "none, full, selective"),
         ({"activation_checkpointing": "every_0"}, "every_2, every_3"),
         ({"activation_checkpointing": "every_2 "}, "every_2, every_3"),
+        ({"activation_checkpointing": "selective_0"}, "selective_2, selective_3"),
+        ({"activation_checkpointing": "selective_2", "compile": True}, "chooses by itself what to keep"),
         ({"shard_ends": 1}, "shard_ends is 1"),
         ({"prefetch": 0}, "prefetch is 0"),
         ({"reshard_after_forward": True}, "default, always, never"),

@@ -13,8 +13,9 @@ from shardwright import ParallelConfig
 from shardwright.distributed.models.build import build_on_meta
 from shardwright.distributed.replay.reading import ModelReading
 from shardwright.estimate.estimating import Estimate, estimate
-from shardwright.estimate.hardware import known_devices, load_machine
+from shardwright.estimate.hardware import known_devices, load_fabric, load_machine
 from shardwright.estimate.kernel_time import Links, kernel_seconds
+from shardwright.estimate.subject import Subject
 from shardwright.estimate.trace.kernels import Kernel
 from shardwright.estimate.trace.tracer import Tracer
 from shardwright.estimate.workload import Workload
@@ -50,6 +51,23 @@ def test_a_roofline() -> None:
     reached, device = H100.efficiencies, H100.device
     assert kernel_seconds(large, H100) == pytest.approx(2 * 8192**3 / (989.4e12 * reached.matmul))
     assert kernel_seconds(thin, H100) == pytest.approx(thin.bytes / (device.memory_gb_per_s * 1e9 * reached.memory))
+
+
+def test_copies_beside_collectives_stay_when_the_rest_is_fused() -> None:
+    copy, other = (Kernel(kind, 0, 2**30) for kind in ("copy", "memory"))
+    assert (
+        kernel_seconds(copy, H100, fused=True) == kernel_seconds(other, H100) > kernel_seconds(other, H100, fused=True)
+    )
+    found = TRACER.trace(Subject.of(READING, ParallelConfig(tp=2, dp_shard=1, sequence_parallel=True), 2), WORK).parts
+    forward = next(part.segment for part in found if part.where.endswith(".1") and not part.segment.backward)
+    copies = sum(count for kernel, count in forward.kernels.items() if kernel.kind == "copy")
+    assert copies == forward.sent.total() == 4, "one behind each gather, one before each reduction"
+
+
+def test_without_a_switch_two_of_four_devices_have_a_third_of_the_links() -> None:
+    meshed = replace(H100, inside=load_fabric("nvlink4-mesh"))
+    two, four = (Links(meshed, ParallelConfig(tp=tp, dp_shard=1)).bytes_per_second("tp") for tp in (2, 4))
+    assert two == pytest.approx(four / 3)
 
 
 def test_collectives_take_the_fabric_that_the_axis_is_on() -> None:

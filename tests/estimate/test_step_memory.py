@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from shardwright import ParallelConfig
 from shardwright.distributed.models.build import build_on_meta
 from shardwright.distributed.replay.reading import ModelReading
 from shardwright.errors import ConfigError
-from shardwright.estimate.peak import Moment, peak
+from shardwright.estimate.peak import Moment, peak, reserved
 from shardwright.estimate.step_memory import step_moments
 from shardwright.estimate.subject import Subject
 from shardwright.estimate.trace.tracer import Tracer
@@ -28,6 +29,7 @@ LAYOUTS = (
     FSDP,
     FSDP.with_(precision="bf16"),
     FSDP.with_(activation_checkpointing="full"),
+    FSDP.with_(activation_checkpointing="selective_2"),
     FSDP.with_(activation_checkpointing="selective", reshard_after_forward="never"),
     ParallelConfig(dp_shard=1, dp_replicate=2),
     TP,
@@ -66,6 +68,48 @@ def test_depth_adds_what_a_block_keeps() -> None:
 def test_what_recomputation_saves_is_seen() -> None:
     none, full = (peak(moments_of("llama", FSDP.with_(activation_checkpointing=mode))) for mode in ("none", "full"))
     assert full.parts["activations"] < none.parts["activations"] / 4
+
+
+def test_fewer_products_take_less_memory() -> None:
+    modes = ("full", "selective_3", "selective_2", "selective")
+    found = [peak(moments_of("llama", FSDP.with_(activation_checkpointing=mode))).total for mode in modes]
+    assert found == sorted(set(found))
+
+
+def test_streams_do_not_share_what_they_freed() -> None:
+    found = moments_of("llama", FSDP)
+    shards = found[-1].parts["gradients"]
+    assert reserved(found) >= peak(found).total + shards, "gradients are on a stream of their own, and gone at the peak"
+    alone = moments_of("llama", ParallelConfig(dp_shard=1))
+    assert reserved(alone) == peak(alone).total
+
+
+def outside(config: ParallelConfig, **changes: Any) -> list[Moment]:
+    """Of two micro-batches with a loss outside of the model, some decisions taken otherwise."""
+    work = Workload(LENGTH, ROWS, accumulation=2, optimizer="adamw_loop", loss="logits")
+    reading = ModelReading(build_on_meta(config_of("llama", LAYERS), dtype=torch.bfloat16))
+    subject = Subject.of(reading, config, config.least_world_size)
+    subject = replace(subject, decided=replace(subject.decided, **changes))
+    return step_moments(subject, work, Tracer().trace(subject, work).parts)
+
+
+def test_a_root_that_is_freed_after_forward_is_not_there_while_the_loss_is_computed() -> None:
+    kept = Subject.of(ModelReading(build_on_meta(config_of("llama", LAYERS), dtype=torch.bfloat16)), FSDP, 2).decided
+    assert kept.data is not None
+    units = tuple(replace(unit, reshard_after_forward=True) for unit in kept.data.units)
+    least = []
+    for found in (outside(FSDP), outside(FSDP, data=replace(kept.data, units=units))):
+        most = max(moment.parts["activations"] for moment in found)
+        least.append(min(moment.parts["gathered"] for moment in found if moment.parts["activations"] == most))
+    assert least[1] == 0 < least[0]
+
+
+def test_a_model_compiled_as_one_hands_back_all_gradients_together() -> None:
+    one = ParallelConfig(dp_shard=1)
+    eager, compiled = outside(one), outside(one, compiled=("",))
+    total = eager[-1].parts["gradients"]
+    assert max(moment.parts["unreduced"] for moment in eager) == 0
+    assert 0.8 * total < max(moment.parts["unreduced"] for moment in compiled) <= total
 
 
 def test_inputs_on_the_host_are_not_on_the_device() -> None:

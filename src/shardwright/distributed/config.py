@@ -20,6 +20,7 @@ from shardwright.untrusted import parse_json, parse_yaml, shown
 ENGINES = ("fsdp2", "megatron_fsdp")
 CHECKPOINTING_MODES = ("none", "full", "selective")
 EVERY = re.compile(r"every_([1-9]\d*)")
+SELECTIVE = re.compile(r"selective(?:_([1-9]\d*))?")
 RESHARDING = ("default", "always", "never")
 DTYPES = ("float32", "bfloat16", "float16")
 MODEL = "model"
@@ -99,6 +100,12 @@ else:
     _Precision = Precision
 
 
+def saved_every(mode: str) -> int:
+    """``ParallelConfig.products_saved_every`` of a way of activation checkpointing."""
+    found = SELECTIVE.fullmatch(mode)
+    return 0 if found is None else int(found[1] or 1)
+
+
 @dataclass(frozen=True)
 class Degrees:
     """How many ranks each mesh axis has, all known. ``world_size`` is the product of all but ``ep``.
@@ -133,7 +140,8 @@ class ParallelConfig(_Named):
         precision: dtypes of a step; ``"model"`` (nothing is cast: the step computes in the dtype of the parameters),
             ``"float32"`` and ``"bf16"`` are accepted as short forms.
         activation_checkpointing: ``"none"``, ``"full"`` (recompute every block), ``"every_2"`` (every second block; any
-            number) or ``"selective"`` (save the matrix products, recompute the rest).
+            number), ``"selective"`` (save the matrix products, recompute the rest) or ``"selective_2"`` (save every
+            second matrix product; any number).
         compile: compile every block on its own with ``torch.compile``: true for its default backend, or the name of
             another. The compiler then does what ``"selective"`` checkpointing does, and better.
         reshard_after_forward: which blocks FSDP2 frees after forward and gathers again in backward. ``"default"``: all
@@ -186,10 +194,14 @@ class ParallelConfig(_Named):
             )
         _one_of("engine", self.engine, ENGINES)
         mode = self.activation_checkpointing
-        if not (isinstance(mode, str) and (mode in CHECKPOINTING_MODES or EVERY.fullmatch(mode))):
+        if not (
+            isinstance(mode, str)
+            and (mode in CHECKPOINTING_MODES or EVERY.fullmatch(mode) or SELECTIVE.fullmatch(mode))
+        ):
             allowed = ", ".join(CHECKPOINTING_MODES)
             raise ConfigError(
-                f"activation_checkpointing is {shown(mode)}; it must be one of {allowed}, or every_2, every_3 ..."
+                f"activation_checkpointing is {shown(mode)}; it must be one of {allowed}, or every_2, every_3 ... "
+                "or selective_2, selective_3 ..."
             )
         self._check_activations()
         self._check_resharding()
@@ -199,13 +211,19 @@ class ParallelConfig(_Named):
 
     def _check_activations(self) -> None:
         mode = self.activation_checkpointing
-        if self.mlp_tiles > 1 and mode == "selective":
+        if self.products_saved_every > 1 and self.compile:
             raise ConfigError(
-                f"mlp_tiles is {self.mlp_tiles}, but activation_checkpointing 'selective' keeps the matrix products of "
+                f"activation_checkpointing is {mode!r}, but compile is {shown(self.compile)}: a compiled block chooses "
+                "by itself what to keep. Set activation_checkpointing to selective, full or every_2 ..., or leave "
+                "compile out."
+            )
+        if self.mlp_tiles > 1 and self.products_saved_every:
+            raise ConfigError(
+                f"mlp_tiles is {self.mlp_tiles}, but activation_checkpointing {mode!r} keeps matrix products of "
                 "the whole sequence, which tiles are there to avoid. Set activation_checkpointing to full, every_2 ... "
                 "or none, or leave mlp_tiles out."
             )
-        if self.offload_activations and (mode in ("none", "selective")):
+        if self.offload_activations and (mode == "none" or self.products_saved_every):
             raise ConfigError(
                 f"offload_activations moves the inputs of recomputed blocks, and activation_checkpointing {mode!r} "
                 "recomputes none from its input. Set activation_checkpointing to full, or every_2 ..., or leave "
@@ -227,6 +245,11 @@ class ParallelConfig(_Named):
         changed = [f"{name} ({shown(value)})" for name, value in chosen.items()]
         if changed and self.engine != "fsdp2":
             raise ConfigError(f"{', '.join(changed)} is for the engine fsdp2; {self.engine} has no such setting.")
+
+    @property
+    def products_saved_every(self) -> int:
+        """1 where recomputed blocks keep every matrix product, 2 where every second one ...; 0 where they keep none."""
+        return saved_every(self.activation_checkpointing)
 
     @property
     def checkpointed_every(self) -> int:

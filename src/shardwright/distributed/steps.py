@@ -40,7 +40,7 @@ from shardwright.distributed.apply.skipped_units import pass_skipped_units
 from shardwright.distributed.apply.tensor_parallel import apply_tensor_parallel
 from shardwright.distributed.apply.trainers import connect_trainers
 from shardwright.distributed.axes import EXPERTS
-from shardwright.distributed.config import ParallelConfig
+from shardwright.distributed.config import ParallelConfig, saved_every
 from shardwright.distributed.mesh import (
     axis,
     axis_or_none,
@@ -186,7 +186,7 @@ def _before_sharding(model: nn.Module, mesh: DeviceMesh, axes: Axes, decided: De
         apply_loss_tiles(model, decided.tiles.head, decided.tiles.loss)
     apply_mlp_tiles(model, decided.tiles.mlps, decided.tiles.mlp)
     if decided.recomputed:
-        selective = decided.activation_checkpointing == "selective"
+        selective = saved_every(decided.activation_checkpointing)
         apply_activation_checkpointing(model, decided.recomputed, selective=selective, offload=decided.offload)
     if decided.compile_backend is not None:
         apply_compile(model, decided.compiled, decided.compile_backend)

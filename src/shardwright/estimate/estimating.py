@@ -16,7 +16,7 @@ from shardwright.distributed.replay.reading import ModelReading
 from shardwright.errors import ConfigError, UnsupportedError
 from shardwright.estimate.hardware import Machine
 from shardwright.estimate.overheads import Overheads, overheads
-from shardwright.estimate.peak import Moment, peak
+from shardwright.estimate.peak import Moment, peak, reserved
 from shardwright.estimate.predict import Model
 from shardwright.estimate.speed import Speed, speed
 from shardwright.estimate.step_memory import step_moments, units_of
@@ -74,6 +74,14 @@ class Estimate:
         return peak(self.moments)
 
     @property
+    def reserved(self) -> int:
+        """Bytes that torch's allocator takes where the device has room (``torch.cuda.max_memory_reserved``).
+
+        It gives those back that it does not use before it fails, so that a layout can fit which would reserve more.
+        """
+        return reserved(self.moments) + self.overheads.fragmentation
+
+    @property
     def memory(self) -> int:
         """Bytes that are needed on the device, overheads included."""
         return self.peak.total + self.overheads.total
@@ -103,6 +111,7 @@ class Estimate:
                 "needed": self.memory,
                 "free": self.free,
                 "tensors": at.total,
+                "reserved": self.reserved,
                 "peak": {"phase": at.phase, "where": at.where or "outside of the blocks", "parts": dict(at.parts)},
                 "context": self.overheads.context,
                 "communicators": self.overheads.communicators,

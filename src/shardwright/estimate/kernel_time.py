@@ -18,8 +18,8 @@ def kernel_seconds(kernel: Kernel, machine: Machine, *, fused: bool = False) -> 
     """
     reached = machine.efficiencies
     moving = kernel.bytes / (machine.device.memory_gb_per_s * 1e9 * reached.memory)
-    if kernel.kind == "memory":
-        return moving * (reached.fused if fused else 1.0)
+    if kernel.kind in ("memory", "copy"):
+        return moving * (reached.fused if fused and kernel.kind == "memory" else 1.0)
     share = {"matmul": reached.matmul, "attention": reached.attention}.get(kernel.kind, reached.attention_backward)
     return max(kernel.flops / (machine.device.peak(kernel.dtype) * share), moving)
 
@@ -47,9 +47,14 @@ class Links:
         return (self.machine.inside if self.inside(axis) else self.machine.between).name
 
     def bytes_per_second(self, axis: str) -> float:
-        """Of one rank in a ring over the axis. Ranks of one node share all of its ports."""
+        """Of one rank in a ring over the axis. Ranks of one node share all of its ports.
+
+        Without a switch every pair of a node's devices has links of its own, and a group those among its members.
+        """
         inside, between = self.machine.inside, self.machine.between
         own = inside.gb_per_s * inside.efficiency
+        if inside.pairwise:
+            own *= (min(self.sizes[axis], inside.pairwise) - 1) / (inside.pairwise - 1)
         if self.inside(axis):
             return own * 1e9
         in_node = max(self.machine.device.gpus_per_node // self.strides[axis], 1)

@@ -28,11 +28,13 @@ class Moment:
         phase: ``"forward"``, ``"backward"`` or ``"step"``.
         where: the block; ``""`` outside of the blocks.
         parts: of :data:`STATES`, in bytes.
+        streams: those of them that FSDP2 allocates on streams of its own.
     """
 
     phase: str
     where: str
     parts: Mapping[str, int]
+    streams: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -83,6 +85,16 @@ def peak(found: Iterable[Moment]) -> Moment:
     return max(found, key=lambda moment: moment.total)
 
 
+def reserved(found: Sequence[Moment]) -> int:
+    """Bytes that torch's caching allocator takes for these moments, fragmentation left out.
+
+    What a stream has freed serves that stream alone, so the peaks of the streams add up, whenever they are.
+    """
+    names = {name for moment in found for name in moment.streams}
+    own = max(moment.total - sum(moment.streams.values()) for moment in found)
+    return own + sum(max(moment.streams.get(name, 0) for moment in found) for name in names)
+
+
 @dataclass
 class _Rank:
     """What one rank holds while it goes through a step."""
@@ -99,6 +111,7 @@ class _Rank:
         self.held: str | None = None  # the unit whose buffer stays until the next one is copied out
         self.reducing: str | None = None
         self.gradients = self.kept.accumulated
+        self.sharded = self.kept.accumulated if self.units and not self.kept.unsharded else 0
         self.unreduced = self.activations = 0
         data = self.decided.data
         self.reshards = {unit.modules[0]: unit.reshard_after_forward for unit in data.units} if data else {}
@@ -110,7 +123,9 @@ class _Rank:
             self.kept.parameters, self.kept.optimizer, self.gradients, sum(self.gathered.values()),
             sum(self.buffers.values()), self.unreduced, self.activations, working,
         )  # fmt: skip
-        self.moments.append(Moment(phase, where, dict(zip(STATES, values, strict=True))))
+        gathers = sum(size for name, size in self.buffers.items() if name.startswith("gather "))
+        streams = {"gathers": gathers, "reductions": self.sharded + self.buffers.get("sum over replicas", 0)}
+        self.moments.append(Moment(phase, where, dict(zip(STATES, values, strict=True)), streams))
 
     def units_of(self, where: str, outside: str | None) -> list[str]:
         """The units that run in a part: those of its block, or the embedding or head that is one by itself."""
@@ -125,7 +140,8 @@ class _Rank:
             return {}
         embedding, head = self.decided.readable
         ordered = (head, embedding) if parts[0].segment.backward else (embedding, head)
-        return {0: ordered[0], len(parts) - 1: ordered[1]}
+        places = [place for place, part in enumerate(parts) if not part.segment.loss]
+        return {places[0]: ordered[0], places[-1]: ordered[1]}
 
     def forward(self, parts: Sequence[Part]) -> None:
         if ROOT in self.units:
@@ -133,6 +149,8 @@ class _Rank:
         ends = self.ends(parts)
         for place, part in enumerate(parts):
             running = self.units_of(part.where, ends.get(place))
+            if part.segment.loss and self.reshards.get(ROOT):
+                self.gathered.pop(ROOT, None)
             for unit in running:
                 self.gather(unit, "forward", part.where)
             self.fill_ahead(self.prefetch.get(part.where, ((), ()))[0])
@@ -145,8 +163,12 @@ class _Rank:
 
     def backward(self, parts: Sequence[Part]) -> None:
         ends = self.ends(parts)
+        # Without units each gradient is added to what is there as soon as it is made, but by a model compiled as one.
+        adds_at_once = bool(self.kept.accumulated) and not self.units and not self.decided.compiled_whole
         for place, part in enumerate(parts):
             running = self.units_of(part.where, ends.get(place))
+            if not part.segment.loss and ROOT in self.units:
+                self.gather(ROOT, "backward", "")
             for unit in running:
                 self.gather(unit, "backward", part.where)
             following = next((later.where for later in parts[place + 1 :] if later.where != part.where), "")
@@ -154,7 +176,8 @@ class _Rank:
             waiting = self.host.get(part.where, 0) + self.host.get(following, 0)  # fetched, and fetched ahead
             self.look("backward", part.where, part.segment.peak + waiting)
             self.activations += part.segment.delta + self.host.get(part.where, 0)
-            self.unreduced += part.segment.gradients
+            if not adds_at_once:
+                self.unreduced += part.segment.gradients
             last = place + 1 == len(parts) or parts[place + 1].where != part.where
             for unit in running if last else ():
                 self.reduce(unit, part.where)
@@ -167,6 +190,7 @@ class _Rank:
     def step(self) -> None:
         self.gathered, self.buffers, self.unreduced, self.activations = {}, {}, 0, 0
         self.gradients = self.kept.gradients
+        self.sharded = self.kept.gradients if self.units else 0
         self.look("step", "", self.kept.working)
 
     def gather(self, unit: str, phase: str, where: str) -> None:
@@ -212,6 +236,7 @@ class _Rank:
             self.gradients -= min(size.reduce, self.gradients)
         if not adds:
             self.gradients += size.shard
+            self.sharded += size.shard
         self.look("backward", where, size.output if adds or size.output != size.shard else 0)
 
     def drop_reducing(self) -> None:

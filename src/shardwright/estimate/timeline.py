@@ -93,12 +93,16 @@ def timeline(
     Args:
         reduces: its gradients are summed over the data-parallel ranks.
     """
-    return _Rank(subject, machine, units, reduces).run(parts)
+    accumulates = workload.reduce_last_only and workload.accumulation > 1
+    return _Rank(subject, machine, units, reduces=reduces, accumulates=accumulates).run(parts)
 
 
 class _Rank:
-    def __init__(self, subject: Subject, machine: Machine, units: Mapping[str, UnitBytes], reduces: bool) -> None:
-        self.subject, self.machine, self.units, self.reduces = subject, machine, units, reduces
+    def __init__(
+        self, subject: Subject, machine: Machine, units: Mapping[str, UnitBytes], *, reduces: bool, accumulates: bool
+    ) -> None:
+        self.subject, self.machine, self.units = subject, machine, units
+        self.reduces, self.accumulates = reduces, accumulates
         self.links = Links(machine, subject.config)
         self.line = Timeline()
         data = subject.decided.data
@@ -110,6 +114,8 @@ class _Rank:
                     if f"{name}.".startswith(f"{block}."):
                         self.of_block.setdefault(block, []).append(unit.modules[0])
         self.compiled = {block for block in subject.reading.blocks if _is_in(block, subject.decided.compiled)}
+        if subject.decided.compiled_whole:
+            self.compiled = {ROOT, *subject.reading.blocks}
         self.ready: dict[str, float] = {}
 
     def run(self, parts: Sequence[Part]) -> Timeline:
@@ -125,12 +131,16 @@ class _Rank:
 
     def part(self, part: Part, later: Sequence[Part]) -> None:
         own = self.units_of(part.where)
+        if part.segment.loss and self.reshards.get(ROOT):
+            self.ready.pop(ROOT, None)
+        elif ROOT in self.units:
+            own = [*own, ROOT] if ROOT not in self.ready else own
         for unit in own:
             if unit not in self.ready:
                 self.gather(unit, self.line.computed)
         ready = max((self.ready[unit] for unit in own), default=0.0)
         name = f"{'backward' if part.segment.backward else 'forward'} {part.where or 'outside of the blocks'}"
-        fused = part.where in self.compiled
+        fused = part.where in self.compiled and not part.segment.loss
         seconds = segment_seconds(part.segment, self.machine, fused=fused) + self.copying(own, part)
         begun = self.line.compute(COMPUTE, name, seconds, ready)
         for where in self.following(part.where, later):
@@ -140,6 +150,8 @@ class _Rank:
         self.line.compute(TENSOR, name, self.links.sending_seconds(part.segment.sent.items()))
         last = not later or later[0].where != part.where
         for unit in own:
+            if unit == ROOT:
+                continue
             if part.segment.backward and last:
                 self.reduce(unit)
             if last and (part.segment.backward or self.reshards[unit]):
@@ -162,6 +174,8 @@ class _Rank:
             if part.segment.backward and self.reduces:
                 moved += size.gradients + size.reduce + (size.output + size.shard)
                 moved += 2 * size.reduce if self.subject.config.dp_shard == 1 else 0
+            if part.segment.backward and self.accumulates:
+                moved += size.gradients + 2 * size.reduce
         return moved / (self.machine.device.memory_gb_per_s * 1e9 * self.machine.efficiencies.memory)
 
     def gather(self, unit: str, issued: float) -> None:

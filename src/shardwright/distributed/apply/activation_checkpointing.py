@@ -6,6 +6,7 @@ its forward, so module names stay and FSDP2's hooks run outside of them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -24,11 +25,10 @@ from shardwright.distributed.runtime.without_cache import train_without_cache
 Contexts = Callable[[], tuple[AbstractContextManager, AbstractContextManager]]
 
 _aten = torch.ops.aten
+PRODUCTS = (_aten.mm.default, _aten.bmm.default, _aten.addmm.default)
 # Results worth their memory: matrix products, attention, and what the network sent.
 SAVED = (
-    _aten.mm.default,
-    _aten.bmm.default,
-    _aten.addmm.default,
+    *PRODUCTS,
     *attention_kernels(),
     functional_collectives.all_reduce.default,
     functional_collectives.all_gather_into_tensor.default,
@@ -40,16 +40,16 @@ SAVED = (
 class _Checkpointed(Around):
     eager = True
 
-    def __init__(self, *, selective: bool, host: HostMemory | None) -> None:
+    def __init__(self, *, selective: int, host: HostMemory | None) -> None:
         self.selective = selective
         self.host = host
 
     def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not (module.training and torch.is_grad_enabled()):
             return forward(*args, **kwargs)
-        contexts: Contexts = (
-            partial(create_selective_checkpoint_contexts, _policy) if self.selective else noop_context_fn
-        )
+        contexts: Contexts = noop_context_fn
+        if self.selective:
+            contexts = partial(create_selective_checkpoint_contexts, _Policy(self.selective))
         owners = [] if torch.compiler.is_compiling() else [each for each in module.modules() if each._buffers]
         if owners:
             contexts = partial(_with_buffers, contexts, owners)
@@ -119,18 +119,29 @@ def _versions(owner: nn.Module) -> list[tuple[int, int]]:
     return [(id(buffer), version_of(buffer)) for buffer in owner._buffers.values() if buffer is not None]
 
 
-def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in SAVED else CheckpointPolicy.PREFER_RECOMPUTE
+class _Policy:
+    """What one call of a block saves. The products are counted, in the same order in the call and in its repetition."""
+
+    def __init__(self, every: int) -> None:
+        self._every = every
+        self._products: Counter[bool] = Counter()
+
+    def __call__(self, context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        saves = op in SAVED
+        if op in PRODUCTS:
+            saves = self._products[context.is_recompute] % self._every == 0
+            self._products[context.is_recompute] += 1
+        return CheckpointPolicy.MUST_SAVE if saves else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def apply_activation_checkpointing(
-    model: nn.Module, blocks: Iterable[str], *, selective: bool = False, offload: bool = False
+    model: nn.Module, blocks: Iterable[str], *, selective: int = 0, offload: bool = False
 ) -> None:
     """Recompute the named blocks in backward, in place.
 
     Args:
-        selective: keep the results of matrix products, attention and collectives, so that none of these runs twice;
-            otherwise a block's input only.
+        selective: keep the results of attention, collectives and every ``selective``-th matrix product, so that none
+            of these runs twice; 0: a block's input only.
         offload: let the inputs wait in host memory (:mod:`.offload`).
     """
     train_without_cache(model, refuse=True)

@@ -123,7 +123,8 @@ class DecidedPlan:
         recomputed: those that are recomputed in backward, ``activation_checkpointing`` says how.
         activation_checkpointing: ``ParallelConfig.activation_checkpointing``.
         offload: whether their inputs wait for backward in host memory.
-        compiled: those that are compiled.
+        compiled: those that are compiled; :data:`ROOT` stands for a model that is compiled as one, which Shardwright
+            never decides and an estimate of somebody else's run may say.
         compile_backend: of ``torch.compile``; None where nothing is compiled.
         summing: the modules that sum gradients of their replicated parameters by themselves, because they gather or
             repeat by themselves. All other parameters are summed together, once.
@@ -149,6 +150,11 @@ class DecidedPlan:
     readable: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+
+    @property
+    def compiled_whole(self) -> bool:
+        """Whether the model is compiled as one."""
+        return ROOT in self.compiled
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data for a reader, but for ``plan`` and ``tensor``: a plan has a file format of its own."""

@@ -80,6 +80,8 @@ class Fabric:
         latency_us: of one step of a ring.
         efficiency: the share of ``gb_per_s`` that large collectives reach.
         source: where the numbers come from.
+        pairwise: of how many devices every two are joined by links of their own, which ``gb_per_s`` is the sum of; None
+            where a switch gives all of it to any group.
     """
 
     name: str
@@ -87,6 +89,7 @@ class Fabric:
     latency_us: float
     efficiency: float
     source: str
+    pairwise: int | None = None
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ def load_machine(device: str, *, network: str = "ib-ndr", gpus_per_node: int | N
         found = replace(found, gpus_per_node=gpus_per_node)
     own = found.efficiencies
     efficiencies = own if own is not None else _made(Efficiencies, _read(_FOLDER / "efficiencies.yaml"), "efficiencies")
-    return Machine(Path(device).stem, found, _fabric(found.fabric), _fabric(network), efficiencies)
+    return Machine(Path(device).stem, found, load_fabric(found.fabric), load_fabric(network), efficiencies)
 
 
 def _device(name: str) -> Device:
@@ -130,7 +133,12 @@ def _device(name: str) -> Device:
     return _made(Device, data, name)
 
 
-def _fabric(name: str) -> Fabric:
+def load_fabric(name: str) -> Fabric:
+    """A fabric by name, or by the path of a file of the same form.
+
+    Raises:
+        ConfigError: there is no such fabric, or its file is not of that form.
+    """
     return _made(Fabric, _read(_path("fabrics", name)), name)
 
 
@@ -181,8 +189,8 @@ def _require_kind(value: Any, kind: str, what: str) -> None:
             _require_kind(number, "float", f"{shown(key)} of {what}")
     elif kind == "str" and not isinstance(value, str):
         raise ConfigError(f"{what} is {shown(value)}; it must be text.")
-    elif kind in ("int", "float", "float | None") and not (value is None and "None" in kind):
-        number_ = int if kind == "int" else (int, float)
+    elif kind in ("int", "int | None", "float", "float | None") and not (value is None and "None" in kind):
+        number_ = int if kind.startswith("int") else (int, float)
         least_is_0 = what.partition(" ")[0].endswith(("_us", "_per_hour"))
         if (
             isinstance(value, bool)

@@ -30,7 +30,8 @@ class Kernel:
     """One kernel.
 
     Attributes:
-        kind: ``"matmul"``, ``"attention"``, ``"attention_backward"`` or ``"memory"`` (whatever is bound by its bytes).
+        kind: ``"matmul"``, ``"attention"``, ``"attention_backward"``, ``"memory"`` (whatever is bound by its bytes) or
+            ``"copy"`` (a copy between a product and a collective, which no compiler can fuse into either).
         flops: floating-point operations that are needed (a causal mask halves those of attention).
         bytes: read and written.
         shape: ``(batch, m, n, k)`` of a matrix product; ``(batch, heads, length, head size)`` of an attention.
@@ -60,6 +61,11 @@ def sending_of(func: Any, args: tuple[Any, ...], tp: int) -> Sending | None:
     if kind is None:
         return None
     return Sending(kind, args[0].numel() * args[0].element_size() * (tp if kind == "all_gather" else 1))
+
+
+def is_copy(func: Any) -> bool:
+    """Whether all that ``func`` does is to write what it reads, in another order."""
+    return func in (_aten.clone.default, _aten.cat.default, _aten.copy_.default)
 
 
 def kernel_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Kernel | None:

@@ -20,6 +20,7 @@ from shardwright.distributed.apply.activation_checkpointing import apply_activat
 from shardwright.distributed.apply.loss_tiles import apply_loss_tiles
 from shardwright.distributed.apply.mlp_tiles import apply_mlp_tiles
 from shardwright.distributed.apply.tensor_parallel import apply_tensor_parallel
+from shardwright.distributed.config import saved_every
 from shardwright.estimate.trace.live import Live, Segment
 from shardwright.estimate.trace.short import Short
 from shardwright.estimate.workload import Workload
@@ -54,39 +55,53 @@ def traced_step(short: Short, workload: Workload, *, output: torch.dtype | None 
             apply_loss_tiles(model, decided.tiles.head, decided.tiles.loss)
         apply_mlp_tiles(model, decided.tiles.mlps, decided.tiles.mlp)
         if decided.recomputed:
-            selective = decided.activation_checkpointing == "selective"
+            selective = saved_every(decided.activation_checkpointing)
             apply_activation_checkpointing(model, decided.recomputed, selective=selective, offload=False)
         elif decided.compiled:  # a compiler keeps what selective checkpointing keeps, and what its products read
-            apply_activation_checkpointing(model, decided.compiled, selective=True, offload=False)
+            blocks = decided.blocks if decided.compiled_whole else decided.compiled
+            apply_activation_checkpointing(model, blocks, selective=1, offload=False)
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")
-            return _step(model, list(dict.fromkeys(short.stands_for.values())), workload, output, tp)
+            parameters = list(model.parameters())  # while a unit runs, modules show local copies
+            live = Live(lambda: _gradients(parameters), tp, compiled_embedding=decided.compiled_whole)
+            return _step(model, live, short, workload, output)
 
 
-def _step(
-    model: nn.Module, blocks: list[str], workload: Workload, output: torch.dtype | None, tp: int
-) -> list[Segment]:
-    parameters = list(model.parameters())  # while a unit runs, modules show local copies
-    live = Live(lambda: _gradients(parameters), tp)
+def _step(model: nn.Module, live: Live, short: Short, workload: Workload, output: torch.dtype | None) -> list[Segment]:
     marks = _Marks(live)
-    for name in blocks:
+    for name in dict.fromkeys(short.stands_for.values()):
         marks.put(model.get_submodule(name), name)
     if output is not None:
         model.register_forward_hook(lambda module, args, result: _cast(result, output))
     ids = torch.zeros((workload.batch_size, workload.seq_len), dtype=torch.long)
     with live, one_document_in_each_row(masking_utils):
         live.begin("", backward=False)
-        logits = None
         if workload.loss == "model":
             loss = model(input_ids=ids, labels=ids).loss
+            live.begin("", backward=True)
+            loss.backward()
         else:
-            logits = model(input_ids=ids).logits
-            loss = cross_entropy(logits.flatten(0, 1), ids.flatten())
-        live.begin("", backward=True)
-        loss.backward()
-        del logits
+            _loss_outside(model, live, ids, short.decided.compiled_whole)
         live.end()
     return live.segments
+
+
+def _loss_outside(model: nn.Module, live: Live, ids: Tensor, compiled: bool) -> None:
+    """The loss of logits that stay until backward has ended.
+
+    Args:
+        compiled: the model is one compiled function, which is handed the gradient of the logits and lets it go when all
+            of its backward has ended.
+    """
+    logits = model(input_ids=ids).logits
+    handed_back: list[Tensor] = []
+    logits.register_hook(lambda gradient: live.begin(""))
+    if compiled:
+        logits.register_hook(handed_back.append)
+    live.begin("", loss=True)
+    loss = cross_entropy(logits.flatten(0, 1), ids.flatten())
+    live.begin("", backward=True, loss=True)
+    loss.backward()
 
 
 class _Marks:

@@ -27,8 +27,8 @@ class Part:
 def whole_step(short: Short, segments: Iterable[Segment]) -> list[Part]:
     """The parts of a forward and backward of the whole model, in their order."""
     joined = list(_joined(list(segments)))
-    if short.decided.compiled and not short.decided.recomputed:
-        joined = _with_products(joined)
+    if short.decided.compiled:
+        joined = _as_compiled(joined, keeps_inputs=not short.decided.recomputed)
     parts: list[Part] = []
     for (name, backward), run in groupby(joined, key=lambda segment: (_list_of(segment.name), segment.backward)):
         found = list(run)
@@ -91,16 +91,22 @@ def join(first: Segment, second: Segment) -> Segment:
         delta=first.delta + second.delta,
         peak=max(first.peak, first.delta + first.gradients + second.peak),
         gradients=first.gradients + second.gradients,
+        products_unread=first.products_unread + second.products_unread,
         kernels=first.kernels + second.kernels,
         sent=first.sent + second.sent,
     )
 
 
-def _with_products(segments: list[Segment]) -> list[Segment]:
-    """A compiled block keeps what its matrix products read, too."""
-    read = {segment.name: segment.products_read for segment in segments if segment.name and not segment.backward}
+def _as_compiled(segments: list[Segment], *, keeps_inputs: bool) -> list[Segment]:
+    """A compiled block keeps no result that backward does not read.
+
+    Args:
+        keeps_inputs: it keeps what its matrix products read, too: nothing says that it is recomputed.
+    """
+    forward = [segment for segment in segments if segment.name and not segment.backward]
+    more = {each.name: each.products_read * keeps_inputs - each.products_unread for each in forward}
     return [
-        replace(segment, delta=segment.delta + read.get(segment.name, 0) * (-1 if segment.backward else 1))
+        replace(segment, delta=segment.delta + more.get(segment.name, 0) * (-1 if segment.backward else 1))
         for segment in segments
     ]
 

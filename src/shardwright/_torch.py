@@ -77,6 +77,8 @@ __all__ = [
     "root_of",
     "runs",
     "runs_backward",
+    "runs_in_step",
+    "set_runs_in_step",
     "shards_of",
     "state_of",
     "states_of",
@@ -328,6 +330,20 @@ def _begins_of_shards(param: Any, grad: Tensor) -> Tensor:
     ranks = mesh.shard_mesh_size if isinstance(mesh, FSDPMeshInfo) else 1
     step = max(-(-local.shape[dim] // ranks), 1)
     return local.detach()[tuple(slice(0, None, step) if n == dim else slice(0, 1) for n in range(local.ndim))]
+
+
+def runs_in_step(module: nn.Module) -> bool:
+    """Whether FSDP2 says that ``module`` must run alike on all ranks.
+
+    transformers' ``generate()`` then agrees with the world, token by token, and its models run layers that LayerDrop
+    drops.
+    """
+    return vars(module).get("_is_fsdp_managed_module", False)
+
+
+def set_runs_in_step(module: nn.Module, value: bool) -> None:
+    """Say so, or the opposite."""
+    vars(module)["_is_fsdp_managed_module"] = value
 
 
 def shards_of(group: Any) -> list[nn.Parameter]:

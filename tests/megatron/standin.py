@@ -1,7 +1,8 @@
 """What a CPU build of torch lacks of ``torch.cuda``, so that the real megatron-fsdp trains on gloo ranks.
 
-Everything runs on one thread in the order it is written, so streams have nothing to order and events nothing to wait
-for. Lives in the tests only: production code refuses a CPU.
+Everything runs in the order it is written, so streams have nothing to order and events nothing to wait for. gloo's
+threads would not keep to it: the package frees a buffer in stream order, without waiting for a collective that still
+writes to it. So each collective is waited for where it starts. Lives in the tests only: production code refuses a CPU.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch.distributed import _coalescing_manager
 
 from shardwright.distributed.apply.megatron_fsdp import availability
 
@@ -43,6 +45,14 @@ def buffer_on_cpu(self: Any, shape: Any, dtype: torch.dtype, name: str, mem_allo
 
 
 @contextmanager
+def coalesced(*args: Any, async_ops: bool = False, **kwargs: Any) -> Iterator[Any]:
+    with _coalescing_manager(*args, async_ops=async_ops, **kwargs) as manager:
+        yield manager
+    if async_ops:
+        manager.wait()
+
+
+@contextmanager
 def cuda_standin() -> Iterator[None]:
     """Let megatron-fsdp run on CPU tensors inside; everything is as before on exit."""
     stream = Stream()
@@ -58,5 +68,6 @@ def cuda_standin() -> Iterator[None]:
             stack.enter_context(patch.object(torch.cuda, name, value))
         stack.enter_context(patch.object(torch.Tensor, "cuda", lambda self, *_, **__: self))
         stack.enter_context(patch("megatron_fsdp.utils.GlobalMemoryBuffer.get_tensor", buffer_on_cpu))
+        stack.enter_context(patch("megatron_fsdp.param_and_grad_buffer._coalescing_manager", coalesced))
         stack.enter_context(patch.object(availability, "DEVICE_TYPES", ("cpu",)))
         yield

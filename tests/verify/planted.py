@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -74,6 +75,50 @@ def reduced_twice(model: nn.Module, config: ParallelConfig, mesh: DeviceMesh) ->
     for name, parameter in model.named_parameters():
         if "q_norm" in name or "k_norm" in name:
             parameter.register_post_accumulate_grad_hook(reduce)
+    return model
+
+
+def evaluated_with_a_copy(model: nn.Module, config: ParallelConfig, mesh: DeviceMesh) -> nn.Module:
+    """Evaluates with the weights of the first evaluation."""
+    model = by_hand(model, config, mesh)
+    forward, copies = model.forward, []
+
+    def evaluating(*args: object, **kwargs: object) -> object:
+        if model.training:
+            return forward(*args, **kwargs)
+        now = [parameter.to_local().clone() for parameter in model.parameters()]
+        copies.append(now)
+        _write(model, copies[0])
+        output = forward(*args, **kwargs)
+        _write(model, now)
+        return output
+
+    model.forward = evaluating
+    return model
+
+
+def _write(model: nn.Module, values: list[torch.Tensor]) -> None:
+    for parameter, value in zip(model.parameters(), values, strict=True):
+        parameter.to_local().copy_(value)
+
+
+def gradients_lost_in_evaluation(model: nn.Module, config: ParallelConfig, mesh: DeviceMesh) -> nn.Module:
+    """An evaluation between backward and step takes the gradients of a norm away."""
+    model = by_hand(model, config, mesh)
+
+    def forget(module: nn.Module, args: object) -> None:
+        if not model.training:
+            module.weight.grad = None
+
+    model.model.norm.register_forward_pre_hook(forget)
+    return model
+
+
+def fsdp2_of_torch(model: nn.Module, config: ParallelConfig, mesh: DeviceMesh) -> nn.Module:
+    """torch's own, which leaves the root gathered after an evaluation, and computes with that later."""
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh["dp_shard"])
+    fully_shard(model, mesh=mesh["dp_shard"])
     return model
 
 

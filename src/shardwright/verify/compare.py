@@ -39,11 +39,12 @@ class Report:
 
     Attributes:
         exact: every error below is smaller than 1e-5, and both models have the same parameters.
-        loss_diff: largest absolute difference of a micro-batch's loss.
-        logits_rel_err: of the training forwards and of one forward without gradients after the step.
-        max_grad_rel_err: over the gradients of all parameters; ``worst_parameter`` has it.
+        loss_diff: largest absolute difference of the loss of a micro-batch of the first step.
+        logits_rel_err: of these forwards and of evaluations before, between and after the steps; of the losses of the
+            evaluations where a model returns no logits.
+        max_grad_rel_err: over the gradients of all parameters in the first step; ``worst_parameter`` has it.
         grad_norm_rel_err: of the norm that stock ``clip_grad_norm_`` returns.
-        parameter_rel_err: of the parameters after one AdamW step; ``worst_updated_parameter`` has it.
+        parameter_rel_err: of the parameters after two AdamW steps; ``worst_updated_parameter`` has it.
         sharded_fraction: share of the elements of the text model's matrices that tensor parallelism split.
         spread_fraction: share of the elements of all parameters that are experts on ranks of their own.
         expert_grad_rel_err: over the gradients of these; None where there are none.

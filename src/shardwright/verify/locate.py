@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import set_seed
 
 from shardwright.verify.compare import EXACT, relative_error
 from shardwright.verify.step import full
@@ -53,6 +54,7 @@ def _outputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, torch.Tens
 
         return hook
 
+    set_seed(0)  # LayerDrop draws the same layers in both
     handles = [module.register_forward_hook(hook_for(name)) for name, module in model.named_modules() if name]
     model(**batch)
     for handle in handles:

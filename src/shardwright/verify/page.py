@@ -35,7 +35,7 @@ class Page:
 
 
 _COMPARED = (
-    "architecture, trained for one step in one process and on N ranks, and compared: loss, logits, the gradient",
+    "architecture, trained for two steps in one process and on N ranks, and compared: loss, logits, the gradient",
     "of every parameter, the clipped norm, every parameter after an AdamW step. *Exact* means that every relative",
     "error is below 1e-5. The FSDP modes accumulate two micro-batches on each data-parallel rank.",
 )

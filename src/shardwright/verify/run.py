@@ -25,7 +25,7 @@ from shardwright.verify.precision import computing_in, prepared_for
 from shardwright.verify.ranks import rank_device, shared_mesh
 from shardwright.verify.sharded import expert_groups, spread_fraction, tp_sharded_fraction
 from shardwright.verify.stages import CrashError, ShrinkError, Stage
-from shardwright.verify.step import train_step
+from shardwright.verify.step import Numbered, train
 
 Batch = Mapping[str, Any]
 Parallelize = Callable[[nn.Module, ParallelConfig, DeviceMesh], nn.Module]
@@ -78,20 +78,17 @@ def run_case(case: Case) -> Report:
 def _measure(case: Case, dtype: torch.dtype) -> Report:
     mesh = shared_mesh(case.config)
     batches = _batches(case, dtype)
+    run_loop = partial(train, own=case.accumulate, logits_with_labels=case.config.loss_tiles == 1)
     with Stage(ShrinkError, "The tiny model does not run in one process"):
         model = prepared_for(dtype, case.build()).to(rank_device())
         with computing_in(dtype):
-            reference = train_step(copy.deepcopy(model), batches, len(batches))
-    # This rank's micro-batches are the first of the list, and the forward after the step is last.
-    reference.losses = reference.losses[: case.accumulate]
-    labelled = 0 if case.config.loss_tiles > 1 else case.accumulate  # calls with labels whose logits there are
-    reference.logits = reference.logits[:labelled] + reference.logits[len(batches) :]
+            reference = run_loop(copy.deepcopy(model), batches)
     with Stage(CrashError, "Sharding the model failed"):
         groups = expert_groups(model, case.config.ep)
         model = case.parallelize(model, case.config, mesh)
     sharded, spread = tp_sharded_fraction(model), spread_fraction(model)
     with Stage(CrashError, "The model runs in one process, but fails when it is sharded"), computing_in(dtype):
-        trace = train_step(model, batches[: case.accumulate], case.accumulate)
+        trace = run_loop(model, batches[: case.accumulate])
     report = _report(*_over_ranks(*compare(trace, reference, groups)))
     precision = str(dtype).removeprefix("torch.")
     return replace(
@@ -110,12 +107,12 @@ def _dp(case: Case) -> tuple[int, int]:
     return index, mesh[replicate].size() * mesh[shard].size()
 
 
-def _batches(case: Case, dtype: torch.dtype) -> list[Batch]:
+def _batches(case: Case, dtype: torch.dtype) -> list[Numbered]:
     """Every micro-batch of the step, this rank's first."""
     dp_rank, dp_size = _dp(case)
     first, total = dp_rank * case.accumulate, dp_size * case.accumulate
     order = [*range(first, first + case.accumulate), *range(first), *range(first + case.accumulate, total)]
-    return [tree_map_only(torch.Tensor, partial(_cast, dtype=dtype), case.batch(index)) for index in order]
+    return [(index, tree_map_only(torch.Tensor, partial(_cast, dtype=dtype), case.batch(index))) for index in order]
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

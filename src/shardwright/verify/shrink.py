@@ -86,8 +86,9 @@ SIZES = _rules(
 HEADS = re.compile(r".*(attention_heads|num_heads|n_heads?|attention_heads_per_layer|mamba_heads)")
 KV_HEADS = re.compile(r".*(key_value_heads?|kv_heads|kv_n_heads|key_heads)")
 TOKEN_ID = re.compile(r".*(token_ids?|token_index(es)?|(im|patch)_\w*id|image_patch_id)")
-DROPOUT = re.compile(r".*(dropout|drop_path|drop_rate|droprate|pdrop|layerdrop|jitter).*")
-
+DROPOUT = re.compile(r".*(dropout|drop_path|drop_rate|droprate|pdrop|jitter).*")
+LAYERDROP = re.compile(r".*layerdrop")
+DROPPED = 0.4  # a share of two layers that a loop of few batches shows
 
 # Where a multimodal model's config leaves the sections of its rotary embedding to the code (Qwen2-VL's proportions).
 DEFAULT_SECTIONS = (16, 24, 24)
@@ -147,6 +148,8 @@ class _Shrinker:
             return [self._values(name, item) for item in value]
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             return value
+        if LAYERDROP.fullmatch(name):
+            return DROPPED if value else value
         if DROPOUT.fullmatch(name):
             return type(value)(0)
         if isinstance(value, float):

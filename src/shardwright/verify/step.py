@@ -1,13 +1,14 @@
-"""One training step, written once: what the one-process reference and the ranks both run."""
+"""A short training loop, written once: what the one-process reference and the ranks both run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import set_seed
 
 from shardwright.distributed.runtime.layout import whole
 from shardwright.distributed.runtime.tiled_logits import TiledLogits
@@ -18,25 +19,27 @@ LEARNING_RATE = 0.1
 # exact arithmetic (a key bias under softmax) up to a full step. After clipping, 1e-2 is a typical gradient.
 EPS = 1e-2
 
+Numbered = tuple[int, Mapping[str, Any]]
+"""The number of a micro-batch and the keyword arguments of its forward."""
+
 
 @dataclass
 class Trace:
-    """What a step produced, as plain full tensors.
+    """What the loop produced, as plain full tensors.
 
     Attributes:
-        losses: one per micro-batch.
-        logits: one per micro-batch, then one more of the first micro-batch after the step, without labels and
-            without gradients.
-        gradients: by parameter name, before clipping; None where the parameter got none.
-        norm: the total norm that ``torch.nn.utils.clip_grad_norm_`` returned.
-        parameters: by name, after one AdamW step.
+        losses: one per recorded micro-batch of the first step.
+        logits: of every evaluation and of the same micro-batches, in the order of the loop.
+        gradients: of the first step by parameter name, before clipping; None where the parameter got none.
+        norm: the total norm of the first step that ``torch.nn.utils.clip_grad_norm_`` returned.
+        parameters: by name, after the last AdamW step.
     """
 
-    losses: list[torch.Tensor]
-    logits: list[torch.Tensor]
-    gradients: dict[str, torch.Tensor | None]
-    norm: torch.Tensor
-    parameters: dict[str, torch.Tensor]
+    losses: list[torch.Tensor] = field(default_factory=list)
+    logits: list[torch.Tensor] = field(default_factory=list)
+    gradients: dict[str, torch.Tensor | None] = field(default_factory=dict)
+    norm: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+    parameters: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
@@ -59,33 +62,62 @@ def logits_of(output: Any) -> list[torch.Tensor]:
     return []
 
 
-def train_step(model: nn.Module, batches: Sequence[Mapping[str, Any]], micro_batches: int) -> Trace:
-    """Accumulate over ``batches``, clip, step: the loop anyone would write.
+def train(model: nn.Module, batches: Sequence[Numbered], own: int, *, logits_with_labels: bool = True) -> Trace:
+    """The loop anyone would write: accumulate, clip, step, and evaluate before, between and after.
+
+    An evaluation also stands between backward and step, where a trainer that logs may put one.
 
     Args:
         model: called with each batch as keyword arguments.
-        batches: what this process sees.
-        micro_batches: what the losses are divided by: as many as one data-parallel rank sees, since data parallelism
-            averages over its ranks by itself.
+        batches: what this process sees, numbered: the number seeds what the model draws at random (LayerDrop).
+        own: how many of the first of ``batches`` are recorded. In one process, those of the first data-parallel rank.
+        logits_with_labels: whether calls with labels have logits to record; tiles of them cannot be.
     """
-    losses, logits = [], []
-    for batch in batches:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, eps=EPS)
+    trace = Trace(logits=evaluate(model, batches[0]))
+    for place, output in enumerate(_passes(model, batches, seed=0)):
+        if place < own:
+            trace.losses.append(full(loss_of(output)))
+            trace.logits += logits_of(output) if logits_with_labels else []
+    trace.logits += evaluate(model, batches[0])
+    trace.gradients = {name: None if p.grad is None else full(p.grad) for name, p in model.named_parameters()}
+    trace.norm = _step(optimizer, trained)
+    trace.logits += evaluate(model, batches[0])
+    for _ in _passes(model, batches, seed=1000):
+        pass
+    _step(optimizer, trained)
+    trace.logits += evaluate(model, batches[0])
+    trace.parameters = {name: full(parameter) for name, parameter in model.named_parameters()}
+    return trace
+
+
+def _passes(model: nn.Module, batches: Sequence[Numbered], seed: int) -> Iterator[Any]:
+    """What ``model`` returns for each batch, after its backward."""
+    for number, batch in batches:
+        set_seed(seed + number)
         output = model(**batch)
-        loss = loss_of(output)
-        losses.append(full(loss))
-        logits += logits_of(output)
-        del output
-        (loss / micro_batches).backward()
-    gradients = {name: None if p.grad is None else full(p.grad) for name, p in model.named_parameters()}
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    norm = full(torch.nn.utils.clip_grad_norm_(trainable, MAX_NORM))
-    optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE, eps=EPS)
+        (loss_of(output) / len(batches)).backward()
+        yield output
+
+
+def _step(optimizer: torch.optim.Optimizer, trained: Sequence[nn.Parameter]) -> torch.Tensor:
+    """Clip and step; the norm before clipping."""
+    norm = full(torch.nn.utils.clip_grad_norm_(trained, MAX_NORM))
     optimizer.step()
     optimizer.zero_grad()
+    return norm
+
+
+def evaluate(model: nn.Module, batch: Numbered) -> list[torch.Tensor]:
+    """The logits of a batch without labels and gradients, in evaluation mode; where there are none, the loss."""
+    model.eval()
     with torch.no_grad():
-        logits += logits_of(model(**without_labels(batches[0])))
-    parameters = {name: full(parameter) for name, parameter in model.named_parameters()}
-    return Trace(losses, logits, gradients, norm, parameters)
+        output = model(**without_labels(batch[1]))
+    model.train()
+    if found := logits_of(output):
+        return found
+    return [full(loss_of(output))] if isinstance(output, torch.Tensor) or "loss" in output else []
 
 
 def without_labels(batch: Mapping[str, Any]) -> dict[str, Any]:

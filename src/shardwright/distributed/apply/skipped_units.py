@@ -42,6 +42,8 @@ def pass_skipped_units(model: nn.Module, order: Sequence[str], without: str) -> 
                 unit.module, _Passing(unit, without if unit.module is model else "", root=unit.module is model)
             )
         for part in unit.parts:
+            if part.holder is not model:
+                _torch.set_runs_in_step(part.holder, False)  # else it would run what it drops, and use it
             part.module.register_forward_pre_hook(_Arrival(unit, part), prepend=True, with_kwargs=True)
 
 

@@ -42,18 +42,18 @@ def unshard_fsdp2_model(model: nn.Module) -> Generator[None, None, None]:
     groups = [group for state in states for group in _torch.groups_of(state) if not _stays_gathered(group)]
     held = [_Held.of(group) for group in groups]
     recorded = _torch.recorded_forwards(groups)
-    solo = [module for module in _outside_units(model) if _generates_in_step(module)] if states else []
+    solo = [module for module in _outside_units(model) if _torch.runs_in_step(module)] if states else []
     try:
         # A tensor made in inference mode could never be trained with, and FSDP2 keeps its buffers for life.
         with torch.inference_mode(mode=False):
             for item in held:
                 item.gather()
         for module in solo:
-            _set_generates_in_step(module, False)
+            _torch.set_runs_in_step(module, False)
         yield
     finally:
         for module in solo:
-            _set_generates_in_step(module, True)
+            _torch.set_runs_in_step(module, True)
         if held:
             _torch.forget_unfinished_pass(states)
         # FSDP2 prefetches along the recorded order of forwards. Ranks ran different numbers of them inside: left in
@@ -102,12 +102,3 @@ def _outside_units(module: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
         if not isinstance(child, FSDPModule):
             yield from _outside_units(child)
-
-
-def _generates_in_step(module: nn.Module) -> bool:
-    """Whether ``generate()`` would keep all ranks in step: it agrees with the world, token by token, under FSDP."""
-    return vars(module).get("_is_fsdp_managed_module", False)
-
-
-def _set_generates_in_step(module: nn.Module, value: bool) -> None:
-    vars(module)["_is_fsdp_managed_module"] = value

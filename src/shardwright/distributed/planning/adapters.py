@@ -27,6 +27,7 @@ BASE = "base_layer"
 DOWN, UP = "lora_A", "lora_B"
 MAGNITUDE = "lora_magnitude_vector"  # DoRA's, which scales the sum
 _PARTS = {BASE, DOWN, UP, MAGNITUDE, "lora_dropout", "lora_embedding_A", "lora_embedding_B"}
+PARAMETER = "parameter_name"  # of LoRA's layer around one that is adapted by a parameter: which one it adds to
 SCALES = "ia3_l"  # IA3's: the tuner layer itself multiplies a layer's input or output with them
 # A module that is trained as a whole beside a frozen one: PEFT's ``modules_to_save``.
 ORIGINAL, SAVED = "original_module", "modules_to_save"
@@ -59,6 +60,21 @@ def refuse_scales(model: nn.Module) -> None:
             raise PlanError(
                 f"{name} has an adapter of the kind IA3, which scales the layer's features, and tensor parallelism "
                 "would leave each rank a part of them. Use dp_shard (FSDP2 shards IA3 exactly), or LoRA."
+            )
+
+
+def refuse_changed_parameters(model: nn.Module) -> None:
+    """Raise PlanError where an adapter adds to a parameter of a layer while it runs, and not to a layer's output.
+
+    Raises:
+        PlanError: LoRA by ``target_parameters``, on packed experts as a rule.
+    """
+    for name, module in model.named_modules():
+        if BASE in module._modules and PARAMETER in module.__dict__:
+            raise PlanError(
+                f"{name} has an adapter on its parameter {module.__dict__[PARAMETER]} (PEFT's target_parameters), "
+                "which adds a whole update to a weight of which each rank would hold a part. Use dp_shard (FSDP2 "
+                "shards it exactly), or adapt layers with target_modules."
             )
 
 

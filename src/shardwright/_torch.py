@@ -90,6 +90,7 @@ __all__ = [
     "tree_map_only",
     "tree_unflatten",
     "version_of",
+    "without_dispatch_modes",
     "without_torch_function",
     "written_versions",
 ]
@@ -98,6 +99,7 @@ __all__ = [
 # Tensors (torch 2.11 to 2.14)
 
 without_torch_function = torch._C.DisableTorchFunctionSubclass
+without_dispatch_modes = torch._C._DisableTorchDispatch
 make_wrapper: Callable[..., Any] = Tensor._make_wrapper_subclass
 functional_collectives = torch.ops._c10d_functional
 foreach_norm = torch._foreach_norm

@@ -102,7 +102,7 @@ CASES = {
     "router-losses": ("mixtral", MIXTURE, routed, CP2),
     "embeddings": ("llama", {}, embedded, CP2),
     "recomputed": ("qwen3", {}, batch, CP2.with_(activation_checkpointing="full")),
-    "selective": ("qwen3", {}, padded, CP2.with_(activation_checkpointing="selective")),
+    "selective": ("qwen3", {}, batch, CP2.with_(activation_checkpointing="selective")),
 }
 
 

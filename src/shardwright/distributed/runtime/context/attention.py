@@ -11,9 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.bias import CausalBias, CausalVariant
 
+from shardwright._torch import without_dispatch_modes
 from shardwright.distributed.runtime.context import parts
 from shardwright.distributed.runtime.context.base import Context
 from shardwright.distributed.runtime.context.sharded import context_sharded
@@ -114,14 +116,47 @@ def attend_rows(
     kwargs = {item: _rows(x, split.length, start, end) for item, x in kwargs.items()}
     if mask is None and name == CAUSAL_WITHOUT_MASK and _is_causal(module, kwargs):
         key, value = key[:, :, :end], value[:, :, :end]
-        mask = causal_lower_right(end - start, end)
         bias = kwargs.get("position_bias")
-        if bias is not None:
-            kwargs["position_bias"] = bias[..., :end]
-            mask = torch.ones(end - start, end, dtype=torch.bool, device=query.device).tril(start)
+        if bias is None:
+            return _causal(query, key, value, kwargs), None
+        kwargs["position_bias"] = bias[..., :end]
+        mask = torch.ones(end - start, end, dtype=torch.bool, device=query.device).tril(start)
     elif mask is not None:
         mask = _mask_rows(mask, split.length, start, end)
     return kernel(module, query, key, value, mask, **kwargs)
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """Causal attention of the last queries, without a mask where torch has a kernel for that: positions first.
+
+    Grouped keys and values are not repeated, as transformers would where it is given a mask.
+    """
+    groups = query.shape[1] // key.shape[1]
+    grouped = groups > 1 and key.shape[-1] == value.shape[-1]
+    if groups > 1 and not grouped:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    out = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=last_queries(query.shape[2], key.shape[2]),
+        dropout_p=kwargs.get("dropout", 0.0),
+        scale=kwargs.get("scaling"),
+        enable_gqa=grouped,
+    )
+    return out.transpose(1, 2).contiguous()
+
+
+def last_queries(queries: int, keys: int) -> CausalBias:
+    """``torch.nn.attention.bias.causal_lower_right`` in no memory.
+
+    Torch's function takes memory for ``queries`` x ``keys`` numbers that nobody reads, and fails inside of a dispatch
+    mode (selective checkpointing is one).
+    """
+    with without_dispatch_modes():
+        bias = torch.empty(0).as_subclass(CausalBias)
+    bias.variant, bias.seq_len_q, bias.seq_len_kv = CausalVariant.LOWER_RIGHT, queries, keys
+    return bias
 
 
 def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:

@@ -1,0 +1,134 @@
+"""What context parallelism keeps and sends, counted on one rank of a group that exchanges nothing, beside the formulas.
+
+The rank is the last one, which sees all keys.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import build
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from shardwright import ParallelConfig, make_mesh
+from shardwright.distributed.apply.context_parallel import apply_context_parallel
+from shardwright.distributed.apply.tensor_parallel import apply_tensor_parallel
+from shardwright.distributed.models.attention import attention_kernels, register_context_attention
+from shardwright.distributed.planning.decide import decide
+from shardwright.distributed.replay.reading import ModelReading
+from shardwright.distributed.runtime.context.attention import last_queries
+from shardwright.distributed.runtime.context.sharded import ContextSharded
+
+LENGTH, ROWS, LAYERS = 256, 3, 2
+KEYS_AND_VALUES = 2 * ROWS * LENGTH * 2 * 8  # of a layer: elements, with two key-value heads of size 8
+
+
+def split(fake_world: Callable[..., None], cp: int, tp: int = 1, **settings: Any) -> nn.Module:
+    """The last rank's model, without data parallelism: no parameter is sent."""
+    config = ParallelConfig(cp=cp, tp=tp, dp_shard=1, sequence_parallel=tp > 1, **settings)
+    fake_world(cp * tp, rank=cp * tp - 1)
+    mesh = make_mesh(config, "cpu")
+    model = build("llama", max_position_embeddings=LENGTH)
+    decided = decide(ModelReading(model), config, tp=tp, cp=cp, fsdp2=False)
+    assert decided.context is not None
+    both = None
+    if decided.tensor is not None:
+        apply_tensor_parallel(model, mesh["tp"], decided.tensor)
+        both = mesh["cp", "tp"]
+    register_context_attention()
+    kernels = attention_kernels(model, {name: use.kernel for name, use in decided.context.attention.items()})
+    apply_context_parallel(model, mesh["cp"], both, decided.context, kernels)
+    return model
+
+
+def tokens() -> dict[str, Tensor]:
+    ids = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH) % 99
+    return {"input_ids": ids, "labels": ids}
+
+
+def kept(model: nn.Module) -> list[Tensor]:
+    """What backward will read, each storage once, parameters left out."""
+    known = {_local(param).untyped_storage().data_ptr() for param in model.parameters()}
+    found: dict[int, Tensor] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        part = _local(x).detach()
+        if part.untyped_storage().data_ptr() not in known:
+            found.setdefault(part.untyped_storage().data_ptr(), part)
+        return x
+
+    with saved_tensors_hooks(pack, lambda x: x):
+        model(**tokens())
+    return list(found.values())
+
+
+def _local(x: Tensor) -> Tensor:
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def held(tensors: list[Tensor], cp: int) -> int:
+    """Bytes of numbers that are not ids, without the masks ``[queries, keys]`` that a CPU makes."""
+    numbers = [x for x in tensors if x.is_floating_point() and x.shape[-2:] != (LENGTH // cp, LENGTH)]
+    return sum(x.untyped_storage().nbytes() for x in numbers)
+
+
+@pytest.mark.parametrize("cp", [2, 4, 8])
+def test_a_rank_keeps_its_part(fake_world: Callable[..., None], cp: int) -> None:
+    """Of everything but the keys and values that attention reads, and of these what there is in one process."""
+    read = LAYERS * KEYS_AND_VALUES * 4
+    one = held(kept(build("llama", max_position_embeddings=LENGTH)), 1)
+    tensors = kept(split(fake_world, cp))
+    assert held(tensors, cp) == pytest.approx((one - read) / cp + read, rel=0.01)
+    longer = [x for x in tensors if x.is_floating_point() and LENGTH in x.shape[:-1]]
+    assert sum(x.untyped_storage().nbytes() for x in longer) == read
+
+
+def test_the_mask_of_plain_causal_attention_takes_no_memory() -> None:
+    """Torch's own function takes 4 bytes for every pair of positions: half a tebibyte here."""
+    bias = last_queries(1 << 17, 1 << 20)
+    assert (bias.seq_len_q, bias.seq_len_kv) == (1 << 17, 1 << 20)
+    assert bias.untyped_storage().nbytes() == 0
+
+
+class Received(TorchDispatchMode):
+    """Elements of the whole tensor of every collective: name -> how often of each size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[tuple[str, int]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "_c10d_functional" and "wait" not in func.__name__:
+            whole = max(args[0].numel(), result.numel())
+            self.calls[func.__name__.partition(".")[0], whole] += 1
+        return result
+
+
+@pytest.mark.parametrize("cp", [2, 4])
+def test_attention_sends_what_the_formula_says(fake_world: Callable[..., None], cp: int) -> None:
+    """Keys and values are gathered once a layer, their gradients summed once; else numbers of the loss are sent."""
+    model = split(fake_world, cp)
+    with Received() as forward:
+        loss = model(**tokens()).loss
+    assert forward.calls == {("all_gather_into_tensor", KEYS_AND_VALUES): LAYERS, ("all_reduce", 1): 2}
+    with Received() as backward:
+        loss.backward()
+    assert backward.calls == {("reduce_scatter_tensor", KEYS_AND_VALUES): LAYERS, ("all_reduce", 1): 1}
+
+
+def test_logits_are_split_with_tensor_parallel_ranks(fake_world: Callable[..., None]) -> None:
+    """Over the sequence and the vocabulary: the norm before the head does not make the stream whole."""
+    logits = split(fake_world, 2, tp=2)(**tokens()).logits
+    assert isinstance(logits, ContextSharded)
+    assert logits.shape == (ROWS, LENGTH, 99)
+    assert logits.to_local().shape == (ROWS, LENGTH // 2, 49)

@@ -91,19 +91,9 @@ def parallelize_with_fsdp2(
     check_no_optimizer(model)
     check_every_axis_used(device_mesh, (axes.dp_replicate, axes.dp_shard_cp, axes.tp))
     dp_mesh = data_parallel_mesh(device_mesh, axes.dp_replicate, axes.dp_shard_cp)
-    tp_mesh = axis_or_none(device_mesh, axes.tp)
-    tp = 1 if tp_mesh is None else tp_mesh.size()
-    cp_mesh = axis_or_none(device_mesh, axes.cp)
-    cp = 1 if cp_mesh is None else cp_mesh.size()
-    ep_mesh = axis_or_none(device_mesh, axes.ep)
-    ep = 1 if ep_mesh is None else ep_mesh.size()
+    tp, cp, ep = (_degree(device_mesh, name) for name in (axes.tp, axes.cp, axes.ep))
     check_context(config, cp, ep)
-    casts = mp_policy is not None and mp_policy.param_dtype is not None
-    check_quantized(model, tp=tp, engine="fsdp2" if mp_policy is not None else "", casts=casts)
-    check_fused_kernels(model, tp * cp)
-    if mp_policy is not None:
-        check_gradient_hooks(model)
-        check_scalars(model)
+    _check_model(model, mp_policy, tp, cp)
     decided = decide(
         ModelReading(model),
         config,
@@ -136,6 +126,20 @@ def parallelize_with_fsdp2(
     replaced.raise_for_gradients(model)
     connect_trainers(on)
     return model
+
+
+def _degree(mesh: DeviceMesh, name: str) -> int:
+    found = axis_or_none(mesh, name)
+    return 1 if found is None else found.size()
+
+
+def _check_model(model: nn.Module, mp_policy: MixedPrecisionPolicy | None, tp: int, cp: int) -> None:
+    casts = mp_policy is not None and mp_policy.param_dtype is not None
+    check_quantized(model, tp=tp, engine="fsdp2" if mp_policy is not None else "", casts=casts)
+    check_fused_kernels(model, tp * cp)
+    if mp_policy is not None:
+        check_gradient_hooks(model)
+        check_scalars(model)
 
 
 def parallelize_with_megatron_fsdp(

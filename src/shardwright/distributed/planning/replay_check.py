@@ -10,12 +10,12 @@ from torch.distributed.tensor import Shard
 
 from shardwright._torch import StridedShard
 from shardwright.distributed.planning.resolved import ResolvedPlan
+from shardwright.distributed.replay.rank_model import Sharding
 from shardwright.distributed.replay.reading import ModelReading, Recording
 from shardwright.distributed.replay.record import CODE_ERRORS, Mismatch
 from shardwright.distributed.replay.runs import (
     Finding,
     Record,
-    Sharding,
     rank_runs,
     some_ranks_forward,
 )

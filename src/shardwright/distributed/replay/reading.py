@@ -21,8 +21,9 @@ from shardwright.distributed.models.heads import HeadCounts, head_counts
 from shardwright.distributed.models.huggingface import embedding_name, head_name
 from shardwright.distributed.models.ties import Tie, find_ties
 from shardwright.distributed.replay.inputs import candidate_inputs
+from shardwright.distributed.replay.rank_model import Sharding
 from shardwright.distributed.replay.record import CODE_ERRORS, Mismatch
-from shardwright.distributed.replay.runs import Inputs, Record, Sharding, check_chunks, full_run, rank_runs
+from shardwright.distributed.replay.runs import Inputs, Record, check_chunks, full_run, rank_runs
 from shardwright.distributed.replay.short_chunks import Chunks
 from shardwright.distributed.replay.weightless import WeightlessCopy, weightless_copy
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from shardwright._torch import tree_leaves
 from shardwright.distributed.replay.idle_use import IdleUse
 from shardwright.distributed.replay.module_calls import ModuleCalls, recorded_calls
+from shardwright.distributed.replay.rank_model import Sharding, as_on_rank
 from shardwright.distributed.replay.record import (
     CODE_ERRORS,
     TOLERANCE,
@@ -25,11 +25,8 @@ from shardwright.distributed.replay.record import (
     same,
 )
 from shardwright.distributed.replay.short_chunks import Chunks
-from shardwright.distributed.replay.watch import Touched, bind, listening, reading
+from shardwright.distributed.replay.watch import Touched, listening, reading
 from shardwright.distributed.replay.weightless import WeightlessCopy
-from shardwright.distributed.runtime.local_arguments import ArgumentCut
-from shardwright.distributed.runtime.local_sizes import LocalSizes
-from shardwright.distributed.runtime.local_width import stand_in
 from shardwright.distributed.styles.cuts import Cut
 
 
@@ -45,37 +42,6 @@ class Inputs:
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     called: str = ""
-
-
-@dataclass
-class Sharding:
-    """One way to run the model on slices. All names are copied names.
-
-    Attributes:
-        cuts_in: stub -> how its input is cut.
-        cuts_out: stub -> how its output is cut.
-        parameters: parameter -> how its dim 0 is cut.
-        attributes: module -> values of its attributes on a rank; ``config.name`` for a config's.
-        arguments: module -> arguments that are cut.
-        widths: module -> the argument whose width its code sees divided by the number of ranks.
-    """
-
-    cuts_in: dict[str, Cut] = field(default_factory=dict)
-    cuts_out: dict[str, Cut] = field(default_factory=dict)
-    parameters: dict[str, Cut] = field(default_factory=dict)
-    attributes: dict[str, dict[str, int]] = field(default_factory=dict)
-    arguments: dict[str, tuple[ArgumentCut, ...]] = field(default_factory=dict)
-    widths: dict[str, str] = field(default_factory=dict)
-
-    def with_(self, other: Sharding) -> Sharding:
-        return Sharding(
-            self.cuts_in | other.cuts_in,
-            self.cuts_out | other.cuts_out,
-            self.parameters | other.parameters,
-            {m: self.attributes.get(m, {}) | other.attributes.get(m, {}) for m in self.attributes | other.attributes},
-            self.arguments | other.arguments,
-            self.widths | other.widths,
-        )
 
 
 @dataclass
@@ -185,7 +151,7 @@ def some_ranks_forward(
     """
     for rank in sorted({0, size - 1}):
         run = RankRun(record.run, rank, size, sharding.cuts_in, sharding.cuts_out)
-        with _sharded(weightless.model, sharding, run):
+        with as_on_rank(weightless.model, sharding, run):
             _rank_forward(weightless, record, inputs, run)
 
 
@@ -199,7 +165,7 @@ def rank_runs(weightless: WeightlessCopy, record: Record, inputs: Inputs, shardi
     runs = []
     for rank in range(size):
         run = RankRun(record.run, rank, size, sharding.cuts_in, sharding.cuts_out)
-        with _sharded(weightless.model, sharding, run):
+        with as_on_rank(weightless.model, sharding, run):
             outputs, leaf = _rank_forward(weightless, record, inputs, run)
             _clear_grads(weightless.model)
             _backward(outputs, record.output_grads, retain=False)
@@ -350,57 +316,3 @@ def _param_grads(weightless: WeightlessCopy) -> dict[str, Tensor]:
         for name, param in module._parameters.items()
         if param is not None and param.grad is not None
     }
-
-
-@contextmanager
-def _sharded(model: nn.Module, sharding: Sharding, run: RankRun) -> Iterator[None]:
-    """The model as this rank has it: parameters cut, attributes divided, arguments cut."""
-    rank, size = run.rank, run.size
-    with ExitStack() as stack:
-        for name, cut in sharding.parameters.items():
-            owner, _, key = name.rpartition(".")
-            parameters = model.get_submodule(owner)._parameters
-            param = parameters[key]
-            assert param is not None
-            local = nn.Parameter(cut.take(param.detach(), 0, rank, size), requires_grad=param.requires_grad)
-            stack.callback(parameters.__setitem__, key, param)
-            parameters[key] = local
-        for module_name, values in sharding.attributes.items():
-            module = model.get_submodule(module_name)
-            stack.enter_context(LocalSizes(module, values).on(module))
-        for module_name, cuts in sharding.arguments.items():
-            module = model.get_submodule(module_name)
-            hook = module.register_forward_pre_hook(_argument_hook(cuts, rank, size), with_kwargs=True)
-            stack.callback(hook.remove)
-        for module_name, argument in sharding.widths.items():
-            module = model.get_submodule(module_name)
-            hook = module.register_forward_pre_hook(_width_hook(argument, run), with_kwargs=True)
-            stack.callback(hook.remove)
-        yield
-
-
-def _argument_hook(cuts: tuple[ArgumentCut, ...], rank: int, size: int) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        bound = bind(module, args, kwargs)
-        for cut in cuts:
-            value = bound.arguments.get(cut.argument, kwargs.get(cut.argument))
-            if isinstance(value, Tensor):
-                local = cut.take(value, rank, size)
-                if cut.argument in bound.arguments:
-                    bound.arguments[cut.argument] = local
-                else:
-                    bound.kwargs[cut.argument] = local
-        return bound.args, bound.kwargs
-
-    return hook
-
-
-def _width_hook(argument: str, run: RankRun) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        bound = bind(module, args, kwargs)
-        x = bound.arguments[argument]
-        bound.arguments[argument] = stand_in(x, run.size)
-        run.stand_ins.append((bound.arguments[argument], x))
-        return bound.args, bound.kwargs
-
-    return hook

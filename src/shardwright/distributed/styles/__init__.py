@@ -24,11 +24,10 @@ from shardwright.distributed.styles.linear import (
     ColwiseGatherOutput,
     ColwiseLogits,
     FusedQkv,
-    PackedColwise,
-    PackedRowwise,
     Rowwise,
     RowwiseSplitInput,
 )
+from shardwright.distributed.styles.packed import PackedColwise, PackedRowwise
 from shardwright.distributed.styles.replicated import (
     LocalParams,
     MlaKvA,

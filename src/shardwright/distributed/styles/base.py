@@ -173,3 +173,8 @@ def distribute_parameter(module: nn.Module, name: str, mesh: DeviceMesh, placeme
     new = nn.Parameter(data, requires_grad=param.requires_grad)
     new.__dict__.update(param.__dict__)
     module._parameters[name] = new
+
+
+def written_number(option: str, argument: str) -> dict[str, Any] | None:
+    """``{option: 3}`` for ``"3"``; None for what is no whole number above 0."""
+    return {option: int(argument)} if argument.isdigit() and int(argument) > 0 else None

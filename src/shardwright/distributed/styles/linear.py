@@ -18,14 +18,13 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from torch.distributed.tensor.placement_types import Placement
 
-from shardwright._torch import StridedShard
 from shardwright.distributed.runtime import collectives as c
 from shardwright.distributed.runtime.adapted import base_layer
 from shardwright.distributed.runtime.forward import Around, Forward, attributes_as, local_parameters, parameters_as
 from shardwright.distributed.runtime.logits import sharded_logits
 from shardwright.distributed.runtime.regions import SEQUENCE_DIM, SequenceLength, SharedInput
 from shardwright.distributed.styles.base import Place, Style
-from shardwright.distributed.styles.cuts import Cut, Picked, contiguous, packed
+from shardwright.distributed.styles.cuts import Cut, Picked, contiguous
 from shardwright.distributed.styles.traffic import Sent, Site, backward, forward
 from shardwright.errors import PlanError
 
@@ -84,7 +83,7 @@ def reader_input(x: Tensor, group: c.Group, shared: SharedInput, length: Sequenc
     return shared.copy(x, group)
 
 
-class _ColwiseForward(Around):
+class ColwiseForward(Around):
     def __init__(self, style: Colwise, module: nn.Module, mesh: DeviceMesh) -> None:
         self.group = c.Group.of(mesh)
         self.mesh = mesh
@@ -138,10 +137,10 @@ class Colwise(Style, ColwiseParallel):
         return contiguous(width)
 
     def around(self, module: nn.Module, mesh: DeviceMesh) -> Around:
-        return _ColwiseForward(self, module, mesh)
+        return ColwiseForward(self, module, mesh)
 
 
-class _GatheredForward(_ColwiseForward):
+class _GatheredForward(ColwiseForward):
     def _output(self, y: Tensor) -> Tensor:
         return c.gather(y, y.ndim - 1, self.width, self.group, partial_grad=False)
 
@@ -167,7 +166,7 @@ class ColwiseGatherOutput(Colwise):
         return _GatheredForward(self, module, mesh)
 
 
-class LogitsForward(_ColwiseForward):
+class LogitsForward(ColwiseForward):
     """What is around a head whose logits stay sharded."""
 
     def read(self, x: Tensor) -> Tensor:
@@ -212,7 +211,7 @@ class ColwiseLogits(Colwise):
         return LogitsForward(self, module, mesh)
 
 
-class _HeadsForward(_ColwiseForward):
+class _HeadsForward(ColwiseForward):
     def __init__(self, style: FusedQkv, module: nn.Module, mesh: DeviceMesh) -> None:
         super().__init__(style, module, mesh)
         self.heads = style.heads
@@ -258,70 +257,6 @@ class FusedQkv(Colwise):
 
 
 _BLOCKS = re.compile(r"[1-9]\d*(/[1-9]\d*)?(,[1-9]\d*(/[1-9]\d*)?)*")
-
-
-class _PackedColwiseForward(_ColwiseForward):
-    def __init__(self, style: PackedColwise, module: nn.Module, mesh: DeviceMesh) -> None:
-        super().__init__(style, module, mesh)
-        self.pieces = style.pieces
-
-    def _local(self, module: nn.Module) -> dict[str, Tensor]:
-        tensors = super()._local(module)
-        if "bias" in tensors:
-            pieces = tensors["bias"].unflatten(0, (self.pieces, self.group.size, -1))
-            tensors["bias"] = pieces.select(1, self.group.rank).flatten()
-        return tensors
-
-
-class PackedColwise(Colwise):
-    """Column-parallel for a weight that packs ``pieces`` equal ones (gate|up, q|k|v): each piece is cut.
-
-    The bias stays replicated and every rank takes its part of it, because FSDP2 cannot cut a vector that is cut in
-    pieces already; its gradient is summed over the ranks. ``packed_colwise:3`` in a plan packs three pieces.
-    """
-
-    name = "packed_colwise"
-    partial_gradients = True
-
-    def __init__(self, *, pieces: int = 2) -> None:
-        super().__init__()
-        self.pieces = pieces
-
-    @classmethod
-    def written_options(cls, argument: str) -> dict[str, Any] | None:
-        return written_number("pieces", argument)
-
-    def check(self, module: nn.Module, name: str, size: int) -> None:
-        super().check(module, name, size)
-        check_pieces(name, features(module, out=True), self.pieces, size)
-
-    def placement(self, module: nn.Module, parameter: str) -> Placement:
-        if len(parameter_shape(module, parameter)) == 1:
-            return Replicate()
-        return StridedShard(feature_dim(module, parameter, out=True), split_factor=self.pieces)
-
-    def cut_out(self, width: int) -> Cut | None:
-        return packed(width, self.pieces)
-
-    def around(self, module: nn.Module, mesh: DeviceMesh) -> Around:
-        return _PackedColwiseForward(self, module, mesh)
-
-
-def written_number(option: str, argument: str) -> dict[str, Any] | None:
-    """``{option: 3}`` for ``"3"``; None for what is no whole number above 0."""
-    return {option: int(argument)} if argument.isdigit() and int(argument) > 0 else None
-
-
-def check_pieces(name: str, width: int, pieces: int, size: int) -> None:
-    """Raise PlanError unless each of ``pieces`` equal pieces of ``width`` can be cut into ``size`` equal parts."""
-    if width % pieces:
-        raise PlanError(f"{name} packs {pieces} pieces, but its width {width} is not a multiple of {pieces}.")
-    if (width // pieces) % size:
-        fits = max(n for n in range(1, size + 1) if (width // pieces) % n == 0)
-        raise PlanError(
-            f"{name} packs {pieces} pieces of {width // pieces} features each, which {size} tensor-parallel ranks do "
-            f"not divide. The largest tp up to {size} that does is {fits}."
-        )
 
 
 class _RowwiseForward(Around):
@@ -399,31 +334,3 @@ class RowwiseSplitInput(Rowwise):
 
     def sent(self, site: Site) -> Iterable[Sent]:
         return [backward("all_gather", features(site.module, out=False)), *super().sent(site)]
-
-
-class PackedRowwise(Rowwise):
-    """Row-parallel for a weight whose input features pack ``pieces`` equal ones: each piece is cut."""
-
-    name = "packed_rowwise"
-    on_whole_input = None
-
-    def __init__(self, *, pieces: int = 2) -> None:
-        super().__init__()
-        self.pieces = pieces
-
-    @classmethod
-    def written_options(cls, argument: str) -> dict[str, Any] | None:
-        return written_number("pieces", argument)
-
-    def check(self, module: nn.Module, name: str, size: int) -> None:
-        super().check(module, name, size)
-        check_pieces(name, features(module, out=False), self.pieces, size)
-
-    def placement(self, module: nn.Module, parameter: str) -> Placement:
-        replicated = super().placement(module, parameter)
-        if not isinstance(replicated, Shard):
-            return replicated
-        return StridedShard(replicated.dim, split_factor=self.pieces)
-
-    def cut_in(self, width: int) -> Cut | None:
-        return packed(width, self.pieces)

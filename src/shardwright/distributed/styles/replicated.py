@@ -14,8 +14,7 @@ from torch.distributed.tensor.parallel import SequenceParallel
 from shardwright.distributed.runtime import collectives as c
 from shardwright.distributed.runtime.forward import Around, Forward, local_parameters, parameters_as
 from shardwright.distributed.runtime.regions import SEQUENCE_DIM, sequence_sharded
-from shardwright.distributed.styles.base import LocalParameters, Place, Style
-from shardwright.distributed.styles.linear import written_number
+from shardwright.distributed.styles.base import LocalParameters, Place, Style, written_number
 from shardwright.distributed.styles.traffic import Sent, Site, backward
 from shardwright.errors import PlanError
 

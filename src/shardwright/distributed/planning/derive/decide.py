@@ -19,12 +19,12 @@ from torch import Tensor
 from shardwright.distributed.models.huggingface import text_config
 from shardwright.distributed.planning.derive.connections import Key, Masks, Region, dependencies
 from shardwright.distributed.planning.derive.masks import cut_from_masks
+from shardwright.distributed.replay.rank_model import Sharding
 from shardwright.distributed.replay.record import CODE_ERRORS, Mismatch
 from shardwright.distributed.replay.runs import (
     Finding,
     Inputs,
     Record,
-    Sharding,
     full_run,
     rank_runs,
     some_ranks_forward,

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from shardwright._torch import attention_kernels, functional_collectives, version_of
@@ -69,54 +69,65 @@ class _Checkpointed(Around):
 
 
 def _with_buffers(contexts: Contexts, owners: list[nn.Module]) -> tuple[AbstractContextManager, AbstractContextManager]:
-    """``contexts``, and a repetition that leaves nothing more in buffers (running statistics, counters)."""
+    """``contexts``, and a repetition that reads the buffers that the first run read, and leaves nothing more in them.
+
+    Running statistics and counters are then updated once, and a router that chooses by its counters chooses alike.
+    """
     first, again = contexts()
     watched = _Watched(first, owners)
-    return watched, _Restored(again, watched)
+    return watched, _AsBefore(again, watched)
 
 
 class _Watched(AbstractContextManager[None]):
-    """Finds the modules that update their buffers."""
+    """Finds the modules that update their buffers, and keeps what was in these before."""
 
     def __init__(self, inner: AbstractContextManager, owners: list[nn.Module]) -> None:
         self._inner, self._owners = inner, owners
-        self.updated: list[nn.Module] = []
+        self.updated: list[tuple[nn.Module, dict[str, Tensor]]] = []
 
     def __enter__(self) -> None:
-        self._before = [_versions(owner) for owner in self._owners]
+        before = zip(self._owners, _copies([_buffers(owner) for owner in self._owners]), strict=True)
+        self._before = [(owner, content, _versions(owner)) for owner, content in before]
         self._inner.__enter__()
 
     def __exit__(self, *error: Any) -> None:
         self._inner.__exit__(*error)
         # All buffers of a module that changed one: batch norm's kernel writes its statistics without a new version.
-        self.updated = [owner for owner, was in zip(self._owners, self._before, strict=True) if _versions(owner) != was]
+        self.updated = [(owner, content) for owner, content, was in self._before if _versions(owner) != was]
+        self._before = []
 
 
-class _Restored(AbstractContextManager[None]):
-    """Gives them the buffers back that they had on entry."""
+class _AsBefore(AbstractContextManager[None]):
+    """Puts copies of what was in the buffers in their place, and the buffers back in the end."""
 
     def __init__(self, inner: AbstractContextManager, watched: _Watched) -> None:
         self._inner, self._watched = inner, watched
 
     def __enter__(self) -> None:
-        self._kept = [
-            (owner, name, buffer, buffer.clone())
-            for owner in self._watched.updated
-            for name, buffer in owner._buffers.items()
-            if buffer is not None
-        ]
+        updated = self._watched.updated
+        self._kept = [(owner, _buffers(owner)) for owner, _ in updated]
+        for (owner, _), content in zip(updated, _copies([content for _, content in updated]), strict=True):
+            owner._buffers.update(content)
         self._inner.__enter__()
 
     def __exit__(self, *error: Any) -> None:
         self._inner.__exit__(*error)
-        with torch.no_grad():
-            for owner, name, buffer, content in self._kept:
-                owner._buffers[name] = buffer
-                buffer.copy_(content)
+        for owner, buffers in self._kept:
+            owner._buffers.update(buffers)
+
+
+def _buffers(owner: nn.Module) -> dict[str, Tensor]:
+    return {name: buffer for name, buffer in owner._buffers.items() if buffer is not None}
+
+
+def _copies(many: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Copies of all tensors; of one that stands in several places, one."""
+    made = {id(buffer): buffer.detach().clone() for buffers in many for buffer in buffers.values()}
+    return [{name: made[id(buffer)] for name, buffer in buffers.items()} for buffers in many]
 
 
 def _versions(owner: nn.Module) -> list[tuple[int, int]]:
-    return [(id(buffer), version_of(buffer)) for buffer in owner._buffers.values() if buffer is not None]
+    return [(id(buffer), version_of(buffer)) for buffer in _buffers(owner).values()]
 
 
 class _Policy:

@@ -1,0 +1,39 @@
+"""Experts on ranks of their own among four ranks, for every way in which experts are stored and called."""
+
+from __future__ import annotations
+
+import pytest
+
+from shardwright import ParallelConfig
+from shardwright.verify import verify
+from shardwright.verify.ranks import RankPool
+from shardwright.verify.zoo import EXPERT_MODES
+
+WITHIN, ACROSS = EXPERT_MODES["fsdp2_tp2_ep2"].config, EXPERT_MODES["fsdp2_tp2_ep4"].config
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config"),
+    [
+        ("gpt_oss", WITHIN),  # interleaved and transposed weights, biases
+        ("deepseek_v3", WITHIN),  # a router in groups with a bias for selection, a shared expert
+        ("jetmoe", WITHIN),  # sorted rows, in attention too
+        ("qwen2_moe", ACROSS),  # gate and up in one, a gated shared expert
+        ("llama4_text", ACROSS),  # every expert gets every token
+        ("nemotron_h", ACROSS),  # no gate, other blocks between
+    ],
+    ids=lambda value: value if isinstance(value, str) else f"ep{value.ep}",
+)
+def test_four_ranks(ranks4: RankPool, model_type: str, config: ParallelConfig) -> None:
+    report = verify(model_type, config, accumulate=2, pool=ranks4)
+    assert report.exact, report.summary()
+    assert report.spread_fraction > 0.15
+    assert report.expert_grad_rel_err is not None
+    assert report.expert_grad_rel_err < 1e-5
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "deepseek_v3", "granitemoe"])
+def test_two_ranks_that_share_tokens(ranks2: RankPool, model_type: str) -> None:
+    report = verify(model_type, EXPERT_MODES["ep2_over_tp2_sp"].config, pool=ranks2)
+    assert report.exact, report.summary()
+    assert report.spread_fraction > 0.15

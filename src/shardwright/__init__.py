@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from shardwright.api import parallelize
-    from shardwright.checkpoint.load import init_pretrained, load_pretrained
+    from shardwright.checkpoint.load import init_pretrained, load_adapted, load_pretrained
     from shardwright.checkpoint.save import save_pretrained
     from shardwright.distributed.config import ParallelConfig
     from shardwright.distributed.mesh import make_mesh
@@ -27,6 +27,7 @@ _HOMES = {
     "ParallelPlan": "shardwright.distributed.plan",
     "gradient_norms": "shardwright.distributed.runtime.norms",
     "init_pretrained": "shardwright.checkpoint.load",
+    "load_adapted": "shardwright.checkpoint.load",
     "load_pretrained": "shardwright.checkpoint.load",
     "make_mesh": "shardwright.distributed.mesh",
     "parallelize": "shardwright.api",
@@ -39,6 +40,7 @@ __all__ = [
     "ParallelPlan",
     "gradient_norms",
     "init_pretrained",
+    "load_adapted",
     "load_pretrained",
     "make_mesh",
     "parallelize",

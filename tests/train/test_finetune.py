@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from chats import TEMPLATE, UNMARKED, conversations, model_folder, write_lines
+from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from shardwright.checkpoint.export import export, inspect
+from shardwright.checkpoint.storage import SafeReader
+from shardwright.distributed.config import ParallelConfig
+from shardwright.errors import CheckpointError, ConfigError
 from shardwright.train.config import JOB_CONFIG, TrainConfig, read_config
 from shardwright.train.dataset import IGNORE, Order, TokenRows
+from shardwright.train.model import build_whole_model
 from shardwright.train.optim import rate
 from shardwright.train.prepare import VALIDATION, prepare
 from shardwright.train.rank import train
@@ -73,11 +81,14 @@ def mean_loss(model: Any, data: TokenRows, rows: np.ndarray) -> Tensor:
 def plain_run(config: TrainConfig, job: Path) -> tuple[list[float], float, dict[str, Tensor]]:
     """The loss of every step, the validation loss at the end, and the weights."""
     model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32).train()
+    if config.lora.r:
+        model = PeftModel.from_pretrained(model, job / "adapter", is_trainable=True)
     data, held = TokenRows(job), TokenRows(job / VALIDATION)
     order = Order(len(data), config.batch_size, 0, config.seed)
-    matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) is wanted] for wanted in (True, False))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = ([p for p in trained if (p.ndim > 1) is wanted] for wanted in (True, False))
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95))
     losses = []
     for step in range(config.steps):
         loss = mean_loss(model, data, order.rows(step))
@@ -128,3 +139,65 @@ def test_prompts_and_completions(ranks2: RankPool, tmp_path: Path) -> None:
     pairs = [{"prompt": f"{n} plus {n % 5} is", "completion": f" {n + n % 5}"} for n in range(40)]
     data = {"paths": str(write_lines(tmp_path / "pairs.jsonl", pairs)), "format": "prompt_completion"}
     check_run(ranks2, make_job(tmp_path, data, "sharding.tp=2", template=UNMARKED))
+
+
+def first_values(job: Path) -> None:
+    """Leave what the adapters begin with as a folder of PEFT's, from the model of a run in one piece.
+
+    They are LoRA's by PEFT: the second factor is zero, the first is not, and no two layers have the same.
+    """
+    config = read_config(job / JOB_CONFIG)
+    model: Any = build_whole_model(config, AutoConfig.from_pretrained(str(config.model.path)))
+    factors = [p for name, p in model.named_parameters() if "lora_A" in name]
+    assert len({float(p.sum()) for p in factors}) == len(factors) == 14
+    bound = 3**0.5 / 32**0.5  # kaiming_uniform_(a=sqrt(5)) of 32 features: sqrt(3 / features) * sqrt(1 / 3)
+    assert all(0 < p.abs().max() <= bound for p in factors)
+    assert all(not p.any() for name, p in model.named_parameters() if "lora_B" in name)
+    model.save_pretrained(job / "adapter")
+
+
+LORA = ["lora.r=4", "lora.alpha=32", "check_first_step=true"]
+
+
+@pytest.mark.parametrize(
+    "mesh", [["sharding.dp_shard=2"], ["sharding.tp=2", "sharding.sequence_parallel=true"]], ids=" ".join
+)
+def test_adapters_train_as_plain_peft_does_and_go_on(ranks2: RankPool, tmp_path: Path, mesh: list[str]) -> None:
+    lines = write_lines(tmp_path / "talks.jsonl", conversations(36))
+    job = make_job(tmp_path, {"paths": str(lines), "format": "chat"}, *mesh, *LORA, "checkpoint.every=1")
+    first_values(job)
+    config = read_config(job / JOB_CONFIG)
+    losses, validation, weights = plain_run(config, job)
+    ranks2.run(train_in_rank, job)
+    output = Path(config.output.dir)
+
+    def check() -> None:
+        found = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        assert [line["loss"] for line in found] == pytest.approx(losses, rel=2e-5)
+        assert found[-1]["validation_loss"] == pytest.approx(validation, rel=2e-5)
+        base = AutoModelForCausalLM.from_pretrained(config.model.path)
+        saved = PeftModel.from_pretrained(base, output / "model")
+        assert saved.peft_config["default"].base_model_name_or_path == config.model.path
+        for name, parameter in saved.named_parameters():
+            torch.testing.assert_close(parameter.detach(), weights[name], rtol=1e-4, atol=1e-5)
+
+    check()
+    newest = output / "checkpoints" / f"step-{config.steps:08d}"
+    kept = SafeReader(newest / "state").read_metadata().state_dict_metadata
+    assert sum("lora_" in name for name in kept) == len(kept) == 28 * 4  # values and AdamW's state, and no base model
+    assert inspect(newest).model_type == "adapters, LORA"
+    shutil.rmtree(newest)
+    shutil.rmtree(output / "model")
+    again = replace(config, checkpoint=replace(config.checkpoint, resume=True), check_first_step=False)
+    again = replace(again, sharding=ParallelConfig(dp_shard=2))
+    (job / JOB_CONFIG).write_text(again.to_yaml())
+    ranks2.run(train_in_rank, job)
+    check()
+    with pytest.raises(CheckpointError, match="holds an adapter alone"):
+        export(output, tmp_path / "exported")
+
+
+def test_adapters_on_layers_that_are_not_there(tmp_path: Path) -> None:
+    lines = write_lines(tmp_path / "talks.jsonl", conversations(4))
+    with pytest.raises(ConfigError, match=r"PEFT cannot put adapters on LlamaForCausalLM: .*query"):
+        make_job(tmp_path, {"paths": str(lines), "format": "chat"}, "lora.r=4", "lora.target_modules=query")

@@ -11,12 +11,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from shardwright.errors import ConfigError, UnsupportedError
 from shardwright.train.check import relative_error
+from shardwright.train.config import TrainConfig
 from shardwright.train.metrics import use_tensorboard
 from shardwright.train.model import build_whole_model, check_fit, model_config
 from shardwright.train.optim import make_optimizer, rate
 from shardwright.train.output import check_output
 from shardwright.train.plot import curve
-from shardwright.train.sections import ModelSettings, OptimizerSettings, OutputSettings
+from shardwright.train.sections import DataSettings, ModelSettings, OptimizerSettings, OutputSettings, TokenizerSettings
 from shardwright.train.tokenizer import load_tokenizer, train_tokenizer
 
 TINY = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1} | {
@@ -149,13 +150,17 @@ def test_what_does_not_fit_the_model_is_told(tokenizer: PreTrainedTokenizerBase,
 def test_a_checkpoint_is_loaded_whole_or_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     settings = ModelSettings(config=dict(TINY))
     config = model_config(settings, tokenizer)
-    model = build_whole_model(settings, config, seed=3)
-    assert torch.equal(model.lm_head.weight, build_whole_model(settings, config, seed=3).lm_head.weight)
-    assert not torch.equal(model.lm_head.weight, build_whole_model(settings, config, seed=4).lm_head.weight)
+
+    def run(model: ModelSettings, seed: int) -> TrainConfig:
+        return TrainConfig(model, DataSettings(("x",)), TokenizerSettings(vocab_size=300), seed=seed)
+
+    model = build_whole_model(run(settings, 3), config)
+    assert torch.equal(model.lm_head.weight, build_whole_model(run(settings, 3), config).lm_head.weight)
+    assert not torch.equal(model.lm_head.weight, build_whole_model(run(settings, 4), config).lm_head.weight)
 
     model.save_pretrained(tmp_path)
     checkpoint = ModelSettings(path=str(tmp_path))
-    loaded = build_whole_model(checkpoint, model_config(checkpoint, tokenizer), seed=0)
+    loaded = build_whole_model(run(checkpoint, 0), model_config(checkpoint, tokenizer))
     assert loaded.training
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
 
@@ -163,4 +168,4 @@ def test_a_checkpoint_is_loaded_whole_or_refused(tokenizer: PreTrainedTokenizerB
     del state["model.norm.weight"]
     model.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(ConfigError, match=r"lacks 1 of the model's weights \(first: model\.norm\.weight\)"):
-        build_whole_model(checkpoint, config, seed=0)
+        build_whole_model(run(checkpoint, 0), config)

@@ -68,7 +68,7 @@ def train_in_rank(job: Path) -> None:
 def plain_run(config: TrainConfig, job: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     """Loss, gradient norm and validation loss of every step, and the weights at the end."""
     architecture = model_config(config.model, load_tokenizer(str(job / TOKENIZER)))
-    model = build_whole_model(config.model, architecture, config.seed)
+    model = build_whole_model(config, architecture)
     data = TokenRows(job)
     order = Order(len(data), config.batch_size, config.data.validation, config.seed)
     matrices = [p for p in model.parameters() if p.ndim > 1]

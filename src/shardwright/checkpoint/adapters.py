@@ -7,14 +7,18 @@ and what it hands out is looked up by identity. So this knows no kind of adapter
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedTokenizerBase
 
+from shardwright.checkpoint.atomic import FolderWriter, unfinished
 from shardwright.checkpoint.layout import owned_parts
+from shardwright.checkpoint.manifest import write_manifest
 from shardwright.checkpoint.together import all_here, barrier, rank_and_world, same_error_everywhere
 from shardwright.distributed.runtime.layout import whole
 from shardwright.errors import CheckpointError, UnsupportedError
@@ -50,6 +54,40 @@ def save_adapters(model: Any, forward: Callable[..., Any], given: dict[str, Any]
     with same_error_everywhere(f"Saving to {folder}"):
         if rank == 0:
             forward(**{**given, "save_directory": str(folder), "state_dict": gathered, "is_main_process": True})
+    barrier()
+
+
+def describe_adapters(model: Any, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    """Write the adapters' config and the tokenizer: all of an adapter's folder but its weights."""
+    for name, config in model.peft_config.items():
+        config.save_pretrained(folder if name == "default" else folder / name)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def save_adapter_folder(model: Any, path: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Write the adapters of ``model`` and the tokenizer as one folder, which is there whole or not at all.
+
+    What Shardwright has written there before is replaced. Every rank calls it.
+
+    Raises:
+        CheckpointError: it cannot be written; on every rank.
+    """
+    folder = path.resolve()
+    all_here(f"saving to {folder}", _TIMEOUT)
+    rank, _ = rank_and_world()
+    with ExitStack() as stack:
+        writer = None
+        with same_error_everywhere(f"Saving to {folder}"):
+            if rank == 0:
+                writer = stack.enter_context(FolderWriter(folder, overwrite=True))
+        model.save_pretrained(unfinished(folder))
+        with same_error_everywhere(f"Saving to {folder}"):
+            if writer is not None:
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(writer.path)
+                write_manifest(writer.path, {})
+                writer.finish()
     barrier()
 
 

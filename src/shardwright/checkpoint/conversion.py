@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,6 +56,10 @@ class LoadPlan:
     readings: dict[str, Reading]
     unused: tuple[str, ...]
     conversions: list[Any]  # those that applied: save_pretrained reverts them
+
+    def renamed(self, names: Mapping[str, str]) -> LoadPlan:
+        """The same for a model whose tensors have other names: old -> new."""
+        return replace(self, readings={names.get(name, name): reading for name, reading in self.readings.items()})
 
 
 def plan_load(skeleton: PreTrainedModel, entries: Mapping[str, Entry]) -> LoadPlan:

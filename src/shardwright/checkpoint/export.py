@@ -22,7 +22,9 @@ from shardwright.checkpoint.storage import SafeReader, read_tensors
 from shardwright.distributed.models.build import build_on_meta
 from shardwright.distributed.models.config_json import read_config_json
 from shardwright.errors import CheckpointError
-from shardwright.untrusted import printable, usable_path
+from shardwright.untrusted import printable, read_json, usable_path
+
+_ADAPTER = "adapter_config.json"  # PEFT's
 
 
 def export(path: Path, out: Path, trust_remote_code: bool = False, overwrite: bool = False) -> None:
@@ -41,6 +43,11 @@ def export(path: Path, out: Path, trust_remote_code: bool = False, overwrite: bo
     out = usable_path(out, "The folder to export to", CheckpointError)
     require_replaceable(out, overwrite)
     verify(folder, exactly=True)
+    if (folder / DESCRIPTION / _ADAPTER).is_file():
+        raise CheckpointError(
+            f"{folder} holds an adapter alone, and no model. A run with checkpoint.resume=true writes it as a folder "
+            "of PEFT's at its end; that takes a moment where no steps are left."
+        )
     reader = SafeReader(folder / STATE)
     stored = _model_part(reader.read_metadata())
     config = read_config(folder / DESCRIPTION, trust_remote_code)
@@ -56,6 +63,13 @@ def export(path: Path, out: Path, trust_remote_code: bool = False, overwrite: bo
     if (folder / DESCRIPTION / "tokenizer_config.json").is_file():
         tokenizer = read_tokenizer(folder / DESCRIPTION, trust_remote_code)
     save_pretrained(model, out, tokenizer, overwrite=overwrite)
+
+
+def _kind(description: Path) -> str:
+    """The model's type; of adapters alone, their kind."""
+    if (description / _ADAPTER).is_file():
+        return f"adapters, {read_json(description / _ADAPTER, CheckpointError).get('peft_type')}"
+    return str(read_config_json(description, trusted=True).get("model_type"))
 
 
 def _model_part(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
@@ -127,7 +141,7 @@ def inspect(path: Path, check: bool = True) -> Contents:
     return Contents(
         folder=folder,
         info=read_info(folder),
-        model_type=str(read_config_json(folder / DESCRIPTION, trusted=True).get("model_type")),
+        model_type=_kind(folder / DESCRIPTION),
         parameters=sum(prod(value.size) for value in stored.values()),
         dtypes=dict(Counter(str(value.properties.dtype).removeprefix("torch.") for value in stored.values())),
         optimizer_tensors=sum(name.startswith(OPTIMIZER) for name in metadata.state_dict_metadata),

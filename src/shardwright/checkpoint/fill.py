@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from shardwright._transformers import names_missing_by_design
 from shardwright.checkpoint.conversion import LoadPlan, Reading
 from shardwright.checkpoint.folder import Entry
-from shardwright.checkpoint.initial import Initialiser
+from shardwright.checkpoint.initial import Initial
 from shardwright.checkpoint.layout import Box, owned_parts
 from shardwright.checkpoint.slices import SliceReader, open_slices, split_box
 from shardwright.checkpoint.together import rank_and_world
@@ -195,7 +195,7 @@ def _refuse_if_different(name: str) -> Callable[[Tensor, Read], None]:
 
 
 @torch.no_grad()
-def fill_the_rest(model: nn.Module, initial: Initialiser, filled: set[str]) -> None:
+def fill_the_rest(model: nn.Module, initial: Initial, filled: set[str]) -> None:
     """Give every tensor that is not in ``filled`` (nor tied to one that is) its initial value."""
     homes = [
         (f"{path}.{key}" if path else key, module, key, tensor)

@@ -11,6 +11,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,14 @@ _WAY_ROUND = (
     "Make the model once with transformers (AutoModelForCausalLM.from_config(config).save_pretrained(folder)) and load "
     "that folder, each rank its shards (in shardwright train: model.path=folder)."
 )
+
+
+class Initial(Protocol):
+    """Who knows the values that a model begins with."""
+
+    def value(self, name: str) -> Tensor:
+        """The whole initial value of a parameter or buffer, on the CPU."""
+        ...
 
 
 class Initialiser:

@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from shardwright._transformers import set_conversions
 from shardwright.api import parallelize
+from shardwright.checkpoint.adapted import AdaptedInitialiser, Adapters, put_adapters
 from shardwright.checkpoint.conversion import plan_load
 from shardwright.checkpoint.description import GENERATION, read_generation_config
 from shardwright.checkpoint.fill import check_complete, check_fit, fill_from_folder, fill_the_rest, to_empty
 from shardwright.checkpoint.folder import INDEX, open_folder
-from shardwright.checkpoint.initial import Initialiser
+from shardwright.checkpoint.initial import Initial, Initialiser
 from shardwright.checkpoint.manifest import MANIFEST, require_listed, verify
 from shardwright.checkpoint.source import class_in, local_folder, read_config
 from shardwright.checkpoint.together import rank_and_world, same_error_everywhere
@@ -68,6 +70,49 @@ def load_pretrained(
             every rank alike, before any weight is read unless the damage lies in the values.
         ConfigError, PlanError, UnsupportedError: what :func:`shardwright.parallelize` refuses; quantised weights.
     """
+    return _load(path, config, mesh, model_class, dtype, revision, trust_remote_code, checksums, None, kwargs)
+
+
+def load_adapted(
+    path: str | Path,
+    adapters: Any,
+    config: ParallelConfig,
+    mesh: DeviceMesh | None = None,
+    *,
+    seed: int = 0,
+    model_class: type[Any] | None = None,
+    dtype: torch.dtype | None = None,
+    **kwargs: Any,
+) -> Any:
+    """A sharded model with the weights in ``path`` and new adapters on it; no rank holds more than its shards.
+
+    Args: as for :func:`load_pretrained`.
+        adapters: PEFT's ``LoraConfig``, in its plain form or rank-stabilised.
+        seed: the adapters' first values follow from it, and not from the mesh.
+
+    Returns:
+        PEFT's model on this rank's device, in evaluation mode. Adapters have the base model's dtype.
+
+    Raises:
+        ConfigError: PEFT cannot put these adapters on this model.
+        UnsupportedError: adapters of another kind.
+        CheckpointError, PlanError: as :func:`load_pretrained`.
+    """
+    return _load(path, config, mesh, model_class, dtype, None, False, True, Adapters(adapters, seed), kwargs)
+
+
+def _load(
+    path: str | Path,
+    config: ParallelConfig,
+    mesh: DeviceMesh | None,
+    model_class: type[Any] | None,
+    dtype: torch.dtype | None,
+    revision: str | None,
+    trust_remote_code: bool,
+    checksums: bool,
+    adapters: Adapters | None,
+    kwargs: dict[str, Any],
+) -> Any:
     mesh = make_mesh(config) if mesh is None else mesh
     with same_error_everywhere(f"Loading {path}"):
         folder = local_folder(path, revision, trust_remote_code)
@@ -79,14 +124,22 @@ def load_pretrained(
         skeleton = build_on_meta(model_config, cls, dtype, **kwargs)
         plan = plan_load(skeleton, entries)
         check_fit(plan, skeleton, folder, entries)
-        model = build_on_meta(model_config, cls, dtype, **kwargs)
+        model: Any = build_on_meta(model_config, cls, dtype, **kwargs)
         model.generation_config = read_generation_config(folder) or model.generation_config
-    set_conversions(model, plan.conversions)  # where transformers and save_pretrained look for them
+        initial: Initial = Initialiser(skeleton)
+        reference: nn.Module = skeleton
+        set_conversions(model, plan.conversions)  # where transformers and save_pretrained look for them
+        if adapters is not None:
+            model.name_or_path = str(path)  # the adapter's folder names its base model
+            model, names = put_adapters(model, adapters.config)
+            plan = plan.renamed({old: new for new, old in names.items()})
+            reference, _ = put_adapters(build_on_meta(model_config, cls, dtype, **kwargs), adapters.config)
+            initial = AdaptedInitialiser(reference, names, initial, adapters.seed)
     model = _empty_shards(model, config, mesh)
     with same_error_everywhere(f"Loading {path}"):
         fill_from_folder(model, folder, entries, plan)
-        fill_the_rest(model, Initialiser(skeleton), set(plan.readings))
-        check_complete(model, skeleton)
+        fill_the_rest(model, initial, set(plan.readings))
+        check_complete(model, reference)
     return model.eval()
 
 
@@ -158,7 +211,7 @@ def init_whole(
     return model.train()
 
 
-def _empty_shards(model: PreTrainedModel, config: ParallelConfig, mesh: DeviceMesh) -> PreTrainedModel:
+def _empty_shards(model: Any, config: ParallelConfig, mesh: DeviceMesh) -> Any:
     parallelize(model, config, mesh)  # in place
     if config.engine == "fsdp2":  # Megatron-FSDP takes a model off meta while it shards it
         kind = mesh.device_type

@@ -29,12 +29,14 @@ class RunState:
     Attributes:
         keeps: the names of what the optimizer keeps for a parameter that has been updated; None: not known, so that a
             checkpoint is believed about it.
+        trained_only: parameters that are frozen come from elsewhere, and are no part of a checkpoint.
     """
 
     model: nn.Module
     optimizer: Optimizer
     schedule: LRScheduler | None = None
     keeps: frozenset[str] | None = None
+    trained_only: bool = False
 
     def tensors(self) -> dict[str, Tensor]:
         """Every parameter, persistent buffer and optimizer tensor, by name; tied weights once."""
@@ -42,7 +44,11 @@ class RunState:
 
     def weights(self) -> dict[str, Tensor]:
         """Those of :meth:`tensors` that are the model's."""
-        return model_tensors(self.model)
+        return {
+            name: tensor
+            for name, tensor in model_tensors(self.model).items()
+            if tensor.requires_grad or not (self.trained_only and isinstance(tensor, nn.Parameter))
+        }
 
     def data(self) -> dict[str, Any]:
         """The rest: hyper-parameters with the names of their parameters, and the schedule's position."""

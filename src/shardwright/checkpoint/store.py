@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -19,10 +20,11 @@ import torch
 import torch.distributed as dist
 import transformers
 from safetensors.torch import load, save_file
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from shardwright import __version__
+from shardwright.checkpoint.adapters import describe_adapters, has_adapters
 from shardwright.checkpoint.atomic import FolderWriter, recover_all, remove, unfinished
 from shardwright.checkpoint.manifest import Sums, sums_of, verify, write_manifest
 from shardwright.checkpoint.pieces import Pieces
@@ -56,7 +58,7 @@ class CheckpointStore:
 
     Args:
         root: the folder, on a disk that all ranks see.
-        model: the transformers model that is trained (after it was sharded).
+        model: the transformers model that is trained (after it was sharded), or PEFT's around it.
         tokenizer: saved with every checkpoint.
         keep_last: how many of the newest checkpoints stay; the best one (least metric) stays on top of them.
         timeout: seconds to wait for ranks that have not called :meth:`save` yet.
@@ -65,14 +67,16 @@ class CheckpointStore:
     def __init__(
         self,
         root: Path,
-        model: PreTrainedModel,
+        model: nn.Module,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         keep_last: int = 2,
         timeout: float = 600.0,
     ) -> None:
         self.root = root.absolute()
-        self._skeleton = skeleton_of(model)
+        self._describe = partial(describe_adapters, model)
+        if not has_adapters(model):
+            self._describe = partial(write_description, skeleton_of(model))
         self._tokenizer = tokenizer
         self._keep_last = keep_last
         self._timeout = timeout
@@ -159,7 +163,7 @@ class CheckpointStore:
 
     def _finish(self, writer: FolderWriter, info: RunInfo, sums: Sums) -> None:
         """The parts that rank 0 writes, then the name."""
-        write_description(self._skeleton, self._tokenizer, writer.path / DESCRIPTION)
+        self._describe(self._tokenizer, writer.path / DESCRIPTION)
         (writer.path / RUN).write_text(json.dumps(asdict(info), indent=1), encoding="utf-8")
         write_manifest(writer.path, sums)
         writer.finish()

@@ -75,7 +75,7 @@ def require_float32(config: TrainConfig) -> None:
 
 def reference_step(config: TrainConfig, model_config: PreTrainedConfig, data: TokenRows, rows: np.ndarray) -> Reference:
     """The first step written down as plainly as possible: no mesh, no shards, one process on the CPU."""
-    model = build_whole_model(config.model, model_config, config.seed)
+    model = build_whole_model(config, model_config)
     optimizer = make_optimizer(model, config.optimizer)
     make_schedule(optimizer, config.schedule, config.steps)
     targets = data.targets(rows)

@@ -17,7 +17,7 @@ import transformers
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 import shardwright
 from shardwright.checkpoint.run_info import RunInfo, find_checkpoint
@@ -59,7 +59,7 @@ class Checkpoints:
     ) -> None:
         self._config = config
         self._trainer = trainer
-        self._state = RunState(trainer.model, trainer.optimizer, trainer.schedule, KEPT)
+        self._state = RunState(trainer.model, trainer.optimizer, trainer.schedule, KEPT, trained_only=config.lora.r > 0)
         self._schedule_steps = config.schedule.steps or config.steps
         self._device = device
         self._degrees = " x ".join(f"{axis}={mesh[axis].size()}" for axis in NAMES)
@@ -68,7 +68,6 @@ class Checkpoints:
         self._saved_step = 0
         self._store: CheckpointStore | None = None
         if config.checkpoint.every:
-            assert isinstance(trainer.model, PreTrainedModel)
             self._store = CheckpointStore(self._folder, trainer.model, tokenizer, keep_last=config.checkpoint.keep)
 
     @contextmanager

@@ -15,6 +15,7 @@ from shardwright.settings import apply_overrides, build, read_yaml
 from shardwright.train.sections import (
     CheckpointSettings,
     DataSettings,
+    LoraSettings,
     ModelSettings,
     OptimizerSettings,
     OutputSettings,
@@ -65,6 +66,7 @@ class TrainConfig:
     data: DataSettings
     tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
     sharding: ParallelConfig = field(default_factory=ParallelConfig)
+    lora: LoraSettings = field(default_factory=LoraSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     output: OutputSettings = field(default_factory=OutputSettings)
@@ -109,6 +111,10 @@ class TrainConfig:
                 "A model from scratch brings no tokenizer. Set tokenizer.vocab_size to train one on the text, or "
                 "tokenizer.path to a saved one."
             )
+        if self.lora.r and self.model.path is None:
+            raise ConfigError("lora adapts a model that is there already. Set model.path, or leave lora out.")
+        if self.lora.r and self.sharding.engine != "fsdp2":
+            raise ConfigError(f"lora is trained with sharding.engine fsdp2; it is {self.sharding.engine}.")
         if self.tokenizer.vocab_size is not None and self.data.format != "text":
             raise ConfigError(
                 f"tokenizer.vocab_size trains a tokenizer on plain text, but data.format is {self.data.format}. Set "

@@ -18,12 +18,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from shardwright.checkpoint.load import init_pretrained, init_whole, load_pretrained
-from shardwright.distributed.config import ParallelConfig
+from shardwright.checkpoint.load import init_pretrained, init_whole, load_adapted, load_pretrained
 from shardwright.distributed.models.build import load_config
 from shardwright.distributed.models.config_json import check_values
 from shardwright.errors import ConfigError, UnsupportedError
 from shardwright.settings import unknown_key
+from shardwright.train.config import TrainConfig
+from shardwright.train.lora import lora_config, put_on_whole
 from shardwright.train.sections import ModelSettings
 from shardwright.untrusted import ToldAs, shown, usable_path
 
@@ -103,28 +104,35 @@ def check_fit(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, sequ
         )
 
 
-def build_model(
-    settings: ModelSettings, config: PreTrainedConfig, seed: int, sharding: ParallelConfig, mesh: DeviceMesh
-) -> nn.Module:
+def build_model(config: TrainConfig, architecture: PreTrainedConfig, mesh: DeviceMesh) -> nn.Module:
     """The model of a run, sharded, in training mode; no rank ever holds more of it than its shards and one tensor.
 
-    From scratch, the weights follow from ``seed`` and not from the mesh.
+    What is not in ``model.path`` follows from the run's seed and not from the mesh.
     """
-    dtype = getattr(torch, settings.dtype)
-    if settings.path is not None:
-        return load_pretrained(settings.path, sharding, mesh, model_class=AutoModelForCausalLM, dtype=dtype).train()
-    return init_pretrained(config, sharding, mesh, seed=seed, model_class=AutoModelForCausalLM, dtype=dtype)
+    path, given = config.model.path, {"model_class": AutoModelForCausalLM, "dtype": getattr(torch, config.model.dtype)}
+    made: nn.Module
+    if path is None:
+        return init_pretrained(architecture, config.sharding, mesh, seed=config.seed, **given)
+    if config.lora.r:
+        made = load_adapted(path, lora_config(config.lora), config.sharding, mesh, seed=config.seed, **given)
+    else:
+        made = load_pretrained(path, config.sharding, mesh, **given)
+    return made.train()
 
 
-def build_whole_model(settings: ModelSettings, config: PreTrainedConfig, seed: int) -> nn.Module:
+def build_whole_model(config: TrainConfig, architecture: PreTrainedConfig) -> nn.Module:
     """The same model with the same weights in one piece, in CPU memory of this process."""
-    dtype = getattr(torch, settings.dtype)
-    if settings.path is not None:
-        return _load(settings.path, dtype).train()
-    return init_whole(config, seed=seed, model_class=AutoModelForCausalLM, dtype=dtype)
+    dtype = getattr(torch, config.model.dtype)
+    if config.model.path is None:
+        return init_whole(architecture, seed=config.seed, model_class=AutoModelForCausalLM, dtype=dtype)
+    model: Any = _load(config.model.path, dtype)
+    if config.lora.r:
+        model = put_on_whole(model, config.lora, config.seed)
+    made: nn.Module = model.train()
+    return made
 
 
-def _load(path: str, dtype: torch.dtype) -> nn.Module:
+def _load(path: str, dtype: torch.dtype) -> Any:
     settings = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
     loaded: Any
     with ToldAs(ConfigError, f"transformers cannot load the checkpoint in {path}"):

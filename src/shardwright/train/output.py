@@ -28,7 +28,10 @@ _RESULTS = (MODEL, METRICS, CONFIG, TENSORBOARD, CHECKPOINTS)
 _HEADER = "# Written by shardwright train.\n"
 EVENTS = ".shardwright"  # the end of the names of our TensorBoard files
 # What every saved model has; the names of a tokenizer's files are known when they are written.
-_MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json")
+_MODEL_FILES = (
+    *("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json"),
+    *("adapter_config.json", "adapter_model.safetensors"),
+)
 
 
 def check_output(settings: OutputSettings, resume: bool | str = False) -> None:

@@ -22,6 +22,7 @@ from shardwright.train.dataset import Shape, write_packed, write_separate
 from shardwright.train.documents import write_documents
 from shardwright.train.encoding import encode
 from shardwright.train.find import find_files
+from shardwright.train.lora import check_adapters
 from shardwright.train.model import check_fit, model_config
 from shardwright.train.packing import check_keeps_apart
 from shardwright.train.records import read_records
@@ -52,6 +53,8 @@ def prepare(config: TrainConfig, folder: Path, say: Say) -> None:
     prepare_template(tokenizer, data)
     architecture = model_config(config.model, tokenizer)
     check_fit(architecture, tokenizer, data.sequence_length)
+    if config.lora.r:
+        check_adapters(config.lora, architecture)
     if data.pack and data.format != "text":
         check_keeps_apart(architecture)
     tokenizer.save_pretrained(folder / TOKENIZER)

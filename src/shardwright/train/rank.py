@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedConfig
 
+from shardwright.checkpoint.adapters import save_adapter_folder
 from shardwright.checkpoint.save import save_pretrained
 from shardwright.checkpoint.together import same_error_everywhere
 from shardwright.distributed.axes import NAMES
@@ -101,11 +102,15 @@ def _train(config: TrainConfig, job: Path, mesh: DeviceMesh, watchdog: Watchdog)
 
     watchdog.begin("saving the model")
     folder = usable_path(config.output.dir, "output.dir", ConfigError) / MODEL
-    save_pretrained(trainer.model, folder, tokenizer, overwrite=True, timeout=config.seconds_per_phase)
+    if config.lora.r:
+        save_adapter_folder(trainer.model, folder, tokenizer)
+    else:
+        save_pretrained(trainer.model, folder, tokenizer, overwrite=True, timeout=config.seconds_per_phase)
     checkpoints.finished()
     if losses:
         show_curve(console, losses)
-    _say(console, f"Saved [bold]{escape(str(folder))}[/] for AutoModelForCausalLM.from_pretrained.")
+    reader = "PeftModel" if config.lora.r else "AutoModelForCausalLM"
+    _say(console, f"Saved [bold]{escape(str(folder))}[/] for {reader}.from_pretrained.")
 
 
 def _console() -> Console:
@@ -124,7 +129,7 @@ def _say(console: Console, text: str) -> None:
 def _trainer(
     config: TrainConfig, architecture: PreTrainedConfig, mesh: DeviceMesh, data: TokenRows, device: torch.device
 ) -> Trainer:
-    model = build_model(config.model, architecture, config.seed, config.sharding, mesh)
+    model = build_model(config, architecture, mesh)
     optimizer = make_optimizer(model, config.optimizer)
     schedule = make_schedule(optimizer, config.schedule, config.steps)
     return Trainer(model, optimizer, schedule, mesh, data, device, config.accumulation, config.clip_norm)

@@ -65,6 +65,32 @@ class TokenizerSettings:
 
 
 @dataclass(frozen=True)
+class LoraSettings:
+    """Low-rank adapters (Hu et al. 2021) by PEFT: they are trained, and the model in ``model.path`` stays as it is.
+
+    Attributes:
+        r: their rank; 0: no adapters, all weights are trained.
+        alpha: the update is scaled by ``alpha / r``, or by ``alpha / sqrt(r)`` where ``rank_stabilised``.
+        dropout: of the adapters' input.
+        target_modules: names of the linear layers that are adapted; ``all-linear``: every one but the head.
+        rank_stabilised: rsLoRA (Kalajdzievski 2023).
+    """
+
+    r: int = 0
+    alpha: float = 16.0
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] = ("all-linear",)
+    rank_stabilised: bool = False
+
+    def __post_init__(self) -> None:
+        between("r", self.r, 0, 2**16)
+        positive("alpha", self.alpha)
+        between("dropout", self.dropout, 0, 1)
+        if not self.target_modules:
+            raise ConfigError("target_modules is empty; name the layers to adapt, or all-linear.")
+
+
+@dataclass(frozen=True)
 class DataSettings:
     """The examples and how they become sequences.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from shardwright.errors import ConfigError, UnsupportedError
-from shardwright.train.check import relative_error
+from shardwright.train.check import Reference, _worst
 from shardwright.train.config import TrainConfig
 from shardwright.train.metrics import use_tensorboard
 from shardwright.train.model import build_whole_model, check_fit, model_config
@@ -77,12 +78,19 @@ def test_tensorboard_asked_for_and_missing_is_told(monkeypatch: pytest.MonkeyPat
         use_tensorboard(True)
 
 
-def test_relative_error_is_scale_free_and_refuses_nothing_silently() -> None:
-    x = torch.tensor([3.0, 4.0])
-    assert relative_error(x * 1.01, x, 0.0) == pytest.approx(0.01, rel=1e-4)
-    assert relative_error(x, torch.zeros(2), 0.0) == float("inf")
-    assert relative_error(x, torch.zeros(2), 50.0) == pytest.approx(0.1)
-    assert not relative_error(x * float("nan"), x, 0.0) <= 1.0
+@pytest.mark.parametrize("of_gradients", [True, False])
+def test_what_is_no_number_is_the_worst(of_gradients: bool) -> None:
+    """Whatever is compared after it."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    gradients = {name: torch.ones_like(param) for name, param in model.named_parameters()}
+    weights = {name: param.detach().clone() for name, param in model.named_parameters()}
+    reference = Reference(1.0, gradients, weights, 1.0)
+    for name, param in model.named_parameters():
+        param.grad = gradients[name].clone()
+    assert _worst(model, reference, of_gradients) == (0.0, "none")
+    model[0].bias.data.fill_(math.nan)
+    model[0].bias.grad.fill_(math.nan)
+    assert _worst(model, reference, of_gradients) == (math.inf, "0.bias")
 
 
 @pytest.fixture(scope="module")

@@ -19,18 +19,17 @@ from shardwright.train.dataset import IGNORE, TokenRows
 from shardwright.train.loop import Trainer
 from shardwright.train.model import build_whole_model
 from shardwright.train.optim import make_optimizer, make_schedule
+from shardwright.verify import compare
+from shardwright.verify.compare import EXACT, gradient_scales, relative_error
 
-TOLERANCE = 1e-5
 # A gradient this small beside the norm of all gradients is float32 rounding noise: zero in exact arithmetic (the key
 # bias of attention is the usual case). AdamW divides it by itself, so the weight it moves says nothing.
 _NOISE = 1e-7
-# The smallest norm, as a share of the norm of all gradients, that an error is measured against.
-_FLOOR = 1e-3
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Relative differences between the sharded step and one process: ``|a - b| / |b|`` with 2-norms, per tensor.
+    """Relative differences between the sharded step and one process, as :mod:`shardwright.verify` measures them.
 
     Attributes:
         loss: of the loss.
@@ -115,9 +114,9 @@ def checked_step(trainer: Trainer, rows: np.ndarray, reference: Reference | None
     difference = found[0]
     assert difference is not None, "rank 0 has a reference"
     errors = (difference.loss, difference.gradient, difference.weight)
-    if not all(error <= TOLERANCE for error in errors):  # written so that NaN fails too
+    if not all(error < EXACT for error in errors):  # NaN fails, too
         raise ParityError(
-            f"The first step differs from one process by more than {TOLERANCE:.0e}: {difference}. Nothing was trained. "
+            f"The first step differs from one process by more than {EXACT:.0e}: {difference}. Nothing was trained. "
             "Dropout makes the two differ; set it to 0 in the model's config. Otherwise this is a mistake in the "
             "parallel plan or in Shardwright: please report it with this config."
         )
@@ -127,7 +126,8 @@ def checked_step(trainer: Trainer, rows: np.ndarray, reference: Reference | None
 @torch.no_grad()
 def _worst(model: nn.Module, reference: Reference | None, of_gradients: bool) -> tuple[float, str]:
     """The largest relative error and whose it is; gathers one tensor after the other, on every rank."""
-    worst, name_of_worst = 0.0, "none"
+    worst = compare.Difference(name="none")
+    scales = gradient_scales({} if reference is None else reference.gradients)
     for name, parameter in model.named_parameters():
         tensor = parameter.grad if of_gradients else parameter
         full = None if tensor is None else whole(tensor).cpu()
@@ -137,17 +137,9 @@ def _worst(model: nn.Module, reference: Reference | None, of_gradients: bool) ->
         if full is None or expected is None:
             error = float("inf") if of_gradients and (full is None) != (expected is None) else 0.0
         elif of_gradients:
-            error = relative_error(full, expected, _FLOOR * reference.gradient_norm)
+            error = relative_error(full, expected, scales[name])
         else:
             told = expected.abs() > _NOISE * reference.gradient_norm
-            error = relative_error(full[told], reference.weights[name][told], 0.0)
-        if not error <= worst:
-            worst, name_of_worst = error, name
-    return worst, name_of_worst
-
-
-def relative_error(value: Tensor, expected: Tensor, floor: float) -> float:
-    """``|value - expected| / max(|expected|, floor)`` with 2-norms in float64; 0 for two zeros."""
-    distance = torch.linalg.vector_norm((value - expected).double()).item()
-    size = max(torch.linalg.vector_norm(expected.double()).item(), floor)
-    return 0.0 if distance == 0 else distance / size if size else float("inf")
+            error = relative_error(full[told], reference.weights[name][told])
+        worst.take(error, name)
+    return worst.error, worst.name

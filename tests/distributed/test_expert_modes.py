@@ -5,7 +5,11 @@ from __future__ import annotations
 import pytest
 
 from shardwright import ParallelConfig
+from shardwright.distributed.planning.decide import decide
+from shardwright.distributed.planning.experts import decide_experts
+from shardwright.distributed.replay.reading import ModelReading
 from shardwright.verify import verify
+from shardwright.verify.public import case_of
 from shardwright.verify.ranks import RankPool
 from shardwright.verify.zoo import EXPERT_MODES
 
@@ -37,3 +41,29 @@ def test_two_ranks_that_share_tokens(ranks2: RankPool, model_type: str) -> None:
     report = verify(model_type, EXPERT_MODES["ep2_over_tp2_sp"].config, pool=ranks2)
     assert report.exact, report.summary()
     assert report.spread_fraction > 0.15
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config"),
+    [
+        ("deepseek_v3", EXPERT_MODES["ep2"].config.with_(activation_checkpointing="full")),
+        ("gpt_oss", EXPERT_MODES["ep2_over_tp2_sp"].config),
+    ],
+    ids=["deepseek_v3", "gpt_oss"],
+)
+def test_compiled_around_experts(ranks2: RankPool, model_type: str, config: ParallelConfig) -> None:
+    config = config.with_(compile="aot_eager")
+    report = verify(model_type, config, accumulate=2, pool=ranks2)
+    assert report.exact, report.summary()
+    reading = ModelReading(case_of(model_type, config).build())
+    compiled = decide(reading, config, tp=1, ep=2, fsdp2=True).compiled
+    experts = [name for name in compiled if any(f"{other}.".startswith(f"{name}.") for other in _experts(reading))]
+    assert not experts
+    assert "model.layers.1.self_attn" in compiled
+    assert ("model.layers.0" in compiled) == (model_type == "deepseek_v3")  # whose first block has no experts
+
+
+def _experts(reading: ModelReading) -> list[str]:
+    plan = decide_experts(reading, 2)
+    assert plan is not None
+    return list(plan.modules)

@@ -284,7 +284,6 @@ def _refused(build: Any, config: ParallelConfig) -> str:
     ("build", "config", "words"),
     [
         (_llama, EP2, "LlamaForCausalLM has no experts"),
-        (mixtral, EP2.with_(compile=True), "Leave compile or ep out"),
         (_with_adapters_on_experts, EP2, "has adapters on its experts"),
     ],
 )

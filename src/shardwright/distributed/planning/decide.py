@@ -10,7 +10,7 @@ from shardwright.distributed.config import ParallelConfig
 from shardwright.distributed.models.blocks import by_list, every_nth
 from shardwright.distributed.planning.context import plan_context
 from shardwright.distributed.planning.data import decide_data
-from shardwright.distributed.planning.decided import DecidedPlan, Tiles
+from shardwright.distributed.planning.decided import DecidedPlan, ExpertPlan, Tiles
 from shardwright.distributed.planning.experts import decide_experts
 from shardwright.distributed.planning.layout import parameter_layouts
 from shardwright.distributed.planning.mlps import mlp_names
@@ -19,7 +19,7 @@ from shardwright.distributed.planning.sources import CustomPlan
 from shardwright.distributed.planning.tensor import plan_and_resolve
 from shardwright.distributed.planning.units import blocks_in_use, unit_names
 from shardwright.distributed.replay.reading import ModelReading
-from shardwright.errors import ConfigError, UnsupportedError
+from shardwright.errors import ConfigError
 
 
 def decide(
@@ -50,13 +50,7 @@ def decide(
     Raises:
         PlanError: a plan that does not fit the model or ``tp``, or is not exact; units that FSDP2 cannot make.
         ConfigError: settings that would do nothing.
-        UnsupportedError: experts on ranks of their own in compiled blocks.
     """
-    if ep > 1 and config.compile_backend is not None:
-        raise UnsupportedError(
-            f"compile is {config.compile!r} with ep={ep}. How many tokens travel to an expert is only known when a "
-            "block runs, and compiled blocks around that are not exact yet. Leave compile or ep out."
-        )
     plan = resolved = None
     experts = decide_experts(reading, ep)
     context = plan_context(reading) if cp > 1 else None
@@ -88,7 +82,7 @@ def decide(
         recomputed=tuple(recomputed),
         activation_checkpointing=config.activation_checkpointing,
         offload=config.offload_activations,
-        compiled=tuple(_compiled(reading, blocks, tiles)) if config.compile_backend is not None else (),
+        compiled=tuple(_compiled(reading, blocks, tiles, experts)) if config.compile_backend is not None else (),
         compile_backend=config.compile_backend,
         # What gathers its parameters, or runs twice, sees to its replicated parameters by itself.
         summing=(*(data.names if data is not None else own_units), *recomputed),
@@ -125,17 +119,26 @@ def _tiles(reading: ModelReading, config: ParallelConfig) -> Tiles:
     return Tiles(head, config.loss_tiles, tuple(mlps), config.mlp_tiles)
 
 
-def _compiled(reading: ModelReading, blocks: list[str], tiles: Tiles) -> list[str]:
-    """What is compiled: the blocks. Of one that is computed in tiles, those of its children that hold matrices."""
+def _compiled(reading: ModelReading, blocks: list[str], tiles: Tiles, experts: ExpertPlan | None) -> list[str]:
+    """What is compiled: the blocks. Of one with tiles or experts on other ranks, the parts around these."""
+    eager = (*tiles.mlps, *(experts.modules if experts is not None else ()))
     found: list[str] = []
     for block in blocks:
-        if not any(name.startswith(f"{block}.") for name in tiles.mlps):
-            found.append(block)
-            continue
-        for child, part in reading.modules[block].named_children():
-            if any(param.ndim > 1 for param in part.parameters()):
-                found.append(f"{block}.{child}")
+        around = any(name.startswith(f"{block}.") for name in eager)
+        found += _parts_around(reading, block, eager) if around else [block]
     return found
+
+
+def _parts_around(reading: ModelReading, name: str, eager: Sequence[str]) -> Iterator[str]:
+    """The outermost modules below ``name`` that hold matrices and none of ``eager``."""
+    for child, part in reading.modules[name].named_children():
+        below = f"{name}.{child}"
+        if below in eager:
+            continue
+        if any(other.startswith(f"{below}.") for other in eager):
+            yield from _parts_around(reading, below, eager)
+        elif any(param.ndim > 1 for param in part.parameters()):
+            yield below
 
 
 def _recomputed(reading: ModelReading, blocks: list[str], config: ParallelConfig) -> list[str]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from shardwright._torch import take_in_groups, without_torch_function
+from shardwright.distributed.runtime.drawn import draw_whole, is_drawn
 from shardwright.distributed.runtime.implicit import ImplicitDTensor, OwnRules, joined, tensors_in
 from shardwright.distributed.runtime.operations import writes
 from shardwright.distributed.runtime.written import (
@@ -58,6 +59,8 @@ class CheckedDTensor(DTensor):
             _refuse_part(args[0])
             return func(args[0].to_local(), *args[1:], **kwargs)
         refuse_lost_write(func, args)
+        if is_drawn(func):
+            return draw_whole(func, args, kwargs)
         if is_whole_write(func, args, kwargs):
             return write_whole(func, args, kwargs)
         if not writes(func) and _are_numbers_elsewhere(tensors_in((args, kwargs))):

@@ -51,8 +51,8 @@ def _cuts(x: DTensor) -> set[int]:
 
 def refuse_lost_write(func: Callable[..., Any], args: tuple[Any, ...]) -> None:
     """Raise UnsupportedError where ``func`` writes into a copy of what its caller takes for a part of a parameter."""
-    if not (writes(func) or func is Tensor.__setitem__):
-        return
+    if not args or not (writes(func) or func is Tensor.__setitem__):
+        return  # torch.nn.init names its arguments
     written = args[0]
     if isinstance(written, Tensor) and "_is_copy" in written.__dict__:
         raise UnsupportedError(

@@ -132,3 +132,25 @@ def test_logits_are_split_with_tensor_parallel_ranks(fake_world: Callable[..., N
     assert isinstance(logits, ContextSharded)
     assert logits.shape == (ROWS, LENGTH, 99)
     assert logits.to_local().shape == (ROWS, LENGTH // 2, 49)
+
+
+@pytest.mark.parametrize("cp", [2, 4])
+def test_exchanged_heads(fake_world: Callable[..., None], cp: int) -> None:
+    """All that is kept falls as 1/cp, and two exchanges a layer carry a rank's part, forward and backward.
+
+    The result of attention is kept twice: by the kernel, of this rank's heads, and by the projection, of its positions.
+    """
+    one = held(kept(build("llama", max_position_embeddings=LENGTH)), 1)
+    model = split(fake_world, cp, context_method="ulysses")
+    repeated = max(2, cp)  # key-value heads: two, repeated for four ranks
+    more = LAYERS * ROWS * LENGTH * 8 * 4 * (4 + 2 * (repeated - 2))
+    assert held(kept(model), cp) == pytest.approx((one + more) / cp, rel=0.01)
+    part = ROWS * LENGTH // cp * 8
+    with Received() as forward:
+        loss = model(**tokens()).loss
+    with Received() as backward:
+        loss.backward()
+    expected = Counter({("all_to_all_single", part * (4 + 2 * repeated)): LAYERS})
+    expected.update({("all_to_all_single", part * 4): LAYERS})
+    assert forward.calls - Counter({("all_reduce", 1): 2}) == expected
+    assert backward.calls - Counter({("all_reduce", 1): 1}) == expected

@@ -140,7 +140,9 @@ SPLIT_TWICE = {
 def test_with_sequence_parallelism(ranks4: RankPool, case: str) -> None:
     family, changes, made = SPLIT_TWICE[case]
     model = family if changes is None else partial(build, family, **changes)
-    assert_exact(verify(model, SP, batch=made, accumulate=2, pool=ranks4), 0.5)
+    report = verify(model, SP, batch=made, accumulate=2, pool=ranks4)
+    assert report.exact, report  # T5 amplifies rounding to about 1e-5, without cp too, and is judged in float64 then
+    assert report.sharded_fraction > 0.5
 
 
 def test_the_plan_with_sequence_parallelism() -> None:

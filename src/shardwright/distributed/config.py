@@ -21,6 +21,7 @@ ENGINES = ("fsdp2", "megatron_fsdp")
 CHECKPOINTING_MODES = ("none", "full", "selective")
 EVERY = re.compile(r"every_([1-9]\d*)")
 SELECTIVE = re.compile(r"selective(?:_([1-9]\d*))?")
+CONTEXT_METHODS = ("gather", "ulysses", "auto")
 RESHARDING = ("default", "always", "never")
 DTYPES = ("float32", "bfloat16", "float16")
 MODEL = "model"
@@ -135,6 +136,9 @@ class ParallelConfig(_Named):
         tp: tensor-parallel ranks (each holds a part of every matrix).
         ep: expert-parallel ranks (each holds a part of the experts of every layer). No further factor of the world
             size: they are taken from the ranks of ``dp_shard x cp x tp``, whose number must be a multiple of it.
+        context_method: how attention sees all positions with ``cp``: ``"gather"`` (keys and values), ``"ulysses"``
+            (parts of the sequence are exchanged for parts of the heads; refused where these do not divide), or
+            ``"auto"`` (``ulysses`` in the layers where they do).
         sequence_parallel: keep the residual stream split along the sequence over the ``tp`` ranks.
         engine: ``"fsdp2"`` or ``"megatron_fsdp"``.
         precision: dtypes of a step; ``"model"`` (nothing is cast: the step computes in the dtype of the parameters),
@@ -168,6 +172,7 @@ class ParallelConfig(_Named):
     cp: int = 1
     tp: int = 1
     ep: int = 1
+    context_method: str = "gather"
     sequence_parallel: bool = False
     engine: str = "fsdp2"
     precision: _Precision = field(default_factory=Precision)  # type: ignore[assignment]
@@ -193,6 +198,7 @@ class ParallelConfig(_Named):
                 f"compile is {shown(self.compile)}; it must be true, false, or the name of a torch.compile backend."
             )
         _one_of("engine", self.engine, ENGINES)
+        _one_of("context_method", self.context_method, CONTEXT_METHODS)
         mode = self.activation_checkpointing
         if not (
             isinstance(mode, str)

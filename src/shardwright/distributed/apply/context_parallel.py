@@ -53,7 +53,10 @@ def apply_context_parallel(
     context = Context(Meshes(cp_mesh, both))
     for name, use in plan.attention.items():
         module = model.get_submodule(name)
-        attention = ContextAttention(module, context, kernels[name], use.kernel, own_keys=use.own_keys)
+        by_heads = use.method == "ulysses"
+        attention = ContextAttention(
+            module, context, kernels[name], use.kernel, own_keys=use.own_keys, by_heads=by_heads
+        )
         module.__dict__[HOLDER] = attention
         wrap_forward(module, attention)
     for name, places in plan.regions.items():

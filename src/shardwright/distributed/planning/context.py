@@ -18,7 +18,9 @@ from transformers import PreTrainedModel
 from shardwright._transformers import call_of_experts, recorded_modules
 from shardwright.distributed.models.attention import attention_name
 from shardwright.distributed.models.blocks import block_names, is_norm, numbers_to_globs
-from shardwright.distributed.planning.context_plan import ContextPlan, GatheredAttention, SplitBlock
+from shardwright.distributed.planning.context_method import ContextMethod
+from shardwright.distributed.planning.context_plan import ContextPlan, SplitAttention, SplitBlock
+from shardwright.distributed.replay.context_answers import AttentionFinding
 from shardwright.distributed.replay.context_parts import BlockFinding, BlockReplay, Unsplit
 from shardwright.distributed.replay.module_calls import ModuleCall
 from shardwright.distributed.replay.pointwise import is_pointwise_norm, pointwise_run
@@ -31,11 +33,14 @@ from shardwright.distributed.runtime.context.places import Places
 from shardwright.errors import PlanError
 
 
-def plan_context(reading: ModelReading) -> ContextPlan:
+def plan_context(reading: ModelReading, method: ContextMethod | None = None) -> ContextPlan:
     """Look at every kind of block.
 
+    Args:
+        method: how attention is to see all positions; by default it gathers keys and values.
+
     Raises:
-        PlanError: nothing of the model would be split.
+        PlanError: nothing of the model would be split, or some attention cannot work as ``method`` says.
     """
     recording = reading.recording()
     name = type(reading.model).__name__
@@ -45,7 +50,7 @@ def plan_context(reading: ModelReading) -> ContextPlan:
             "found by running it without weights. Use cp=1, or pass example inputs."
         )
     findings, failures = _by_kind(reading, recording)
-    plan = _spread(reading, recording.weightless, findings, failures)
+    plan = _spread(reading, recording.weightless, findings, failures, method or ContextMethod())
     if not plan.blocks:
         reasons = "; ".join(f"{numbers_to_globs(block)}: {why}" for block, why in _few(plan.whole))
         raise PlanError(
@@ -144,9 +149,16 @@ def _both(one: BlockFinding, other: BlockFinding) -> BlockFinding:
         one,
         places=_together(one.places, other.places),
         regions={name: _together(places, other.regions[name]) for name, places in one.regions.items()},
-        attention={**one.attention, **_agreeing(one.attention, other.attention)},
+        attention=_attention(one.attention, other.attention),
         recorded={name: _together(places, other.recorded[name]) for name, places in one.recorded.items()},
     )
+
+
+def _attention(
+    one: Mapping[str, AttentionFinding], other: Mapping[str, AttentionFinding]
+) -> dict[str, AttentionFinding]:
+    _agreeing(one, other)
+    return {**one, **{name: found.and_also(one.get(name, found)) for name, found in other.items()}}
 
 
 def _together(one: Places, other: Places) -> Places:
@@ -192,7 +204,11 @@ def _variants(inputs: Inputs) -> Iterator[Inputs]:
 
 
 def _spread(
-    reading: ModelReading, weightless: WeightlessCopy, findings: Mapping[str, BlockFinding], failures: Mapping[str, str]
+    reading: ModelReading,
+    weightless: WeightlessCopy,
+    findings: Mapping[str, BlockFinding],
+    failures: Mapping[str, str],
+    method: ContextMethod,
 ) -> ContextPlan:
     """What was found of a kind, for every block of that kind."""
     repeats = weightless.repeats
@@ -200,7 +216,7 @@ def _spread(
     whole: dict[str, str] = {}
     regions: dict[str, Places] = {}
     reasons: dict[str, str] = {}
-    attention: dict[str, GatheredAttention] = {}
+    attention: dict[str, SplitAttention] = {}
     recorded: dict[str, Places] = {}
     for block in reading.blocks:
         kind = repeats.kind_of(block)
@@ -218,11 +234,11 @@ def _spread(
         regions |= {here(name): places for name, places in finding.regions.items()}
         reasons |= {here(name): why for name, why in finding.reasons.items() if name in finding.regions}
         recorded |= {here(name): places for name, places in finding.recorded.items()}
-        for name, own_keys in finding.attention.items():
+        for name, found in finding.attention.items():
             kernel = attention_name(reading.model.get_submodule(here(name)))
             assert kernel in KERNELS
             assert kernel is not None
-            attention[here(name)] = GatheredAttention(kernel, own_keys)
+            attention[here(name)] = method.of(here(name), kernel, found)
     owners = _owners(reading, blocks)
     layers = _layers(reading, weightless)
     return ContextPlan(blocks, whole, regions, reasons, attention, recorded, owners, layers, _caches(reading.model))

@@ -23,16 +23,28 @@ class SplitBlock:
 
 
 @dataclass(frozen=True)
-class GatheredAttention:
+class SplitAttention:
     """A module whose attention asks transformers' table.
 
     Attributes:
-        kernel: what the model's config calls the function that runs on the gathered tensors.
-        own_keys: whether the keys are of the module's part, and are gathered.
+        kernel: what the model's config calls the function that runs on the exchanged tensors.
+        own_keys: whether the keys are of the module's part; they are of all positions already where not.
+        method: ``"ulysses"`` (parts of the sequence are exchanged for parts of the heads) or ``"gather"`` (keys and
+            values are gathered).
+        why: the reason for it, for a reader.
     """
 
     kernel: str
     own_keys: bool
+    method: str
+    why: str
+
+    @property
+    def sends(self) -> str:
+        """What happens, for a reader."""
+        if self.method == "ulysses":
+            return "exchanges positions for heads"
+        return "gathers keys and values" if self.own_keys else "attends to keys that are whole already"
 
 
 @dataclass(frozen=True)
@@ -44,7 +56,7 @@ class ContextPlan:
         whole: blocks that run on all of it -> why.
         regions: parts of split blocks that see the whole sequence -> what comes and goes in parts.
         reasons: those parts -> why.
-        attention: modules whose keys and values are gathered.
+        attention: modules whose attention runs on a part of the queries or of the heads.
         recorded: modules in split blocks whose results the model hands out beside its own -> what of them is split.
         owners: the models, the outermost and those inside, that hand them out.
         layers: linear layers and norms outside of the blocks, which work on each position.
@@ -55,7 +67,7 @@ class ContextPlan:
     whole: Mapping[str, str] = field(default_factory=dict)
     regions: Mapping[str, Places] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
-    attention: Mapping[str, GatheredAttention] = field(default_factory=dict)
+    attention: Mapping[str, SplitAttention] = field(default_factory=dict)
     recorded: Mapping[str, Places] = field(default_factory=dict)
     owners: tuple[str, ...] = ()
     layers: tuple[str, ...] = ()
@@ -63,8 +75,11 @@ class ContextPlan:
 
     def notes(self) -> Iterator[str]:
         """Sentences for a reader: what is gathered, and what runs whole and why."""
+        uses: dict[str, None] = {}
+        for name, use in self.attention.items():
+            uses.setdefault(f"{numbers_to_globs(name)} {use.sends} ({use.why}).")
+        yield from (f"Context parallelism: {use}" for use in uses)
         for names, text in (
-            (self.attention, "gathers keys and values"),
             (self.regions, "sees the whole sequence, on every rank alike"),
             (self.whole, "runs on the whole sequence, on every rank alike"),
         ):

@@ -9,6 +9,7 @@ import torch
 from shardwright.distributed.config import ParallelConfig
 from shardwright.distributed.models.blocks import by_list, every_nth
 from shardwright.distributed.planning.context import plan_context
+from shardwright.distributed.planning.context_method import ContextMethod
 from shardwright.distributed.planning.data import decide_data
 from shardwright.distributed.planning.decided import DecidedPlan, ExpertPlan, Tiles
 from shardwright.distributed.planning.experts import decide_experts
@@ -53,7 +54,7 @@ def decide(
     """
     plan = resolved = None
     experts = decide_experts(reading, ep)
-    context = plan_context(reading) if cp > 1 else None
+    context = plan_context(reading, ContextMethod(config.context_method, cp, tp)) if cp > 1 else None
     if tp > 1 or always_plan:
         custom = custom if custom is not None else config.plan
         plan, resolved = plan_and_resolve(

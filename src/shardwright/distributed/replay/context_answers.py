@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from shardwright.distributed.models.attention import attention_kernel
 from shardwright.distributed.replay.pointwise import copied
-from shardwright.distributed.replay.record import same
+from shardwright.distributed.replay.record import CODE_ERRORS, same
 from shardwright.distributed.runtime import collectives as c
-from shardwright.distributed.runtime.context.attention import attend_rows
+from shardwright.distributed.runtime.context.attention import CAUSAL_WITHOUT_MASK, attend_rows
+from shardwright.distributed.runtime.context.heads import attend_some_heads
 from shardwright.distributed.runtime.context.parts import Split
 from shardwright.distributed.runtime.context.places import (
     RESULT,
@@ -50,6 +51,25 @@ def split_of(rank: int, length: int) -> Split:
     return Split.even(c.Group("replay", RANKS, rank), SEQUENCE_DIM, length)
 
 
+@dataclass(frozen=True)
+class AttentionFinding:
+    """How an attention module asks.
+
+    Attributes:
+        own_keys: whether its keys are of the part, too.
+        heads: of the queries.
+        not_by_heads: why it cannot attend with some of the heads; empty where it can.
+    """
+
+    own_keys: bool
+    heads: int
+    not_by_heads: str = field(compare=False)
+
+    def and_also(self, other: AttentionFinding) -> AttentionFinding:
+        """What holds where both do."""
+        return replace(self, not_by_heads=self.not_by_heads or other.not_by_heads)
+
+
 class WholeAttention:
     """Notes what an attention module asks on the whole sequence."""
 
@@ -70,7 +90,7 @@ class PartAttention:
 
     def __init__(self, replay: BlockReplay, name: str, rank: int) -> None:
         self.replay, self.name, self.rank = replay, name, rank
-        self.own_keys: bool | None = None
+        self.found: AttentionFinding | None = None
         self._calls = iter(replay.asked.get(name, []))
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: Any) -> Any:
@@ -84,16 +104,39 @@ class PartAttention:
         for given, whole in ((key, asked.key), (value, asked.value)):
             if not same(given, replay.part(whole, rows, self.rank) if own else whole):
                 raise Unsplit("its keys and values are neither those of the part nor all")
-        if self.own_keys not in (None, own):
+        if self.found is not None and self.found.own_keys != own:
             raise Unsplit("its keys are of the part in one call, and all of them in another")
-        self.own_keys = own
         name = replay.kernels[self.name]
         kernel, split = attention_kernel(module, name), split_of(self.rank, replay.length).at(2)
         assert kernel is not None
         out, weights = attend_rows(kernel, name, module, query, asked.key, asked.value, mask, kwargs, split)
         if not alike(out, replay.part(asked.out, Place(1), self.rank)):
             raise Unsplit("its attention has other rows when it is asked for a part")
+        why_not = self._not_by_heads(module, asked, mask, kwargs, own=own)
+        found = AttentionFinding(own, asked.query.shape[1], why_not)
+        self.found = found if self.found is None else self.found.and_also(found)
         return out, weights
+
+    def _not_by_heads(self, module: nn.Module, asked: Asked, mask: Any, kwargs: Any, *, own: bool) -> str:
+        name, heads = self.replay.kernels[self.name], asked.query.shape[1]
+        if not own:
+            return "its keys are of all positions already"
+        if name != CAUSAL_WITHOUT_MASK:
+            return f"its kernel is {name}, which hands out weights for every pair of positions"
+        kernel = attention_kernel(module, name)
+        assert kernel is not None
+        groups = heads // asked.key.shape[1]
+        if heads % RANKS or heads % asked.key.shape[1]:
+            return f"it has {heads} heads"
+        queries = asked.query.chunk(RANKS, 1)[self.rank]
+        keys, values = (x.repeat_interleave(groups, 1).chunk(RANKS, 1)[self.rank] for x in (asked.key, asked.value))
+        try:
+            out = attend_some_heads(kernel, module, queries, keys, values, mask, kwargs, heads, self.rank)
+        except CODE_ERRORS as error:
+            return f"its kernel does not run on some of its heads ({type(error).__name__})"
+        if not alike(out, asked.out.chunk(RANKS, 2)[self.rank]):
+            return "its kernel computes something else on some of its heads"
+        return ""
 
 
 class AnsweredRegion:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from shardwright.distributed.replay.context_answers import (
     RANKS,
     AnsweredRegion,
     Asked,
+    AttentionFinding,
     PartAttention,
     Unsplit,
     WholeAttention,
@@ -56,7 +58,7 @@ class BlockFinding:
         stream: the name of the argument that the length is read from.
         places: what of its arguments and results is split.
         regions: the children that see the whole sequence -> what of theirs comes and goes in parts.
-        attention: the modules whose attention asks the table -> whether their keys are of the part, too.
+        attention: the modules whose attention asks the table -> how.
         recorded: the modules whose results the model hands out beside its own -> what of them is split.
         reasons: child -> why it sees the whole sequence.
     """
@@ -64,7 +66,7 @@ class BlockFinding:
     stream: str
     places: Places
     regions: dict[str, Places] = field(default_factory=dict)
-    attention: dict[str, bool] = field(default_factory=dict)
+    attention: dict[str, AttentionFinding] = field(default_factory=dict)
     recorded: dict[str, Places] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
 
@@ -214,7 +216,12 @@ class BlockReplay:
                 failure = failure or error
                 continue
             if all(finding == findings[0] for finding in findings):
-                return findings[0]
+                others = [finding.attention for finding in findings[1:]]
+                attention = {
+                    path: reduce(AttentionFinding.and_also, (other[path] for other in others), found)
+                    for path, found in findings[0].attention.items()
+                }
+                return replace(findings[0], attention=attention)
             failure = failure or Unsplit("its ranks differ")
         assert failure is not None
         raise failure if isinstance(failure, Unsplit) else Unsplit(_first_line(failure))
@@ -282,7 +289,7 @@ class BlockReplay:
             names[0] if names else "",
             Places(tuple(sorted(entered.items())), _split_results(self, call.output, result, rank)),
             {region: answer.places() for region, answer in answers.items() if answer.used},
-            {path: found.own_keys for path, found in holders.items() if found.own_keys is not None},
+            {path: part.found for path, part in holders.items() if part.found is not None},
             {path: Places((), _split_results(self, self.results[path], x, rank)) for path, x in noted.items()},
         )
 

@@ -1,13 +1,12 @@
-"""Attention of this rank's part of the queries over all keys, with the model's own kernel.
+"""Attention on a part of the sequence, with the model's own kernel.
 
 A model's attention module computes queries, keys and values of its part of the sequence and asks for the function that
 is called by a :class:`KernelName`. That gathers the keys and values, picks this rank's rows of the mask, and calls the
-kernel that the model would have called.
+kernel that the model would have called; or it exchanges parts of the sequence for parts of the heads (:mod:`.heads`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 from shardwright._torch import without_dispatch_modes
 from shardwright.distributed.runtime.context import parts
 from shardwright.distributed.runtime.context.base import Context
+from shardwright.distributed.runtime.context.heads import Kernel, attend_by_heads
 from shardwright.distributed.runtime.context.sharded import context_sharded
 from shardwright.distributed.runtime.forward import Around, Forward
 from shardwright.distributed.runtime.local_sizes import LocalSizes
@@ -26,8 +26,6 @@ from shardwright.errors import UnsupportedError
 HOLDER = "_context_attention"
 CAUSAL_WITHOUT_MASK = "sdpa"  # the kernel that takes no mask for a causal one
 KERNELS = frozenset({CAUSAL_WITHOUT_MASK, "eager"})  # those whose masks this file knows
-
-Kernel = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 class KernelName(str):
@@ -63,10 +61,21 @@ class ContextAttention(Around):
         kernel: the function that the module calls otherwise.
         name: what that is called.
         own_keys: whether the keys are of the module's part, too; else they are of all positions of something else.
+        by_heads: exchange parts of the sequence for parts of the heads, rather than gather keys and values.
     """
 
-    def __init__(self, module: nn.Module, context: Context, kernel: Kernel, name: str, *, own_keys: bool) -> None:
-        self.context, self.kernel, self.name, self.own_keys = context, kernel, name, own_keys
+    def __init__(
+        self,
+        module: nn.Module,
+        context: Context,
+        kernel: Kernel,
+        name: str,
+        *,
+        own_keys: bool,
+        by_heads: bool = False,
+    ) -> None:
+        self.context, self.kernel, self.name = context, kernel, name
+        self.own_keys, self.by_heads = own_keys, by_heads
         self.asking = LocalSizes(module, {"config._attn_implementation": KernelName(name)})
 
     def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -81,6 +90,8 @@ class ContextAttention(Around):
         split = self.context.split
         assert split is not None, "asked for inside of a block that is split"
         split = split.at(2)
+        if self.by_heads:
+            return attend_by_heads(self.kernel, module, query, key, value, mask, kwargs, split), None
         if self.own_keys:
             key, value = _gathered(key, value, split)
         out, weights = attend_rows(self.kernel, self.name, module, query, key, value, mask, kwargs, split)

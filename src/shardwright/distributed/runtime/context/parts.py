@@ -108,7 +108,7 @@ def gather_parts(x: Tensor, split: Split) -> Tensor:
     """The ranks' parts put together; not differentiable."""
     x, dim = runs(x, split), _positions_dim(split)
     widest = split.widest
-    x = _filled(x, dim, widest)
+    x = padded_to(x, dim, widest)
     if split.is_even:
         return c.all_gather(x, dim, split.length, split.group)
     whole = c.all_gather(x, dim, widest * split.group.size, split.group)
@@ -122,13 +122,14 @@ def sum_parts(x: Tensor, split: Split) -> Tensor:
     if split.is_even:
         return c.reduce_scatter(x, dim, split.group)
     widest = split.widest
-    pieces = [_filled(x.narrow(dim, start, end - start), dim, widest) for start, end in split.bounds]
+    pieces = [padded_to(x.narrow(dim, start, end - start), dim, widest) for start, end in split.bounds]
     start, end = split.mine
     mine = c.reduce_scatter(torch.cat(pieces, dim), dim, split.group).narrow(dim, 0, end - start)
     return joined_runs(mine, split)
 
 
-def _filled(x: Tensor, dim: int, length: int) -> Tensor:
+def padded_to(x: Tensor, dim: int, length: int) -> Tensor:
+    """``x`` with zeros at the end of a dim, which is ``length`` long then."""
     missing = length - x.size(dim)
     return pad(x, [0, 0] * (x.ndim - 1 - dim) + [0, missing]) if missing else x
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from loops import LOOPS, loss
-from steps import assert_same_parameters
+from steps import assert_same_gradients, assert_same_parameters
 from test_optimizers import PARTS, WORKING
 from test_written import RIGHT, RIGHT_OR_REFUSED
-from tiny_models import build
+from tiny_models import batch, build
 from torch import nn
 
 from shardwright import ParallelConfig, gradient_norms, parallelize
@@ -95,6 +95,49 @@ def _steps() -> None:
 
 def test_optimizers_decay_and_averages(ranks2: RankPool) -> None:
     ranks2.run(_steps)
+
+
+FROZEN: dict[str, Callable[[str], bool]] = {
+    "nothing": lambda name: False,
+    "experts": lambda name: ".experts." in name,
+    "routers": lambda name: ".gate." in name,
+    "half of the experts' weights": lambda name: "down_proj" in name,
+    "all but the head": lambda name: "lm_head" not in name,
+    "all but experts": lambda name: ".experts." not in name,
+}
+
+
+def _favouring(frozen: Callable[[str], bool], expert: int) -> Any:
+    """A plain model whose tokens go to ``expert`` and the one behind it."""
+    model = _plain()
+    for layer in model.model.layers:
+        layer.mlp.gate.weight.data.mul_(0.01)
+        layer.post_attention_layernorm.weight.data[0] = 3.0
+        layer.mlp.gate.weight.data[expert, 0] = 2.0
+        layer.mlp.gate.weight.data[expert + 1, 0] = 1.0
+    model.model.embed_tokens.weight.data[:, 0] = 10.0
+    for name, param in model.named_parameters():
+        param.requires_grad_(not frozen(name))
+    return model
+
+
+def _frozen_and_ragged() -> None:
+    """Ranks have sequences of other lengths, and the first one's experts get no token."""
+    rank = torch.distributed.get_rank()
+    batches = [{key: value[:, :length] for key, value in batch(length).items()} for length in (3, 7)]
+    for name, frozen in FROZEN.items():
+        reference = _favouring(frozen, 2)
+        for each in batches:
+            (reference(**each).loss / 2).backward()
+        for checkpointing in ("none", "full"):
+            config = EP.with_(activation_checkpointing=checkpointing)
+            model = parallelize(_favouring(frozen, 2), config, shared_mesh(config))
+            model(**batches[rank]).loss.backward()
+            assert_same_gradients(model, reference, f"frozen: {name}, {checkpointing}")
+
+
+def test_frozen_parts_and_other_lengths(ranks2: RankPool) -> None:
+    ranks2.run(_frozen_and_ragged)
 
 
 def _weights(model: Any) -> list[Any]:

@@ -98,7 +98,7 @@ def test_what_other_programs_do_otherwise(tmp_path: Path) -> None:
 def test_rows_are_estimated_as_their_programs_run(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, {}, {"source": {"repo": "other/other", "section": "Table"}}, FSDP2)
     found = [estimated(row, Tracer()) for row in rows]
-    by_layer, shared = (made.speed.tensor for made in found[:2])
+    by_layer, shared = (made.speed.collectives["tp"] for made in found[:2])
     assert by_layer > shared > 0
     assert bytes_of(rows[2], found[2]) == found[2].peak.total
     assert order_kept(rows, found)[1] == 0, "rows that are equally fast, or of other sources, have no order"

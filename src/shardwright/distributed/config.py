@@ -225,7 +225,7 @@ class ParallelConfig(_Named):
             )
         if self.mlp_tiles > 1 and self.products_saved_every:
             raise ConfigError(
-                f"mlp_tiles is {self.mlp_tiles}, but activation_checkpointing {mode!r} keeps matrix products of "
+                f"mlp_tiles is {self.mlp_tiles}, but activation_checkpointing {mode!r} keeps the matrix products of "
                 "the whole sequence, which tiles are there to avoid. Set activation_checkpointing to full, every_2 ... "
                 "or none, or leave mlp_tiles out."
             )
@@ -251,6 +251,11 @@ class ParallelConfig(_Named):
         changed = [f"{name} ({shown(value)})" for name, value in chosen.items()]
         if changed and self.engine != "fsdp2":
             raise ConfigError(f"{', '.join(changed)} is for the engine fsdp2; {self.engine} has no such setting.")
+
+    @property
+    def parameter_ranks(self) -> int:
+        """Over how many ranks FSDP2 shards all but experts: ``dp_shard`` x ``cp``; the former is filled in."""
+        return self.dp_shard * self.cp
 
     @property
     def products_saved_every(self) -> int:

@@ -185,7 +185,10 @@ def _before_sharding(model: nn.Module, mesh: DeviceMesh, axes: Axes, decided: De
         generate_together(model, tp_mesh)
         compare_first_calls(model, tp_mesh)
     if decided.context is not None:
-        _split_sequences(model, axis(mesh, axes.cp), tp_mesh, decided.context)
+        cp_mesh = axis(mesh, axes.cp)
+        split_sequences(model, cp_mesh, tp_mesh, decided.context)
+        generate_together(model, cp_mesh)
+        compare_first_calls(model, cp_mesh)
     if decided.tiles.head is not None:
         apply_loss_tiles(model, decided.tiles.head, decided.tiles.loss)
     apply_mlp_tiles(model, decided.tiles.mlps, decided.tiles.mlp)
@@ -197,10 +200,9 @@ def _before_sharding(model: nn.Module, mesh: DeviceMesh, axes: Axes, decided: De
     save_and_load_together(model)
 
 
-def _split_sequences(model: nn.Module, cp_mesh: DeviceMesh, tp_mesh: DeviceMesh | None, plan: ContextPlan) -> None:
+def split_sequences(model: nn.Module, cp_mesh: DeviceMesh, tp_mesh: DeviceMesh | None, plan: ContextPlan) -> None:
+    """Execute ``plan`` on ``model``, in place."""
     register_context_attention()
     kernels = attention_kernels(model, {name: use.kernel for name, use in plan.attention.items()})
     both = None if tp_mesh is None or tp_mesh.size() == 1 else concatenated(cp_mesh, tp_mesh)
     apply_context_parallel(model, cp_mesh, both, plan, kernels)
-    generate_together(model, cp_mesh)
-    compare_first_calls(model, cp_mesh)

@@ -13,6 +13,7 @@ from rich.table import Table
 from shardwright.distributed.config import ParallelConfig
 from shardwright.estimate.estimating import Estimate, estimate, largest_parts, read_model
 from shardwright.estimate.hardware import load_machine
+from shardwright.estimate.timeline import AXES
 from shardwright.estimate.workload import Workload
 
 NAMES = {
@@ -93,7 +94,7 @@ def print_speed(found: Estimate, console: Console) -> None:
     table.add_column("share", justify="right")
     parts = {
         "computation": speed.compute,
-        "collectives of tensor parallelism": speed.tensor,
+        **{f"collectives of {AXES[axis]}": seconds for axis, seconds in speed.collectives.items() if seconds},
         "waiting for gathers and reductions of FSDP2": speed.exposed,
         "clipping and optimizer": speed.optimizer,
     }
@@ -108,7 +109,7 @@ def print_speed(found: Estimate, console: Console) -> None:
         console.print(f"{found.tokens_asked:,.0f} tokens take about {found.days:,.1f} days{cost}.")
 
 
-_DEGREES = ("dp_replicate", "dp_shard", "cp", "tp")
+_DEGREES = ("dp_replicate", "dp_shard", "cp", "tp", "ep")
 
 
 def layout_of(config: ParallelConfig) -> str:

@@ -169,17 +169,8 @@ def estimate(
 
     Raises:
         ConfigError, PlanError: what :func:`shardwright.parallelize` would refuse, with the same message.
-        UnsupportedError: context parallelism, Megatron-FSDP.
+        UnsupportedError: Megatron-FSDP, or what :func:`shardwright.parallelize` does not combine.
     """
-    if config.cp > 1:
-        raise UnsupportedError(
-            f"cp is {config.cp}: layouts with context parallelism are not estimated yet. Estimate with cp=1."
-        )
-    if config.ep > 1:
-        raise UnsupportedError(
-            f"ep is {config.ep}: how many tokens travel to each expert is only known when a model runs, so this is not "
-            "estimated yet. shardwright plan shows what each rank keeps. Estimate with ep=1."
-        )
     if config.engine != "fsdp2":
         raise UnsupportedError(
             f"The peak of a step under {config.engine} is not known here; shardwright plan shows what it keeps between "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from shardwright.distributed.axes import EXPERT_SHARDS
 from shardwright.distributed.config import ParallelConfig
 from shardwright.estimate.hardware import Machine
 from shardwright.estimate.trace.kernels import Kernel, Sending
@@ -32,12 +33,18 @@ def segment_seconds(segment: Segment, machine: Machine, *, fused: bool = False) 
 
 
 class Links:
-    """Which fabric the ranks along an axis talk over: neighbours share a node, ``tp`` is the innermost axis."""
+    """Which fabric the ranks along an axis talk over: neighbours share a node, ``tp`` and ``ep`` are innermost."""
 
     def __init__(self, machine: Machine, config: ParallelConfig) -> None:
         self.machine = machine
-        self.sizes = {"tp": config.tp, "dp_shard": config.dp_shard * config.cp, "dp_replicate": config.dp_replicate}
-        self.strides = {"tp": 1, "dp_shard": config.tp, "dp_replicate": config.tp * config.dp_shard * config.cp}
+        model = config.parameter_ranks * config.tp
+        self.sizes = {
+            "tp": config.tp, "cp": config.cp, "dp_shard": config.parameter_ranks, "dp_replicate": config.dp_replicate,
+            "ep": config.ep, EXPERT_SHARDS: model // config.ep,
+        }  # fmt: skip
+        self.strides = {
+            "tp": 1, "cp": config.tp, "dp_shard": config.tp, "dp_replicate": model, "ep": 1, EXPERT_SHARDS: config.ep,
+        }  # fmt: skip
 
     def inside(self, axis: str) -> bool:
         """Whether the ranks along ``axis`` are all in one node."""
@@ -62,7 +69,10 @@ class Links:
         return (min(own, ports) if in_node > 1 else ports) * 1e9
 
     def seconds(self, axis: str, kind: str, size: float) -> float:
-        """A collective of ``size`` bytes in all, in a ring (Patarasuk, Yuan 2009); an all-reduce goes round twice."""
+        """A collective of ``size`` bytes in all, in a ring (Patarasuk, Yuan 2009); an all-reduce goes round twice.
+
+        Of an exchange (all-to-all) ``size`` is what one rank has, of which its own part stays.
+        """
         ranks = self.sizes[axis]
         if ranks == 1 or not size:
             return 0.0
@@ -70,6 +80,6 @@ class Links:
         latency = (self.machine.inside if self.inside(axis) else self.machine.between).latency_us * 1e-6
         return rounds * ((ranks - 1) * latency + size * (ranks - 1) / ranks / self.bytes_per_second(axis))
 
-    def sending_seconds(self, sent: Iterable[tuple[Sending, int]]) -> float:
-        """The collectives of tensor parallelism in a segment: computation waits for them."""
-        return sum(self.seconds("tp", sending.kind, sending.bytes) * count for sending, count in sent)
+    def sending_seconds(self, axis: str, sent: Iterable[tuple[Sending, int]]) -> float:
+        """The collectives of a segment over an axis that computation waits for."""
+        return sum(self.seconds(axis, each.kind, each.bytes) * count for each, count in sent if each.axis == axis)

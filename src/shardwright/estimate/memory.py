@@ -56,7 +56,7 @@ def memory_per_rank(layouts: Iterable[ParameterLayout], config: ParallelConfig) 
 
 def _under_fsdp2(layout: ParameterLayout, config: ParallelConfig) -> Memory:
     """FSDP2 keeps gradients and the optimizer's state in a parameter's own dtype."""
-    size = prod(layout.local_shape(config.dp_shard)) * layout.dtype.itemsize
+    size = prod(layout.local_shape(config.parameter_ranks)) * layout.dtype.itemsize
     trained = size if layout.trained else 0
     return Memory(size, trained, 2 * trained)
 
@@ -66,7 +66,7 @@ def _under_megatron(layout: ParameterLayout, config: ParallelConfig) -> Memory:
     works on where they have another dtype, and of gradients, which stay for good. A gradient that is summed in another
     dtype than the optimizer's is rounded once more. The padding of the buffers, a few elements a unit, is left out.
     """
-    part = ceil(layout.gathered_numel / config.dp_shard)
+    part = ceil(layout.gathered_numel / config.parameter_ranks)
     casts = config.precision != Precision()
     compute = getattr(torch, config.precision.param) if casts else layout.dtype
     reduce = getattr(torch, config.precision.reduce) if casts else layout.dtype

@@ -31,5 +31,5 @@ class Overheads:
 
 def overheads(config: ParallelConfig, tensors: int) -> Overheads:
     """For a rank whose tensors take ``tensors`` bytes at their peak."""
-    groups = sum(size > 1 for size in (config.dp_replicate, config.dp_shard, config.cp, config.tp))
+    groups = sum(size > 1 for size in (config.dp_replicate, config.dp_shard, config.cp, config.tp, config.ep))
     return Overheads(CONTEXT, groups * COMMUNICATOR, ceil(FRAGMENTATION * tensors))

@@ -7,10 +7,10 @@ from html import escape
 from shardwright.estimate.estimate_command import NAMES, gib, layout_of
 from shardwright.estimate.estimating import Estimate, largest_parts
 from shardwright.estimate.peak import STATES
-from shardwright.estimate.timeline import COMPUTE, DATA, TENSOR, Span
+from shardwright.estimate.timeline import AXES, COMPUTE, DATA, Span
 
 _COLOURS = ("#4269d0", "#6cc5b0", "#efb118", "#a463f2", "#9c6b4e", "#ff8ab7", "#3ca951", "#97bbf5")
-_QUEUES = {COMPUTE: (0, "#4269d0"), TENSOR: (0, "#ff725c"), DATA: (1, "#a463f2")}
+_QUEUES = {COMPUTE: (0, "#4269d0"), DATA: (1, "#a463f2")} | dict.fromkeys(AXES.values(), (0, "#ff725c"))
 _WIDTH, _HEIGHT, _LEFT = 960, 260, 60
 _STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1b1e23; --faint: #6b7280; --line: #d5d9e0; }
@@ -104,5 +104,5 @@ def _timeline(spans: list[Span], end: float) -> str:
         f"<title>{escape(span.queue)}: {escape(span.name)}, {span.seconds * 1e3:.2f} ms</title></rect>"
         for span in spans
     )
-    names = '<text x="0" y="30">computation, TP</text><text x="0" y="70">FSDP2</text>'
+    names = '<text x="0" y="30">computation</text><text x="0" y="70">FSDP2</text>'
     return f'<svg viewBox="0 0 {_WIDTH} 90">{names}{bars}</svg>'

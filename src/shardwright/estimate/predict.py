@@ -133,7 +133,10 @@ def predict(model: Model, config: ParallelConfig, *, weights: str = "float32") -
     if weights not in DTYPES:
         raise ConfigError(f"weights is {weights!r}; it must be one of {', '.join(DTYPES)}.")
     if config.cp > 1:
-        raise UnsupportedError(f"cp is {config.cp}: context parallelism is not supported yet. Use cp=1.")
+        raise UnsupportedError(
+            f"cp is {config.cp}: the report of a plan has no context parallelism. Use cp=1 here; shardwright estimate "
+            "counts it."
+        )
     config = config.with_(dp_shard=config.least_dp_shard)
     built = model if isinstance(model, nn.Module) else build_on_meta(load_config(model), dtype=getattr(torch, weights))
     reading = ModelReading(built)
@@ -204,6 +207,7 @@ def decided_plan(reading: ModelReading, config: ParallelConfig, *, always_plan: 
         config,
         tp=config.tp,
         ep=config.ep,
+        cp=config.cp,
         fsdp2=fsdp2,
         compute_dtype=dtype,
         always_plan=always_plan,

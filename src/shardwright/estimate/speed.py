@@ -8,7 +8,7 @@ from typing import Any
 
 from shardwright.estimate.hardware import Machine
 from shardwright.estimate.subject import Subject
-from shardwright.estimate.timeline import COMPUTE, TENSOR, Timeline, timeline
+from shardwright.estimate.timeline import AXES, COMPUTE, Timeline, timeline
 from shardwright.estimate.trace.whole import Part
 from shardwright.estimate.units import UnitBytes
 from shardwright.estimate.workload import Workload
@@ -26,7 +26,7 @@ class Speed:
     Attributes:
         step: seconds of a step.
         compute: of all micro-batches.
-        tensor: collectives of tensor parallelism, which computation waits for.
+        collectives: seconds of those that computation waits for, by axis: ``tp``, ``cp``, ``ep``.
         exposed: waiting for gathers and reductions of FSDP2.
         hidden: gathers and reductions beside computation.
         optimizer: clipping and the optimizer.
@@ -38,7 +38,7 @@ class Speed:
 
     step: float
     compute: float
-    tensor: float
+    collectives: Mapping[str, float]
     exposed: float
     hidden: float
     optimizer: float
@@ -49,8 +49,8 @@ class Speed:
     @property
     def waits_for(self) -> tuple[str, float]:
         """The largest part of a step in which nothing is computed, and its share of the step."""
-        parts = {"collectives of tensor parallelism": self.tensor, "gathers and reductions of FSDP2": self.exposed,
-                 "the optimizer": self.optimizer}  # fmt: skip
+        parts = {f"collectives of {AXES[axis]}": seconds for axis, seconds in self.collectives.items()}
+        parts |= {"gathers and reductions of FSDP2": self.exposed, "the optimizer": self.optimizer}
         name = max(parts, key=lambda key: parts[key])
         return name, parts[name] / self.step
 
@@ -58,7 +58,9 @@ class Speed:
         return {
             "step_seconds": self.step,
             "compute_seconds": self.compute,
-            "tensor_parallel_seconds": self.tensor,
+            "tensor_parallel_seconds": self.collectives["tp"],
+            "context_parallel_seconds": self.collectives["cp"],
+            "expert_parallel_seconds": self.collectives["ep"],
             "fsdp2_exposed_seconds": self.exposed,
             "fsdp2_hidden_seconds": self.hidden,
             "optimizer_seconds": self.optimizer,
@@ -80,14 +82,14 @@ def speed(
     step = sum(line.end * count for line, count in lines) + optimizer
     tokens = workload.tokens * workload.accumulation * subject.data_parallel / subject.ranks
     compute = sum(line.busy(COMPUTE) * count for line, count in lines)
-    tensor = sum(line.busy(TENSOR) * count for line, count in lines)
+    collectives = {axis: sum(line.busy(queue) * count for line, count in lines) for axis, queue in AXES.items()}
     exposed = sum(line.waiting * count for line, count in lines)
     sent = sum(line.busy("FSDP2") * count for line, count in lines)
     dtype = str(subject.compute).removeprefix("torch.")
     return Speed(
         step=step,
         compute=compute,
-        tensor=tensor,
+        collectives=collectives,
         exposed=exposed,
         hidden=max(sent - exposed, 0.0),
         optimizer=optimizer,
@@ -110,7 +112,7 @@ def model_flops(parts: Sequence[Part]) -> float:
 
 def _optimizer_seconds(subject: Subject, workload: Workload, machine: Machine) -> float:
     trained = sum(
-        layout.gathered_numel * layout.dtype.itemsize / layout.data_parallel(subject.config.dp_shard)
+        layout.gathered_numel * layout.dtype.itemsize / layout.data_parallel(subject.config.parameter_ranks)
         for layout in subject.layouts
         if layout.trained
     )

@@ -37,7 +37,7 @@ def kept_bytes(subject: Subject, workload: Workload, units: Mapping[str, UnitByt
     memory = memory_per_rank(subject.layouts, config)
     dtype = None if workload.optimizer_dtype is None else getattr(torch, workload.optimizer_dtype)
     optimizer = optimizer_bytes(
-        workload.optimizer, subject.layouts, config.dp_shard, blocks=subject.reading.blocks, state_dtype=dtype
+        workload.optimizer, subject.layouts, config.parameter_ranks, blocks=subject.reading.blocks, state_dtype=dtype
     )
     accumulated = memory.gradients if workload.accumulation > 1 else 0
     unsharded = workload.reduce_last_only and workload.accumulation > 1 and bool(units)
@@ -51,7 +51,7 @@ def kept_bytes(subject: Subject, workload: Workload, units: Mapping[str, UnitByt
         accumulated,
         unsharded=unsharded,
         replicated=config.dp_replicate > 1,
-        gather=config.dp_shard > 1,
+        gather=config.parameter_ranks > 1,
     )
 
 

@@ -115,7 +115,7 @@ def against(made: Estimate, best: Estimate) -> str:
         return "the first"
     parts = {
         "compute": made.speed.compute - best.speed.compute,
-        "TP": made.speed.tensor - best.speed.tensor,
+        "collectives": sum(made.speed.collectives.values()) - sum(best.speed.collectives.values()),
         "FSDP2": made.speed.exposed - best.speed.exposed,
         "optimizer": made.speed.optimizer - best.speed.optimizer,
     }

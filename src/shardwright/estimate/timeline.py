@@ -1,8 +1,8 @@
 """When a rank computes and when it communicates in a step: two queues, as FSDP2's streams are.
 
 Computation is one queue. The gathers and reductions of FSDP2 are the other: a gather is issued when the block before
-begins, a reduction when its block's backward has ended, and a block waits for its own gather. The collectives of tensor
-parallelism are in the first queue, because the next kernel needs their result.
+begins, a reduction when its block's backward has ended, and a block waits for its own gather. The collectives of
+tensor, context and expert parallelism are in the first queue, because the next kernel needs their result.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from shardwright.estimate.trace.whole import Part
 from shardwright.estimate.units import UnitBytes
 from shardwright.estimate.workload import Workload
 
-COMPUTE, TENSOR, DATA = "compute", "tensor parallelism", "FSDP2"
+COMPUTE, DATA = "compute", "FSDP2"
+AXES = {"tp": "tensor parallelism", "cp": "context parallelism", "ep": "expert parallelism"}
+"""Axes whose collectives computation waits for, and their queues."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Span:
     """Something that takes time.
 
     Attributes:
-        queue: :data:`COMPUTE`, :data:`TENSOR` (both in the first queue) or :data:`DATA`.
+        queue: :data:`COMPUTE`, one of :data:`AXES` (all of them in the first queue) or :data:`DATA`.
         name: what it is.
         start, end: in seconds from the step's beginning.
     """
@@ -76,7 +78,7 @@ class Timeline:
     @property
     def waiting(self) -> float:
         """Seconds in which the first queue waits for FSDP2."""
-        return self.end - self.busy(COMPUTE) - self.busy(TENSOR)
+        return self.end - sum(span.seconds for span in self.spans if span.queue != DATA)
 
 
 def timeline(
@@ -147,7 +149,8 @@ class _Rank:
             for unit in self.units_of(where):
                 if unit not in self.ready:
                     self.gather(unit, begun)
-        self.line.compute(TENSOR, name, self.links.sending_seconds(part.segment.sent.items()))
+        for axis, queue in AXES.items():
+            self.line.compute(queue, name, self.links.sending_seconds(axis, part.segment.sent.items()))
         last = not later or later[0].where != part.where
         for unit in own:
             if unit == ROOT:
@@ -173,20 +176,20 @@ class _Rank:
             moved += 2 * size.gathered
             if part.segment.backward and self.reduces:
                 moved += size.gradients + size.reduce + (size.output + size.shard)
-                moved += 2 * size.reduce if self.subject.config.dp_shard == 1 else 0
+                moved += 2 * size.reduce if self.subject.config.parameter_ranks == 1 else 0
             if part.segment.backward and self.accumulates:
                 moved += size.gradients + 2 * size.reduce
         return moved / (self.machine.device.memory_gb_per_s * 1e9 * self.machine.efficiencies.memory)
 
     def gather(self, unit: str, issued: float) -> None:
-        seconds = self.links.seconds("dp_shard", "all_gather", self.units[unit].gather)
+        seconds = self.links.seconds(self.units[unit].axis, "all_gather", self.units[unit].gather)
         self.ready[unit] = self.line.send(f"gather {unit or 'outside of the blocks'}", seconds, issued)
 
     def reduce(self, unit: str) -> None:
         size = self.units[unit]
         if not self.reduces or not size.reduce:
             return
-        seconds = self.links.seconds("dp_shard", "reduce_scatter", size.reduce)
+        seconds = self.links.seconds(size.axis, "reduce_scatter", size.reduce)
         seconds += self.links.seconds("dp_replicate", "all_reduce", size.output)
         self.line.send(f"reduce {unit or 'outside of the blocks'}", seconds, self.line.computed)
 

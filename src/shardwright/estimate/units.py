@@ -8,6 +8,7 @@ from math import prod
 
 import torch
 
+from shardwright.distributed.axes import EXPERT_SHARDS
 from shardwright.distributed.config import ParallelConfig, Precision
 from shardwright.distributed.planning.decided import DataPlan, innermost
 from shardwright.distributed.planning.layout import ParameterLayout
@@ -26,6 +27,7 @@ class UnitBytes:
         gradients: the gradients as backward makes them.
         sent_gathering: what a rank sends to gather it, in a ring.
         sent_reducing: what it sends to reduce its gradients.
+        axis: over which it is gathered: that of experts is another.
         copied: the largest of those parameters that are not cut along their first dim: they are copied once more.
     """
 
@@ -38,6 +40,7 @@ class UnitBytes:
     sent_gathering: int = 0
     sent_reducing: int = 0
     copied: int = 0
+    axis: str = "dp_shard"
 
 
 def unit_bytes(layouts: Iterable[ParameterLayout], plan: DataPlan, config: ParallelConfig) -> dict[str, UnitBytes]:
@@ -48,7 +51,7 @@ def unit_bytes(layouts: Iterable[ParameterLayout], plan: DataPlan, config: Paral
     Args:
         config: with its precision settled and ``dp_shard`` filled in.
     """
-    units = {unit.modules[0]: UnitBytes() for unit in plan.units}
+    units = {unit.modules[0]: UnitBytes(axis=EXPERT_SHARDS if unit.experts else "dp_shard") for unit in plan.units}
     unit_of = {name: unit.modules[0] for unit in plan.units for name in unit.modules}
     for layout in layouts:
         _add(layout, units[unit_of[innermost(layout.module, unit_of)]], config)
@@ -59,7 +62,7 @@ def _add(layout: ParameterLayout, unit: UnitBytes, config: ParallelConfig) -> No
     casts = config.precision != Precision()
     compute = getattr(torch, config.precision.param) if casts else layout.dtype
     reduce = getattr(torch, config.precision.reduce) if casts else layout.dtype
-    local, ranks = layout.local_shape(config.dp_shard), layout.data_parallel(config.dp_shard)
+    local, ranks = layout.local_shape(config.parameter_ranks), layout.data_parallel(config.parameter_ranks)
     padded = prod(local) * ranks
     unit.sent_gathering += prod(local) * (ranks - 1) * compute.itemsize
     unit.gathered += layout.gathered_numel * compute.itemsize

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from shardwright.distributed.planning.decided import ExpertPlan
-from shardwright.distributed.runtime.expert_exchange import EXCHANGES, Ranks
+from shardwright.distributed.runtime.expert_exchange import EXCHANGES, ExpertExchange, Ranks
 from shardwright.distributed.runtime.expert_tensors import mix_with
 from shardwright.distributed.runtime.forward import wrap_forward
 from shardwright.distributed.runtime.shard_dim import expert_data_parallel_dim
@@ -20,12 +22,19 @@ def check_expert_shards(model: nn.Module, plan: ExpertPlan, mesh: DeviceMesh) ->
         expert_data_parallel_dim(name, model.get_parameter(name).shape, plan.ep, mesh.size(mesh.ndim - 1))
 
 
-def apply_expert_parallel(model: nn.Module, plan: ExpertPlan, mesh: DeviceMesh, tp_mesh: DeviceMesh | None) -> None:
+def apply_expert_parallel(
+    model: nn.Module,
+    plan: ExpertPlan,
+    mesh: DeviceMesh,
+    tp_mesh: DeviceMesh | None,
+    exchanges: Mapping[str, type[ExpertExchange]] = EXCHANGES,
+) -> None:
     """Cut the experts of ``model`` over ``mesh`` and let tokens travel to them, in place. No data is sent.
 
     Args:
         mesh: the one-dimensional ``ep`` mesh.
         tp_mesh: ranks that are called with the same tokens.
+        exchanges: what runs around the experts, by the kind of their call.
     """
     # FSDP2 divides the sum over the ranks of ``efsdp`` by their number. A gradient has come from all of ``dp_shard x cp
     # x tp``, and is to be divided by the number of ``dp_shard x cp``.
@@ -35,7 +44,7 @@ def apply_expert_parallel(model: nn.Module, plan: ExpertPlan, mesh: DeviceMesh, 
         for parameter in experts.parameters:
             path, _, own = parameter.rpartition(".")
             distribute_parameter(module.get_submodule(path), own, mesh, Shard(0))
-        exchange = EXCHANGES[experts.kind]
+        exchange = exchanges[experts.kind]
         ranks = Ranks.of(mesh, tp_mesh)
         wrap_forward(module, exchange(experts.count, experts.arguments, experts.parameters, ranks, factor))
 

@@ -148,14 +148,25 @@ class ExpertExchange(Around):
             return param
         return _ScaleGradient.apply(param, self.gradient_factor)
 
-    def arrivals(self, counts: Tensor) -> Arrivals:
-        """What comes, where this rank sends ``counts`` rows to every expert."""
+    def counted(self, index: Tensor) -> Tensor:
+        """How many rows each expert gets, from the expert of every row."""
+        return torch.bincount(index, minlength=self.experts)[: self.experts]
+
+    def told(self, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """How many rows go to the experts of every rank, ``[ranks, experts of one]``, and how many come for this one's.
+
+        The last rank may have fewer experts than the others; it is sent no rows for those that it lacks.
+        """
         ranks, each = self.group.size, -(-self.experts // self.group.size)
-        # The last rank may have fewer experts than the others; it is sent no rows for those that it lacks.
         counts = pad(counts, [0, each * ranks - self.experts]).view(ranks, each)
         coming = c.all_to_all(counts, [1] * ranks, [1] * ranks, self.group)
         start, end = self.group.bounds(self.experts)
-        coming = coming[:, : end - start].contiguous()
+        return counts, coming[:, : end - start].contiguous()
+
+    def arrivals(self, counts: Tensor) -> Arrivals:
+        """What comes, where this rank sends ``counts`` rows to every expert."""
+        counts, coming = self.told(counts)
+        ranks = self.group.size
         # The only place where the host waits for the device.
         numbers = torch.cat([counts.sum(1), coming.sum(1), coming.sum(0)]).tolist()
         return Arrivals(numbers[:ranks], numbers[ranks : 2 * ranks], numbers[2 * ranks :], coming)
@@ -192,7 +203,7 @@ class RoutedExperts(ExpertExchange):
         choices, flat = index.shape[-1], index.reshape(-1)
         order = torch.argsort(flat, stable=True)
         # Some routers name an expert that there is not, for a choice that is to be left out: it is sent nowhere.
-        arrivals = self.arrivals(torch.bincount(flat, minlength=self.experts)[: self.experts])
+        arrivals = self.arrivals(self.counted(flat))
         order = order[: sum(arrivals.send)]
         rows = _ToRows.apply(hidden, order, choices)
         rows = c.exchange(rows, arrivals.send, arrivals.receive, self.group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -12,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import flop_registry
 
 from shardwright._torch import packet_of, tree_leaves
+from shardwright.distributed.axes import EXPERTS
 
 _aten = torch.ops.aten
 _FLASH = {
@@ -22,6 +24,7 @@ _COLLECTIVES = {
     "all_reduce": "all_reduce",
     "all_gather_into_tensor": "all_gather",
     "reduce_scatter_tensor": "reduce_scatter",
+    "all_to_all_single": "all_to_all",
 }
 
 
@@ -49,18 +52,31 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Sending:
-    """One collective over the ``tp`` ranks; ``bytes`` is the size of the whole tensor."""
+    """One collective.
+
+    Attributes:
+        bytes: the size of the whole tensor; of an exchange, what one rank has.
+        axis: of the ranks that take part.
+    """
 
     kind: str
     bytes: int
+    axis: str = "tp"
 
 
-def sending_of(func: Any, args: tuple[Any, ...], tp: int) -> Sending | None:
-    """The collective that ``func`` is; None for anything else."""
+def sending_of(func: Any, args: tuple[Any, ...], groups: Mapping[str, tuple[str, int]]) -> Sending | None:
+    """The collective that ``func`` is; None for anything else.
+
+    Args:
+        groups: name of a process group -> its axis and how many ranks it has.
+    """
     kind = _COLLECTIVES.get(func.__name__.partition(".")[0]) if func.namespace == "_c10d_functional" else None
     if kind is None:
         return None
-    return Sending(kind, args[0].numel() * args[0].element_size() * (tp if kind == "all_gather" else 1))
+    axis, ranks = groups[args[-1]]
+    if kind == "all_to_all" and axis == "tp":
+        axis = EXPERTS  # these can be the same ranks, and tensor parallelism exchanges nothing
+    return Sending(kind, args[0].numel() * args[0].element_size() * (ranks if kind == "all_gather" else 1), axis)
 
 
 def is_copy(func: Any) -> bool:
@@ -117,13 +133,18 @@ def _product(packet: Any, tensors: list[Tensor], flops: int) -> tuple[int, ...]:
 
 
 def _attention(args: tuple[Any, ...], kwargs: dict[str, Any], moved: int, *, backward: bool) -> Kernel:
-    """Two products of ``length x length`` in forward, five in backward; half of each where the mask is causal."""
+    """Two products of ``queries x keys`` in forward, five in backward.
+
+    Under a causal mask the last query sees all keys, the first as many fewer as there are queries.
+    """
     query, key = (args[1], args[2]) if backward else (args[0], args[1])
     flags = [value for value in (*args, *kwargs.values()) if isinstance(value, bool)]
-    causal = any(flags) and query.shape[-2] == key.shape[-2]
+    causal = any(flags)
     batch, heads, length, size = query.shape
+    keys = key.shape[-2]
     products = 5 if backward else 2
-    flops = products * 2 * batch * heads * length * key.shape[-2] * size // (2 if causal else 1)
+    seen = length * keys - (length * min(length, keys) // 2 if causal else 0)
+    flops = products * 2 * batch * heads * seen * size
     kind = "attention_backward" if backward else "attention"
     dtype = str(query.dtype).removeprefix("torch.")
     return Kernel(kind, flops, moved, (batch, heads, length, size), dtype, causal)

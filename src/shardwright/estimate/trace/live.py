@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -37,7 +37,7 @@ class Segment:
         products_unread: bytes of its matrix products' results that are kept and that backward never reads, in forward.
         products_read: bytes of what its matrix products read, beside its input and the results of others, in forward.
         kernels: what it computes, and how often.
-        sent: the collectives of tensor parallelism in it, and how often.
+        sent: the collectives in it that computation waits for, and how often.
     """
 
     name: str
@@ -58,17 +58,21 @@ class Live(TorchDispatchMode):
 
     Args:
         gradients: bytes of the gradients that parameters hold at the moment.
-        tp: ranks of the collectives.
+        groups: name of a process group -> its axis and how many ranks it has.
         compiled_embedding: the gradient of an embedding is summed as a compiler does it, in float32.
     """
 
     def __init__(
-        self, gradients: Callable[[], int] = lambda: 0, tp: int = 1, *, compiled_embedding: bool = False
+        self,
+        gradients: Callable[[], int] = lambda: 0,
+        groups: Mapping[str, tuple[str, int]] | None = None,
+        *,
+        compiled_embedding: bool = False,
     ) -> None:
         super().__init__()
         self.segments: list[Segment] = []
         self.peak = self.now = 0
-        self._gradients, self._tp = gradients, tp
+        self._gradients, self._groups = gradients, groups or {}
         self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
         self._start = self._start_gradients = 0
         self._backward = False
@@ -122,7 +126,7 @@ class Live(TorchDispatchMode):
             if segment.backward:
                 for key in given:
                     self._unread.pop(key, None)
-            if (sending := sending_of(func, args, self._tp)) is not None:
+            if (sending := sending_of(func, args, self._groups)) is not None:
                 segment.sent[sending] += 1
                 self._note_sending(sending, args, result)
             elif func is functional_collectives.wait_tensor.default and given & self._received:

@@ -4,53 +4,69 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import lcm
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.nn.functional import cross_entropy
+from torch.nn.attention.bias import CausalBias
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from transformers import masking_utils
 
 from shardwright._torch import FakeTensorMode, fake_store, tree_leaves, tree_map
 from shardwright._transformers import one_document_in_each_row
 from shardwright.distributed.apply.activation_checkpointing import apply_activation_checkpointing
+from shardwright.distributed.apply.expert_parallel import apply_expert_parallel
 from shardwright.distributed.apply.loss_tiles import apply_loss_tiles
 from shardwright.distributed.apply.mlp_tiles import apply_mlp_tiles
 from shardwright.distributed.apply.tensor_parallel import apply_tensor_parallel
-from shardwright.distributed.config import saved_every
+from shardwright.distributed.config import Degrees, ParallelConfig, saved_every
+from shardwright.distributed.mesh import axis, make_mesh
+from shardwright.distributed.planning.decided import DecidedPlan
+from shardwright.distributed.runtime.forward import Around, Forward, wrap_forward
+from shardwright.distributed.steps import split_sequences
+from shardwright.estimate.trace.balanced import BALANCED
 from shardwright.estimate.trace.live import Live, Segment
 from shardwright.estimate.trace.short import Short
 from shardwright.estimate.workload import Workload
 
 
 @contextmanager
-def fake_ranks(ranks: int) -> Iterator[DeviceMesh | None]:
-    """The ``tp`` mesh of so many ranks that exchange nothing; this process is the first. None with one rank."""
-    if ranks == 1:
+def fake_ranks(config: ParallelConfig) -> Iterator[DeviceMesh | None]:
+    """The mesh of ranks that exchange nothing, of which this process is one. None with one rank.
+
+    It is the rank that has most to do: of a sequence the last part, whose queries see all keys, and of everything else
+    the first part. There are as many data-parallel ranks as experts are spread over.
+    """
+    tp, cp, ep = config.tp, config.cp, config.ep
+    degrees = Degrees(1, lcm(ep, cp * tp) // (cp * tp), cp, tp, ep)
+    if degrees.world_size == 1:
         yield None
         return
-    dist.init_process_group("fake", store=fake_store(), rank=0, world_size=ranks)
+    dist.init_process_group("fake", store=fake_store(), rank=(cp - 1) * tp, world_size=degrees.world_size)
     try:
-        yield init_device_mesh("cpu", (ranks,), mesh_dim_names=("tp",))
+        yield make_mesh(degrees, "cpu")
     finally:
         dist.destroy_process_group()
 
 
-def traced_step(short: Short, workload: Workload, *, output: torch.dtype | None = None) -> list[Segment]:
+def traced_step(
+    short: Short, workload: Workload, config: ParallelConfig, *, output: torch.dtype | None = None
+) -> list[Segment]:
     """The segments of a forward, its loss and its backward.
 
     Args:
+        config: for its degrees.
         output: dtype that the model's outputs are cast to; None: as they are.
     """
-    decided = short.decided
-    tp = 1 if decided.tensor is None else decided.tensor.tp
-    with fake_ranks(tp) as mesh:
-        model = short.model
-        if mesh is not None and decided.tensor is not None:
-            apply_tensor_parallel(model, mesh, decided.tensor, units=decided.summing)
+    decided, model = short.decided, short.model
+    with fake_ranks(config) as mesh:
+        if mesh is not None:
+            _spread(model, decided, mesh)
         if decided.tiles.head is not None:
             apply_loss_tiles(model, decided.tiles.head, decided.tiles.loss)
         apply_mlp_tiles(model, decided.tiles.mlps, decided.tiles.mlp)
@@ -60,11 +76,51 @@ def traced_step(short: Short, workload: Workload, *, output: torch.dtype | None 
         elif decided.compiled:  # a compiler keeps what selective checkpointing keeps, and what its products read
             blocks = decided.blocks if decided.compiled_whole else decided.compiled
             apply_activation_checkpointing(model, blocks, selective=1, offload=False)
+        groups = {} if mesh is None else {_group(mesh, name): (name, axis(mesh, name).size()) for name in _axes(config)}
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")
             parameters = list(model.parameters())  # while a unit runs, modules show local copies
-            live = Live(lambda: _gradients(parameters), tp, compiled_embedding=decided.compiled_whole)
+            live = Live(lambda: _gradients(parameters), groups, compiled_embedding=decided.compiled_whole)
             return _step(model, live, short, workload, output)
+
+
+def _axes(config: ParallelConfig) -> list[str]:
+    sizes = {"ep": config.ep, "cp": config.cp, "tp": config.tp}
+    return [name for name, size in sizes.items() if size > 1]
+
+
+def _group(mesh: DeviceMesh, name: str) -> str:
+    group: str = axis(mesh, name).get_group().group_name
+    return group
+
+
+class _Causal(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is scaled_dot_product_attention and isinstance(kwargs.get("attn_mask"), CausalBias):
+            kwargs = {**kwargs, "attn_mask": None, "is_causal": True}
+        return func(*args, **kwargs)
+
+
+class ToldCausal(Around):
+    """Around a module whose attention has a mask that says that it is causal: GPUs never write that mask out."""
+
+    def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with _Causal():
+            return forward(*args, **kwargs)
+
+
+def _spread(model: nn.Module, decided: DecidedPlan, mesh: DeviceMesh) -> None:
+    """What :func:`shardwright.parallelize` does to a model before FSDP2, in its order; experts get equal loads."""
+    tp_mesh = axis(mesh, "tp")
+    if decided.experts is not None:
+        apply_expert_parallel(model, decided.experts, axis(mesh, "ep"), tp_mesh, BALANCED)
+    if decided.tensor is not None:
+        apply_tensor_parallel(model, tp_mesh, decided.tensor, units=decided.summing)
+    if decided.context is not None:
+        split_sequences(model, axis(mesh, "cp"), tp_mesh, decided.context)
+        for name in decided.context.attention:
+            wrap_forward(model.get_submodule(name), ToldCausal())
 
 
 def _step(model: nn.Module, live: Live, short: Short, workload: Workload, output: torch.dtype | None) -> list[Segment]:

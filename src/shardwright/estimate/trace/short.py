@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from shardwright.distributed.models.ties import Tie
-from shardwright.distributed.planning.decided import DecidedPlan
+from shardwright.distributed.planning.context_plan import ContextPlan
+from shardwright.distributed.planning.decided import DecidedPlan, ExpertPlan
 from shardwright.distributed.planning.resolved import RegionUse, ResolvedPlan, StyleUse
 from shardwright.distributed.replay.reading import ModelReading
 from shardwright.distributed.replay.repeats import Repeats, find_repeats
@@ -96,6 +97,8 @@ class _Part:
             decided,
             tensor=None if decided.tensor is None else self.resolved(decided.tensor),
             data=None,
+            context=None if decided.context is None else self.context(decided.context),
+            experts=None if decided.experts is None else self.experts(decided.experts),
             blocks=self.kept(decided.blocks),
             recomputed=self.kept(decided.recomputed),
             compiled=self.kept(decided.compiled),
@@ -106,7 +109,7 @@ class _Part:
     def kept(self, names: Iterable[str]) -> tuple[str, ...]:
         return tuple(self.names[name] for name in names if name in self.names)
 
-    def by_name(self, values: dict[str, Any]) -> dict[str, Any]:
+    def by_name(self, values: Mapping[str, Any]) -> dict[str, Any]:
         return {self.names[name]: value for name, value in values.items() if name in self.names}
 
     def resolved(self, plan: ResolvedPlan) -> ResolvedPlan:
@@ -124,6 +127,22 @@ class _Part:
             arguments=self.by_name(plan.arguments),
             widths=self.by_name(plan.widths),
             ties=[tie for tie in map(self.tie, plan.ties) if len(tie.places) > 1],
+        )
+
+    def experts(self, plan: ExpertPlan) -> ExpertPlan:
+        return replace(plan, modules=self.by_name(plan.modules))
+
+    def context(self, plan: ContextPlan) -> ContextPlan:
+        return replace(
+            plan,
+            blocks=self.by_name(plan.blocks),
+            whole=self.by_name(plan.whole),
+            regions=self.by_name(plan.regions),
+            reasons=self.by_name(plan.reasons),
+            attention=self.by_name(plan.attention),
+            recorded=self.by_name(plan.recorded),
+            owners=self.kept(plan.owners),
+            layers=self.kept(plan.layers),
         )
 
     def use(self, use: StyleUse) -> StyleUse:

@@ -43,10 +43,10 @@ class Tracer:
         Raises:
             ConfigError: this process is a rank of a group already, and the trace needs one of its own.
         """
-        if subject.config.tp > 1 and dist.is_initialized():
+        if subject.config.tp * subject.config.cp * subject.config.ep > 1 and dist.is_initialized():
             raise ConfigError(
-                "torch.distributed is initialised in this process, and an estimate with tensor parallelism makes a "
-                "group of its own. Ask for it in another process: shardwright estimate on the command line."
+                "torch.distributed is initialised in this process, and an estimate with tp, cp or ep above 1 makes "
+                "a group of its own. Ask for it in another process: shardwright estimate on the command line."
             )
         key = _key(subject, workload)
         if key not in self._made:
@@ -58,7 +58,7 @@ def _key(subject: Subject, workload: Workload) -> str:
     """Everything of a config that a trace depends on, as text; the degrees of data parallelism are not among it."""
     config, decided = subject.config, subject.decided
     work = (workload.batch_size, workload.seq_len, workload.loss)
-    tensor = (config.tp, config.sequence_parallel, config.plan)
+    tensor = (config.tp, config.cp, config.context_method, config.ep, config.sequence_parallel, config.plan)
     blocks = (decided.recomputed, decided.activation_checkpointing, decided.compiled, decided.tiles)
     return repr((work, tensor, blocks, subject.cast, subject.output))
 
@@ -66,7 +66,7 @@ def _key(subject: Subject, workload: Workload) -> str:
 def _traced(subject: Subject, workload: Workload) -> Traced:
     try:
         short = shorten(subject.reading, subject.decided, subject.cast)
-        segments = traced_step(short, workload, output=subject.output)
+        segments = traced_step(short, workload, subject.config, output=subject.output)
         return Traced(tuple(whole_step(short, segments)))
     except CODE_ERRORS as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]

@@ -137,12 +137,13 @@ class Meshes:
     def __init__(self, cp: DeviceMesh, both: DeviceMesh | None) -> None:
         self.cp, self.both = cp, both
         self.group = c.Group.of(cp)
+        # Made here, and not when it is asked for: in a trace on tensors without values a mesh would not find this rank.
+        self._tp = None if both is None or both.mesh_dim_names is None else both[both.mesh_dim_names[1]]
 
     @property
     def tp(self) -> DeviceMesh:
-        assert self.both is not None
-        assert self.both.mesh_dim_names is not None
-        return self.both[self.both.mesh_dim_names[1]]
+        assert self._tp is not None
+        return self._tp
 
 
 def make(cls: type[T], inside: Tensor, split: Split, meshes: Meshes) -> T:

@@ -48,6 +48,14 @@ def test_the_best_comes_first_and_can_be_trained(llama: str, tmp_path: Path) -> 
     assert settings.sharding.precision == ParallelConfig(precision="bf16").precision  # type: ignore[arg-type]
 
 
+def test_long_sequences_are_split_and_experts_spread(tmp_path: Path) -> None:
+    config_of("mixtral", 2).save_pretrained(tmp_path)
+    machine = ["--gpus", "4", "--gpu", "h100-80gb", "--seq-len", "16384", "--global-batch", "4"]
+    found = json.loads(CliRunner().invoke(main, ["suggest", str(tmp_path), *machine, "--json"]).output)
+    degrees = {(made["sharding"]["cp"], made["sharding"]["ep"]) for made in found}
+    assert degrees == {(1, 1), (2, 1), (1, 2), (1, 4)}, "cp and ep do not go together; a part has 8192 tokens"
+
+
 def test_the_table_says_what_costs_a_place(llama: str) -> None:
     text = CliRunner().invoke(main, ["suggest", llama, *MACHINE, "--global-batch", "8", "--objective", "memory"]).output
     assert "the first" in text

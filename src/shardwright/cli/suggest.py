@@ -31,7 +31,8 @@ from shardwright.distributed.config import DTYPES, ParallelConfig
 def suggest(model: str, config: ParallelConfig, seq_len: int, optimizer: str, **asked: Any) -> None:
     """Search the layouts of MODEL on so many GPUs, and show those that fit, the best first.
 
-    Degrees, sequence parallelism and activation checkpointing are searched. Any other setting of a sharding is one that
+    Degrees (tp, cp where sequences are long, ep where there are experts, shards and replicas), sequence parallelism and
+    activation checkpointing are searched. Any other setting of a sharding is one that
     every layout has: compile=true loss_tiles=8, for example.
     """
     from shardwright.estimate.suggest_command import run

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 from shardwright.distributed.config import ParallelConfig
+from shardwright.distributed.planning.experts import experts_of
 from shardwright.distributed.replay.reading import ModelReading
 from shardwright.errors import ConfigError, ShardwrightError
 from shardwright.estimate.estimating import Estimate, assembled
@@ -18,6 +20,8 @@ from shardwright.estimate.workload import Workload
 OBJECTIVES = ("speed", "memory")
 _MICRO_BATCHES = (1, 2, 4, 8)
 _CHECKPOINTING = ("none", "selective", "full")
+_CONTEXTS = (1, 2, 4, 8)
+_LEAST_PART = 8192  # tokens of a sequence on a context-parallel rank
 
 
 @dataclass
@@ -43,7 +47,7 @@ def search(
 ) -> Search:  # fmt: skip
     """Estimate every layout that is worth a look.
 
-    A trace is made for each tensor-parallel size and way of checkpointing, of one sequence; micro-batches of several
+    A trace is made for each size of tp, cp and ep and way of checkpointing, of one sequence; micro-batches of several
     are taken to keep and compute so many times as much.
 
     Args:
@@ -59,7 +63,7 @@ def search(
         raise ConfigError(f"objective is {objective!r}; it must be one of {', '.join(OBJECTIVES)}.")
     found, maker = Search(), _Maker(reading, workload, machine, gpus)
     tried = 0
-    for config in _configs(base, machine, gpus):
+    for config in _configs(base, machine, gpus, _contexts(workload), _expert_ranks(reading)):
         for work in _workloads(config, workload, gpus, global_batch):
             tried += 1
             try:
@@ -96,23 +100,39 @@ def _sort_in(found: Search, made: Estimate) -> None:
         found.nearest = made
 
 
-def _configs(base: ParallelConfig, machine: Machine, gpus: int) -> Iterator[ParallelConfig]:
-    """Tensor parallelism inside a node; replicas of at least a node each; every way of checkpointing."""
+def _contexts(workload: Workload) -> list[int]:
+    """Context-parallel ranks: those that leave each a part of a sequence that is worth a part."""
+    return [cp for cp in _CONTEXTS if cp == 1 or workload.seq_len >= cp * _LEAST_PART]
+
+
+def _expert_ranks(reading: ModelReading) -> list[int]:
+    """Expert-parallel ranks: powers of two up to the number of experts; 1 where no experts can be spread."""
+    found = (experts_of(module) for module in reading.modules.values())
+    most = min((experts.count for experts in found if experts is not None), default=1)
+    return [2**power for power in range(most.bit_length()) if 2**power <= most]
+
+
+def _configs(
+    base: ParallelConfig, machine: Machine, gpus: int, contexts: list[int], expert_ranks: list[int]
+) -> Iterator[ParallelConfig]:
+    """Tensor parallelism, and experts' ranks, inside a node; replicas of at least a node each; every checkpointing."""
     node = min(machine.device.gpus_per_node, gpus)
-    for tp in (2**power for power in range(node.bit_length()) if gpus % 2**power == 0 and 2**power <= node):
-        for replicas in (2**power for power in range(gpus.bit_length())):
-            shards, rest = divmod(gpus // tp, replicas)
-            if rest or shards < 1 or (replicas > 1 and shards * tp < node):
+    powers = [2**power for power in range(gpus.bit_length()) if gpus % 2**power == 0]
+    for tp, cp, replicas in product(powers, contexts, powers):
+        shards, rest = divmod(gpus, tp * cp * replicas)
+        if tp > node or rest or (replicas > 1 and shards * cp * tp < node):
+            continue
+        for ep, checkpointing in product(expert_ranks, _CHECKPOINTING):
+            if ep > node or (shards * cp * tp) % ep or (ep > 1 and cp > 1):
                 continue
-            for checkpointing in _CHECKPOINTING:
-                yield base.with_(
-                    tp=tp, dp_shard=shards, dp_replicate=replicas, sequence_parallel=tp > 1,
-                    activation_checkpointing=checkpointing,
-                )  # fmt: skip
+            yield base.with_(
+                tp=tp, cp=cp, ep=ep, dp_shard=shards, dp_replicate=replicas, sequence_parallel=tp > 1,
+                activation_checkpointing=checkpointing,
+            )  # fmt: skip
 
 
 def _workloads(config: ParallelConfig, workload: Workload, gpus: int, global_batch: int) -> Iterator[Workload]:
-    own, rest = divmod(global_batch, gpus // config.tp)
+    own, rest = divmod(global_batch, gpus // (config.tp * config.cp))
     for micro in _MICRO_BATCHES if own and not rest else ():
         if own % micro == 0:
             yield replace(workload, batch_size=micro, accumulation=own // micro)
@@ -137,7 +157,7 @@ class _Maker:
 
     def subject(self, config: ParallelConfig) -> Subject:
         """The decisions do not depend on how many data-parallel ranks there are, but on whether there are any."""
-        casts_or_shards = config.dp_shard * config.dp_replicate > 1
+        casts_or_shards = config.parameter_ranks * config.dp_replicate > 1
         key = repr(config.with_(dp_shard=1, dp_replicate=1)) + str(casts_or_shards)
         if key not in self.subjects:
             try:

@@ -88,13 +88,15 @@ def print_search(found: Search, console: Console) -> None:
 
 _SHORT = {
     "collectives of tensor parallelism": "TP",
+    "collectives of context parallelism": "CP",
+    "collectives of expert parallelism": "EP",
     "gathers and reductions of FSDP2": "FSDP2",
     "the optimizer": "optimizer",
 }
 
 
 def _table(fitting: list[Estimate]) -> Table:
-    table = Table(title="Layouts that fit: replicas x shards x tensor-parallel ranks; micro-batch x accumulation")
+    table = Table(title="Layouts that fit: replicas x shards x cp x tp, ep among them; micro-batch x accumulation")
     for name in ("ranks", "recomputed", "batch", "tokens/s", "MFU", "GiB", "waits", "against the first"):
         table.add_column(name, justify="right" if name in ("tokens/s", "MFU", "GiB") else "left", no_wrap=True)
     best = fitting[0]
@@ -102,11 +104,16 @@ def _table(fitting: list[Estimate]) -> Table:
         waits, share = made.speed.waits_for
         config, work = made.config, made.workload
         table.add_row(
-            f"{config.dp_replicate} x {config.dp_shard} x {config.tp}", config.activation_checkpointing,
+            _ranks(config), config.activation_checkpointing,
             f"{work.batch_size} x {work.accumulation}", f"{made.speed.tokens_per_second:,.0f}",
             f"{made.speed.mfu:.1%}", gib(made.memory), f"{_SHORT[waits]} {share:.0%}", against(made, best),
         )  # fmt: skip
     return table
+
+
+def _ranks(config: ParallelConfig) -> str:
+    degrees = f"{config.dp_replicate} x {config.dp_shard} x {config.cp} x {config.tp}"
+    return degrees if config.ep == 1 else f"{degrees}, ep {config.ep}"
 
 
 def against(made: Estimate, best: Estimate) -> str:

@@ -17,18 +17,27 @@ import torch.nn.functional as F
 from chats import TEMPLATE, UNMARKED, conversations, model_folder, write_lines
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    get_linear_schedule_with_warmup,
+    get_wsd_schedule,
+)
 
 from shardwright.checkpoint.export import export, inspect
+from shardwright.checkpoint.run_info import find_checkpoint
 from shardwright.checkpoint.storage import SafeReader
 from shardwright.distributed.config import ParallelConfig
 from shardwright.errors import CheckpointError, ConfigError
 from shardwright.train.config import JOB_CONFIG, TrainConfig, read_config
 from shardwright.train.dataset import IGNORE, Order, TokenRows
 from shardwright.train.model import build_whole_model
-from shardwright.train.optim import rate
 from shardwright.train.prepare import VALIDATION, prepare
 from shardwright.train.rank import train
+from shardwright.train.schedule import rate
 from shardwright.verify.ranks import RankPool, shared_mesh
 
 LR, CLIP = 1e-2, 0.5
@@ -78,7 +87,28 @@ def mean_loss(model: Any, data: TokenRows, rows: np.ndarray) -> Tensor:
     return torch.stack(losses).sum() / count
 
 
-def plain_run(config: TrainConfig, job: Path) -> tuple[list[float], float, dict[str, Tensor]]:
+Parameters = list[torch.nn.Parameter]
+
+
+def adamw(matrices: Parameters, vectors: Parameters, steps: int) -> tuple[Optimizer, LambdaLR]:
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    made = torch.optim.AdamW([group for group in groups if group["params"]], lr=LR, betas=(0.9, 0.95))
+    return made, LambdaLR(made, lambda step: rate(step, steps, 0, 0.1))
+
+
+def sgd(matrices: Parameters, vectors: Parameters, steps: int) -> tuple[Optimizer, LambdaLR]:
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    made = torch.optim.SGD(groups, lr=LR, momentum=0.9)
+    return made, get_wsd_schedule(made, 1, 2, num_training_steps=steps)
+
+
+def muon(matrices: Parameters, vectors: Parameters, steps: int) -> tuple[Optimizer, LambdaLR]:
+    assert not vectors
+    made = torch.optim.Muon(matrices, lr=LR, weight_decay=0.1)
+    return made, get_linear_schedule_with_warmup(made, 1, steps)
+
+
+def plain_run(config: TrainConfig, job: Path, make: Any = adamw) -> tuple[list[float], float, dict[str, Tensor]]:
     """The loss of every step, the validation loss at the end, and the weights."""
     model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32).train()
     if config.lora.r:
@@ -86,27 +116,24 @@ def plain_run(config: TrainConfig, job: Path) -> tuple[list[float], float, dict[
     data, held = TokenRows(job), TokenRows(job / VALIDATION)
     order = Order(len(data), config.batch_size, 0, config.seed)
     trained = [p for p in model.parameters() if p.requires_grad]
-    matrices, vectors = ([p for p in trained if (p.ndim > 1) is wanted] for wanted in (True, False))
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95))
+    optimizer, schedule = make([p for p in trained if p.ndim > 1], [p for p in trained if p.ndim == 1], config.steps)
     losses = []
     for step in range(config.steps):
         loss = mean_loss(model, data, order.rows(step))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        for group in optimizer.param_groups:
-            group["lr"] = LR * rate(step, config.steps, 0, 0.1)
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
         losses.append(loss.item())
     validation = mean_loss(model, held, np.arange(len(held))).item()
     return losses, validation, {name: p.detach() for name, p in model.named_parameters()}
 
 
-def check_run(ranks: RankPool, job: Path) -> Path:
+def check_run(ranks: RankPool, job: Path, make: Any = adamw) -> Path:
     """Train on the ranks and compare; returns the folder of the saved model."""
     config = read_config(job / JOB_CONFIG)
-    losses, validation, weights = plain_run(config, job)
+    losses, validation, weights = plain_run(config, job, make)
     assert len(losses) > 2
     ranks.run(train_in_rank, job)
     output = Path(config.output.dir)
@@ -156,6 +183,28 @@ def first_values(job: Path) -> None:
     model.save_pretrained(job / "adapter")
 
 
+def check_adapters_run(ranks: RankPool, job: Path, make: Any, loss: float = 2e-5, weight: float = 1e-5) -> None:
+    """Train adapters on the ranks; then go on from the checkpoint before the last, and write the same again."""
+    first_values(job)
+    config = read_config(job / JOB_CONFIG)
+    losses, validation, weights = plain_run(config, job, make)
+    output = Path(config.output.dir)
+    for resume in (False, True):
+        if resume:
+            shutil.rmtree(output / "checkpoints" / f"step-{config.steps:08d}")
+            shutil.rmtree(output / "model")
+            again = replace(config, checkpoint=replace(config.checkpoint, resume=True), check_first_step=False)
+            (job / JOB_CONFIG).write_text(replace(again, sharding=ParallelConfig(dp_shard=2)).to_yaml())
+        ranks.run(train_in_rank, job)
+        found = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        assert [line["loss"] for line in found] == pytest.approx(losses, rel=loss)
+        assert found[-1]["validation_loss"] == pytest.approx(validation, rel=loss)
+        saved = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(config.model.path), output / "model")
+        assert saved.peft_config["default"].base_model_name_or_path == config.model.path
+        for name, parameter in saved.named_parameters():
+            torch.testing.assert_close(parameter.detach(), weights[name], rtol=1e-4, atol=weight)
+
+
 LORA = ["lora.r=4", "lora.alpha=32", "check_first_step=true"]
 
 
@@ -165,34 +214,12 @@ LORA = ["lora.r=4", "lora.alpha=32", "check_first_step=true"]
 def test_adapters_train_as_plain_peft_does_and_go_on(ranks2: RankPool, tmp_path: Path, mesh: list[str]) -> None:
     lines = write_lines(tmp_path / "talks.jsonl", conversations(36))
     job = make_job(tmp_path, {"paths": str(lines), "format": "chat"}, *mesh, *LORA, "checkpoint.every=1")
-    first_values(job)
-    config = read_config(job / JOB_CONFIG)
-    losses, validation, weights = plain_run(config, job)
-    ranks2.run(train_in_rank, job)
-    output = Path(config.output.dir)
-
-    def check() -> None:
-        found = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-        assert [line["loss"] for line in found] == pytest.approx(losses, rel=2e-5)
-        assert found[-1]["validation_loss"] == pytest.approx(validation, rel=2e-5)
-        base = AutoModelForCausalLM.from_pretrained(config.model.path)
-        saved = PeftModel.from_pretrained(base, output / "model")
-        assert saved.peft_config["default"].base_model_name_or_path == config.model.path
-        for name, parameter in saved.named_parameters():
-            torch.testing.assert_close(parameter.detach(), weights[name], rtol=1e-4, atol=1e-5)
-
-    check()
-    newest = output / "checkpoints" / f"step-{config.steps:08d}"
+    check_adapters_run(ranks2, job, adamw)
+    output = Path(read_config(job / JOB_CONFIG).output.dir)
+    newest = find_checkpoint(output)
     kept = SafeReader(newest / "state").read_metadata().state_dict_metadata
     assert sum("lora_" in name for name in kept) == len(kept) == 28 * 4  # values and AdamW's state, and no base model
     assert inspect(newest).model_type == "adapters, LORA"
-    shutil.rmtree(newest)
-    shutil.rmtree(output / "model")
-    again = replace(config, checkpoint=replace(config.checkpoint, resume=True), check_first_step=False)
-    again = replace(again, sharding=ParallelConfig(dp_shard=2))
-    (job / JOB_CONFIG).write_text(again.to_yaml())
-    ranks2.run(train_in_rank, job)
-    check()
     with pytest.raises(CheckpointError, match="holds an adapter alone"):
         export(output, tmp_path / "exported")
 
@@ -201,3 +228,22 @@ def test_adapters_on_layers_that_are_not_there(tmp_path: Path) -> None:
     lines = write_lines(tmp_path / "talks.jsonl", conversations(4))
     with pytest.raises(ConfigError, match=r"PEFT cannot put adapters on LlamaForCausalLM: .*query"):
         make_job(tmp_path, {"paths": str(lines), "format": "chat"}, "lora.r=4", "lora.target_modules=query")
+
+
+def test_another_optimizer_and_schedule(ranks2: RankPool, tmp_path: Path) -> None:
+    data = {"paths": str(write_lines(tmp_path / "talks.jsonl", conversations(36))), "format": "chat"}
+    schedule = ["schedule.name=warmup_stable_decay", "schedule.options={num_decay_steps: 2}", "schedule.warmup_steps=1"]
+    optimizer = ["optimizer.name=sgd", "optimizer.options={momentum: 0.9}"]
+    check_run(ranks2, make_job(tmp_path, data, *schedule, *optimizer, "sharding.tp=2"), sgd)
+
+
+def test_muon_on_adapters_goes_on(ranks2: RankPool, tmp_path: Path) -> None:
+    """Muon computes its updates in bfloat16, whose rounding other last bits of the gradients change."""
+    data = {"paths": str(write_lines(tmp_path / "talks.jsonl", conversations(36))), "format": "chat"}
+    chosen = [
+        "optimizer.name=torch.optim.Muon",
+        "schedule.name=linear",
+        "schedule.warmup_steps=1",
+        "checkpoint.every=1",
+    ]
+    check_adapters_run(ranks2, make_job(tmp_path, data, *chosen, "lora.r=4", "sharding.tp=2"), muon, 1e-3, 5e-3)

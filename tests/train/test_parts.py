@@ -15,9 +15,10 @@ from shardwright.train.check import Reference, _worst
 from shardwright.train.config import TrainConfig
 from shardwright.train.metrics import use_tensorboard
 from shardwright.train.model import build_whole_model, check_fit, model_config
-from shardwright.train.optim import make_optimizer, rate
+from shardwright.train.optim import make_optimizer
 from shardwright.train.output import check_output
 from shardwright.train.plot import curve
+from shardwright.train.schedule import rate
 from shardwright.train.sections import DataSettings, ModelSettings, OptimizerSettings, OutputSettings, TokenizerSettings
 from shardwright.train.tokenizer import load_tokenizer, train_tokenizer
 

@@ -15,9 +15,9 @@ from shardwright.errors import ParityError, RunError, ShardwrightError
 from shardwright.train.config import JOB_CONFIG, TrainConfig, load_config
 from shardwright.train.dataset import IGNORE, Order, TokenRows
 from shardwright.train.model import build_whole_model, model_config
-from shardwright.train.optim import rate
 from shardwright.train.prepare import TOKENIZER, prepare
 from shardwright.train.rank import train
+from shardwright.train.schedule import rate
 from shardwright.train.tokenizer import load_tokenizer
 from shardwright.verify.ranks import RankPool, shared_mesh
 

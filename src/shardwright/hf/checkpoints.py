@@ -35,7 +35,7 @@ from shardwright.checkpoint.storage import SafeReader, read_tensors, write_tenso
 from shardwright.checkpoint.together import all_here, barrier, rank_and_world, same_error_everywhere
 from shardwright.distributed.apply.guards.fresh import Parallelized
 from shardwright.distributed.runtime.layout import whole
-from shardwright.errors import CheckpointError, UnsupportedError
+from shardwright.errors import CheckpointError
 from shardwright.hf.arguments import mesh_sizes
 from shardwright.untrusted import ToldAs, read_json
 
@@ -47,8 +47,6 @@ _WEIGHTS = "model.safetensors"
 _SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 _PLAIN = "optimizer.pt"  # what a trainer on one process writes
 _TIMEOUT = 600.0  # seconds until ranks that do not come are given up
-# Packages whose optimizers are kernels over whole tensors: they know no DTensor.
-_KERNELS = ("bitsandbytes", "lomo_optim", "torchao", "galore_torch", "apollo_torch", "grokadamw")
 
 
 def save_model(model: nn.Module, folder: Path) -> None:
@@ -154,16 +152,6 @@ def _data(folder: Path) -> dict[str, Any]:
     if not isinstance(data, dict) or not isinstance(data.get("groups"), list) or not isinstance(data.get("mesh"), dict):
         raise CheckpointError(f"{folder / DATA} has no list 'groups' or no mapping 'mesh'. It is damaged.")
     return data
-
-
-def check_optimizer(cls: type[Any]) -> None:
-    """Raise UnsupportedError for a class of optimizers that cannot work on sharded parameters."""
-    package = cls.__module__.partition(".")[0]
-    if package in _KERNELS:
-        raise UnsupportedError(
-            f"{cls.__name__} of {package} works on whole tensors, and the parameters are sharded. Use torch's "
-            "optimizers, for example optim='adamw_torch_fused': its state is sharded along with the parameters."
-        )
 
 
 def plain_optimizer(optimizer: Any) -> Optimizer:

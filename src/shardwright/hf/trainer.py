@@ -19,6 +19,7 @@ from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME, Trainer
 
 from shardwright.distributed.apply.guards.fresh import Parallelized, parallelized_model
 from shardwright.distributed.runtime.forward import original_class
+from shardwright.distributed.runtime.optimizers import require_shardable
 from shardwright.hf import checkpoints
 from shardwright.hf.accelerator import adopt
 from shardwright.hf.arguments import check_arguments
@@ -68,7 +69,7 @@ class ShardedTrainer(Trainer):
             cls: Any = type(checkpoints.plain_optimizer(self.optimizer))
         else:
             cls, _ = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        checkpoints.check_optimizer(cls)
+        require_shardable(cls)
         return super().create_optimizer(*(() if model is None else (model,)))
 
     # How large a batch is: to the accelerator, ranks that share a batch are one process.

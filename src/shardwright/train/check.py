@@ -18,7 +18,8 @@ from shardwright.train.config import TrainConfig
 from shardwright.train.dataset import IGNORE, TokenRows
 from shardwright.train.loop import Trainer
 from shardwright.train.model import build_whole_model
-from shardwright.train.optim import make_optimizer, make_schedule
+from shardwright.train.optim import make_optimizer
+from shardwright.train.schedule import make_schedule
 from shardwright.verify import compare
 from shardwright.verify.compare import EXACT, gradient_scales, relative_error
 
@@ -76,7 +77,7 @@ def reference_step(config: TrainConfig, model_config: PreTrainedConfig, data: To
     """The first step written down as plainly as possible: no mesh, no shards, one process on the CPU."""
     model = build_whole_model(config, model_config)
     optimizer = make_optimizer(model, config.optimizer)
-    make_schedule(optimizer, config.schedule, config.steps)
+    make_schedule(optimizer, config.schedule, config.optimizer.lr, config.steps)
     targets = data.targets(rows)
     loss = 0.0
     for part in rows.reshape(config.accumulation, -1):

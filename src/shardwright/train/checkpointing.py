@@ -34,13 +34,12 @@ from shardwright.distributed.axes import NAMES
 from shardwright.errors import CheckpointError, ConfigError, PreemptedError, ShardwrightError
 from shardwright.train.config import TrainConfig
 from shardwright.train.loop import Trainer
-from shardwright.train.optim import KEPT, set_step
+from shardwright.train.optim import arguments, kept
 from shardwright.train.output import CHECKPOINTS
+from shardwright.train.schedule import set_step
 from shardwright.untrusted import shown, usable_path
 
 log = logging.getLogger(__name__)
-
-_SETTINGS = ("initial_lr", "betas", "eps", "weight_decay")  # of the optimizer, that the config has
 
 
 class Checkpoints:
@@ -59,7 +58,9 @@ class Checkpoints:
     ) -> None:
         self._config = config
         self._trainer = trainer
-        self._state = RunState(trainer.model, trainer.optimizer, trainer.schedule, KEPT, trained_only=config.lora.r > 0)
+        self._state = RunState(
+            trainer.model, trainer.optimizer, trainer.schedule, kept(config.optimizer), trained_only=config.lora.r > 0
+        )
         self._schedule_steps = config.schedule.steps or config.steps
         self._device = device
         self._degrees = " x ".join(f"{axis}={mesh[axis].size()}" for axis in NAMES)
@@ -99,7 +100,8 @@ class Checkpoints:
             folder = latest_checkpoint(self._folder) if wanted else None
         if folder is None:
             return 0
-        mine = [{key: group[key] for key in _SETTINGS} for group in self._trainer.optimizer.param_groups]
+        settings = ["initial_lr", *(key for key in arguments(self._config.optimizer) if key != "lr")]
+        mine = [{key: group[key] for key in settings if key in group} for group in self._trainer.optimizer.param_groups]
         rates: list[Any] = list(self._trainer.schedule.base_lrs)
         info = load_checkpoint(folder, self._state)
         if info.step > self._config.steps:

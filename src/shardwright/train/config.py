@@ -31,7 +31,6 @@ DEVICES = ("auto", "cpu", "cuda")
 JOB_CONFIG = "config.yaml"  # of a job folder: the run, as its ranks read it
 NOT_FINITE = ("raise", "stop", "skip")
 _LEAST_PHASE = 60.0  # seconds: importing torch and transformers in several ranks at once takes some
-_NAME_A_PLAN = ("sharding", "sharding.plan")  # the keys of overrides that do
 _MOST_SEQUENCES = 2**20  # of one step
 
 
@@ -162,14 +161,20 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
     """
     overrides = list(overrides)
     config = read_config(path, overrides)
-    if runs_code(config.sharding.plan) and not any(text.partition("=")[0] in _NAME_A_PLAN for text in overrides):
-        plan = config.sharding.plan
-        raise ConfigError(
-            f"sharding.plan in {path} is {shown(plan)}, which names Python code. A config does not run code by itself: "
-            f"read it, and if you trust it say so on the command line with sharding.plan={plan}. A plan that is saved "
-            "as YAML needs no trust."
-        )
+    named = {text.partition("=")[0] for text in overrides}
+    plan, optimizer = config.sharding.plan, config.optimizer
+    if runs_code(plan) and not named & {"sharding", "sharding.plan"}:
+        raise ConfigError(f"{_names_code(path, 'sharding.plan', plan)} A plan that is saved as YAML needs no trust.")
+    if optimizer.runs_code and not named & {"optimizer", "optimizer.name"}:
+        raise ConfigError(_names_code(path, "optimizer.name", optimizer.name))
     return config
+
+
+def _names_code(path: str | Path, key: str, value: str | None) -> str:
+    return (
+        f"{key} in {path} is {shown(value)}, which names Python code. A config does not run code by itself: read it, "
+        f"and if you trust it say so on the command line with {key}={value}."
+    )
 
 
 def read_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:

@@ -26,10 +26,12 @@ from shardwright.scratch import scratch_folder
 from shardwright.train.config import JOB_CONFIG, TrainConfig, read_config
 from shardwright.train.meeting import check_devices, device_type, joined
 from shardwright.train.metrics import use_tensorboard
+from shardwright.train.optim import check_optimizer
 from shardwright.train.output import CHECKPOINTS, check_output
 from shardwright.train.place import Place
 from shardwright.train.prepare import Say, digest, prepare
 from shardwright.train.rank import train
+from shardwright.train.schedule import check_schedule
 from shardwright.train.watchdog import Watchdog
 from shardwright.untrusted import usable_path
 
@@ -70,6 +72,8 @@ def _check(config: TrainConfig, ranks: int) -> None:
     config.check_ranks(ranks)
     check_output(config.output, config.checkpoint.resume)
     use_tensorboard(config.output.tensorboard)
+    check_schedule(config.schedule, config.optimizer.lr, config.steps)
+    check_optimizer(config.optimizer)
 
 
 def _require_cores(config: TrainConfig, ranks: int) -> None:

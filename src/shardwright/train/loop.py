@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.optim import AdamW
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from shardwright.distributed.mesh import axis
@@ -50,7 +50,7 @@ class Trainer:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: AdamW,
+        optimizer: Optimizer,
         schedule: LambdaLR,
         mesh: DeviceMesh,
         data: TokenRows,

@@ -29,11 +29,12 @@ from shardwright.train.config import TrainConfig
 from shardwright.train.dataset import Order, TokenRows
 from shardwright.train.loop import Trainer
 from shardwright.train.model import build_model, model_config
-from shardwright.train.optim import make_optimizer, make_schedule
+from shardwright.train.optim import make_optimizer
 from shardwright.train.output import MODEL, output_folder
 from shardwright.train.prepare import TOKENIZER, VALIDATION
 from shardwright.train.progress import ConsoleHandler, show_curve
 from shardwright.train.recorder import Recorder
+from shardwright.train.schedule import make_schedule
 from shardwright.train.tokenizer import load_tokenizer
 from shardwright.train.watchdog import Watchdog
 from shardwright.untrusted import usable_path
@@ -131,7 +132,7 @@ def _trainer(
 ) -> Trainer:
     model = build_model(config, architecture, mesh)
     optimizer = make_optimizer(model, config.optimizer)
-    schedule = make_schedule(optimizer, config.schedule, config.steps)
+    schedule = make_schedule(optimizer, config.schedule, config.optimizer.lr, config.steps)
     return Trainer(model, optimizer, schedule, mesh, data, device, config.accumulation, config.clip_norm)
 
 

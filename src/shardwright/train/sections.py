@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from shardwright.distributed.config import DTYPES
@@ -165,12 +165,24 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW (Loshchilov and Hutter 2019). Weight decay acts on matrices only, not on norms and biases."""
+    """The optimizer. Weight decay acts on matrices only, not on norms and biases.
 
+    Attributes:
+        name: a class of ``torch.optim``, such as ``adamw`` (Loshchilov and Hutter 2019), ``sgd`` or ``muon``; or the
+            dotted path of another, which only the command line may name, since it runs code.
+        lr: the full learning rate.
+        betas: of the Adam family.
+        eps: of the Adam family and its like.
+        weight_decay: where the optimizer has one.
+        options: further arguments, such as ``{fused: true}`` or ``{momentum: 0.9}``.
+    """
+
+    name: str = "adamw"
     lr: float = 3e-4
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -178,19 +190,32 @@ class OptimizerSettings:
         positive("lr", self.lr)
         for name in ("eps", "weight_decay"):
             between(name, getattr(self, name), 0)
+        if taken := sorted({*self.options} & {"name", "lr", "betas", "eps", "weight_decay", "params"}):
+            raise ConfigError(f"options has {taken[0]}, which is a key of its own beside it.")
+
+    @property
+    def runs_code(self) -> bool:
+        """Whether ``name`` is a path outside of torch, whose module is imported."""
+        return "." in self.name and not self.name.startswith("torch.optim.")
 
 
 @dataclass(frozen=True)
 class ScheduleSettings:
-    """The learning rate over the run: linear warm-up, then half a cosine.
+    """The learning rate over the run: linear warm-up, then half a cosine, or what ``name`` says.
 
     Attributes:
+        name: a schedule of transformers (``linear``, ``cosine``, ``cosine_with_min_lr``, ``constant``,
+            ``constant_with_warmup``, ``warmup_stable_decay``, ``polynomial``, ``inverse_sqrt``, ...); null:
+            Shardwright's own, which begins above 0 and ends at ``final_fraction``.
+        options: further arguments of that schedule, such as ``{num_decay_steps: 100}``.
         warmup_steps: steps until ``optimizer.lr`` is reached.
-        final_fraction: the share of ``optimizer.lr`` that is left at the last step, and after it.
+        final_fraction: the share of ``optimizer.lr`` that is left at the last step, and after it; of Shardwright's own.
         steps: how many steps that is; null: the ``steps`` of the run. A run that is resumed keeps those it began with,
             so that more ``steps`` do not make the rate jump, unless they are set here.
     """
 
+    name: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
     warmup_steps: int = 0
     final_fraction: float = 0.1
     steps: int | None = None
@@ -201,6 +226,13 @@ class ScheduleSettings:
             between("steps", self.steps, 1)
         if not 0 <= self.final_fraction <= 1:
             raise ConfigError(f"final_fraction is {self.final_fraction}; it must be between 0 and 1.")
+        if self.name is None and self.options:
+            raise ConfigError("options are arguments of a schedule of transformers; set name to one.")
+        if self.name is not None and self.final_fraction != ScheduleSettings.final_fraction:
+            raise ConfigError(
+                f"final_fraction is of the schedule without a name; {shown(self.name)} takes its own arguments in "
+                "options."
+            )
 
 
 @dataclass(frozen=True)

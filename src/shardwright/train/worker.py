@@ -52,7 +52,9 @@ def _work(config: TrainConfig, job: Path, watchdog: Watchdog) -> None:
         from shardwright.train.meeting import joined
         from shardwright.train.rank import train
 
-        if runs_code(config.sharding.plan):  # named on the command line, so it may be where that was given
+        if (
+            runs_code(config.sharding.plan) or config.optimizer.runs_code
+        ):  # named on the command line, so it may be where that was given
             sys.path.append(os.getcwd())
         place = place_from_environment(os.environ)
         assert place is not None, "torch's launcher sets RANK and its companions"

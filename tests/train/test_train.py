@@ -123,6 +123,7 @@ def check_run(ranks: RankPool, tmp_path: Path, overrides: list[str]) -> Path:
         ["sharding.dp_shard=2", "accumulation=2", "check_first_step=true"],
         ["sharding.tp=2"],
         ["sharding.tp=2", "sharding.sequence_parallel=true", "accumulation=4"],
+        ["sharding.cp=2", "sharding.context_method=auto", "accumulation=2", "check_first_step=true"],
     ],
     ids=" ".join,
 )

@@ -13,7 +13,6 @@ The scheme is that of Megatron-LM's and torchtitan's dispatchers without capacit
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +25,7 @@ from torch.nn.functional import pad
 
 from shardwright.distributed.runtime import collectives as c
 from shardwright.distributed.runtime.forward import Around, Forward, attributes_as, local_parameters, parameters_as
+from shardwright.distributed.runtime.gradients import with_others_in_graph, with_scaled_gradient
 
 
 class _ToRows(torch.autograd.Function):
@@ -58,31 +58,6 @@ class _FromRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (order,) = ctx.saved_tensors
         return grad.flatten(0, 1)[order], None, None, None
-
-
-class _ScaleGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.factor, None
-
-
-class _UsedByNone(torch.autograd.Function):
-    """``x`` itself; backward gives every parameter a gradient of zeros."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.like = [(p.shape, p.dtype, p.device) for p in parameters]
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        zeros = (torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like)
-        return grad, *zeros
 
 
 @dataclass(frozen=True)
@@ -133,7 +108,10 @@ class ExpertExchange(Around):
         values = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         with ExitStack() as inside:
             for owner in map(module.get_submodule, self.owners):
-                local = {name: self._scaled(tensor) for name, tensor in local_parameters(owner).items()}
+                local = {
+                    name: with_scaled_gradient(tensor, self.gradient_factor)
+                    for name, tensor in local_parameters(owner).items()
+                }
                 inside.enter_context(parameters_as(owner, local))
             start, end = self.group.bounds(self.experts)
             inside.enter_context(attributes_as(module, {"num_experts": end - start}))
@@ -142,11 +120,6 @@ class ExpertExchange(Around):
     def run(self, module: nn.Module, forward: Forward, *values: Any) -> Tensor:
         """The module's result for the values of its arguments, with its parameters in place."""
         raise NotImplementedError
-
-    def _scaled(self, param: Tensor) -> Tensor:
-        if self.gradient_factor == 1 or not param.requires_grad:
-            return param
-        return _ScaleGradient.apply(param, self.gradient_factor)
 
     def counted(self, index: Tensor) -> Tensor:
         """How many rows each expert gets, from the expert of every row."""
@@ -217,7 +190,7 @@ class RoutedExperts(ExpertExchange):
             own = arrivals.own_experts().unsqueeze(-1)
             return forward(rows, own, rows.new_ones(own.shape)).view(rows.shape)
         # Nothing came. The other ranks that hold parts of these experts wait for this one's gradients all the same.
-        return _UsedByNone.apply(rows, *_trained(module.parameters()))
+        return with_others_in_graph(rows, (p for p in module.parameters() if not isinstance(p, DTensor)))
 
 
 class SortedExperts(ExpertExchange):
@@ -271,7 +244,3 @@ EXCHANGES: dict[str, type[ExpertExchange]] = {
     "sorted": SortedExperts,
     "alike": AlikeExperts,
 }
-
-
-def _trained(parameters: Iterable[Tensor]) -> list[Tensor]:
-    return [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]

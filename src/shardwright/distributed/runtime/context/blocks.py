@@ -20,6 +20,7 @@ from shardwright.distributed.runtime.context.places import (
 )
 from shardwright.distributed.runtime.context.sharded import ContextSharded, context_sharded, made_whole, recognized
 from shardwright.distributed.runtime.forward import Around, Forward, original_class
+from shardwright.distributed.runtime.gradients import with_others_in_graph
 from shardwright.errors import PlanError
 
 
@@ -36,7 +37,7 @@ def used(result: Any, handed: list[Tensor]) -> Any:
         if not first or not x.requires_grad or isinstance(x, ContextTensor):
             return x
         first = False
-        return parts.anchored(x, handed)
+        return with_others_in_graph(x, handed)
 
     return mapped(result, RESULT, anchor) if handed else result
 

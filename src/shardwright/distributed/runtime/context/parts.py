@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from shardwright.distributed.runtime import collectives as c
+from shardwright.distributed.runtime.gradients import with_scaled_gradient
 
 
 @dataclass(frozen=True)
@@ -174,19 +175,6 @@ class _Sum(torch.autograd.Function):
         return _Sum.apply(grad, ctx.group), None
 
 
-class _Times(torch.autograd.Function):
-    """``x``, whose gradient is ``factor`` times what comes."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: int) -> Tensor:
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.factor, None
-
-
 class _Entering(torch.autograd.Function):
     """``x``, whose gradient is the mean over the ranks of what comes."""
 
@@ -199,25 +187,6 @@ class _Entering(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         c.refuse_twice()
         return c.reduce_from_region(grad, ctx.group) / ctx.group.size, None
-
-
-class _Anchored(torch.autograd.Function):
-    """``x``, which also has ``others`` in its graph; they get gradients of zero."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *others: Tensor) -> Tensor:
-        ctx.like = [(other.shape, other.dtype, other.device) for other in others]
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        return grad, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like)
-
-
-def anchored(x: Tensor, others: list[Tensor]) -> Tensor:
-    """``x`` itself, with ``others`` in its graph."""
-    others = [other for other in others if other.requires_grad]
-    return _Anchored.apply(x, *others) if others and x.requires_grad else x
 
 
 def part(x: Tensor, split: Split) -> Tensor:
@@ -249,4 +218,4 @@ def entering(x: Tensor, group: c.Group) -> Tensor:
 
 def leaving(x: Tensor, split: Split) -> Tensor:
     """This rank's part of a tensor of the inside, for the outside."""
-    return _Times.apply(x, split.group.size) if x.requires_grad else x
+    return with_scaled_gradient(x, split.group.size)

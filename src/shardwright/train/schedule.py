@@ -10,13 +10,12 @@ from difflib import get_close_matches
 import torch
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import SchedulerType, get_scheduler
 
 from shardwright.errors import ConfigError
 from shardwright.train.sections import ScheduleSettings
 from shardwright.untrusted import ToldAs, shown
 
-_BY_METRICS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # the rate follows from losses, not from steps
+_BY_METRICS = ("reduce_lr_on_plateau", "greedy")  # the rate follows from losses, not from steps
 
 
 @dataclass
@@ -42,7 +41,9 @@ def _of_transformers(settings: ScheduleSettings, lr: float, steps: int) -> Calla
     Raises:
         ConfigError: it has none of this name, or the arguments do not fit.
     """
-    known = [one.value for one in SchedulerType if one not in _BY_METRICS]
+    from transformers import SchedulerType, get_scheduler  # with them comes accelerate, which most runs do not need
+
+    known = [one.value for one in SchedulerType if one.value not in _BY_METRICS]
     if settings.name not in known:
         near = get_close_matches(str(settings.name), known, n=1)
         hint = f"Did you mean {near[0]!r}?" if near else f"Known here: {', '.join(known)}."

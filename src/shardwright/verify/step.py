@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import set_seed
 
 from shardwright.distributed.runtime.layout import whole
 from shardwright.distributed.runtime.tiled_logits import TiledLogits
@@ -95,7 +94,7 @@ def train(model: nn.Module, batches: Sequence[Numbered], own: int, *, logits_wit
 def _passes(model: nn.Module, batches: Sequence[Numbered], seed: int) -> Iterator[Any]:
     """What ``model`` returns for each batch, after its backward."""
     for number, batch in batches:
-        set_seed(seed + number)
+        _seed_all(seed + number)
         output = model(**batch)
         (loss_of(output) / len(batches)).backward()
         yield output
@@ -122,3 +121,9 @@ def evaluate(model: nn.Module, batch: Numbered) -> list[torch.Tensor]:
 
 def without_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def _seed_all(seed: int) -> None:
+    from transformers import set_seed  # with it come accelerate and peft, which a training run may not need
+
+    set_seed(seed)

@@ -3,42 +3,39 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from shardwright.cli.asked import about_model_and_gpus
 from shardwright.cli.sharding import sharding
-from shardwright.distributed.config import DTYPES, ParallelConfig
+from shardwright.distributed.config import ParallelConfig
+
+if TYPE_CHECKING:
+    from shardwright.estimate.asked import Asked
 
 
 @click.command()
-@click.argument("model")
-@click.option("--gpus", required=True, type=click.IntRange(1), help="How many, one for each rank.")
-@click.option("--gpu", required=True, help="A device, such as h100-80gb, or a YAML file that describes one.")
+@about_model_and_gpus
 @click.option("--seq-len", required=True, type=int, help="Tokens of a sequence.")
 @click.option("--batch-size", default=1, show_default=True,
               help="Sequences of a micro-batch, on each data-parallel rank.")  # fmt: skip
 @click.option("--accumulation", default=1, show_default=True, help="Micro-batches of a step.")
 @click.option("--optimizer", default="adamw", show_default=True,
               help="adamw, adamw_fused, adamw_8bit, adafactor, sgd, sgd_momentum, muon ...")  # fmt: skip
-@click.option("--weights", type=click.Choice(DTYPES), default="float32", show_default=True,
-              help="Dtype in which parameters, gradients and the optimizer's state are kept.")  # fmt: skip
-@click.option("--lora", default=0, help="Rank of LoRA adapters on all linear layers; the rest is frozen.")
-@click.option("--network", default="ib-ndr", show_default=True, help="The fabric between nodes.")
-@click.option("--gpus-per-node", type=click.IntRange(1), help="Instead of what is usual for the device.")
 @click.option("--tokens", type=float, help="Of a whole run, to say how long it takes: 15e12, for example.")
 @click.option("--price", type=float, help="Dollars of one GPU for an hour.")
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a page about it to this file.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @sharding(precision="bf16")
 def estimate(
-    model: str,
+    asked: Asked,
     config: ParallelConfig,
     seq_len: int,
     batch_size: int,
     accumulation: int,
     optimizer: str,
-    **machine: Any,
+    **wanted: Any,
 ) -> None:
     """Say whether training MODEL fits, and what it takes. Needs no GPU and no weights.
 
@@ -49,4 +46,4 @@ def estimate(
     from shardwright.estimate.estimate_command import run
     from shardwright.estimate.workload import Workload
 
-    run(model, config, Workload(seq_len, batch_size, accumulation, optimizer), **machine)
+    run(asked, config, Workload(seq_len, batch_size, accumulation, optimizer), **wanted)

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from shardwright.distributed.config import ParallelConfig
-from shardwright.estimate.estimating import Estimate, estimate, largest_parts, read_model
-from shardwright.estimate.hardware import load_machine
+from shardwright.estimate.asked import Asked
+from shardwright.estimate.estimating import Estimate, estimate, largest_parts
 from shardwright.estimate.timeline import AXES
 from shardwright.estimate.workload import Workload
 
@@ -29,17 +29,22 @@ NAMES = {
 
 
 def run(
-    model: str, config: ParallelConfig, workload: Workload, *, gpus: int, gpu: str, weights: str, lora: int,
-    network: str, gpus_per_node: int | None, tokens: float | None, price: float | None, as_json: bool,
+    asked: Asked,
+    config: ParallelConfig,
+    workload: Workload,
+    *,
+    tokens: float | None,
+    price: float | None,
+    as_json: bool,
     html: Path | None,
-) -> None:  # fmt: skip
+) -> None:
     """Estimate and print.
 
     Raises:
         ShardwrightError: as :func:`shardwright.estimate.estimating.estimate`, or an unknown device.
     """
-    machine = load_machine(gpu, network=network, gpus_per_node=gpus_per_node)
-    found = estimate(read_model(model, weights, lora), config, workload, machine, gpus=gpus)
+    machine = asked.machine()
+    found = estimate(asked.reading(), config, workload, machine, gpus=asked.gpus)
     found = replace(found, tokens_asked=tokens, price=price)
     if html is not None:
         from shardwright.estimate.page import page

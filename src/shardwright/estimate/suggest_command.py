@@ -7,14 +7,15 @@ from pathlib import Path
 
 import click
 import yaml
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from shardwright.distributed.config import ParallelConfig
 from shardwright.errors import ConfigError
+from shardwright.estimate.asked import Asked
 from shardwright.estimate.estimate_command import gib, layout_of
-from shardwright.estimate.estimating import Estimate, read_model
-from shardwright.estimate.hardware import load_machine
+from shardwright.estimate.estimating import Estimate
 from shardwright.estimate.search import Search, search
 from shardwright.estimate.workload import Workload
 
@@ -22,9 +23,15 @@ SHOWN = 10
 
 
 def run(
-    model: str, base: ParallelConfig, workload: Workload, *, gpus: int, gpu: str, global_batch: int, objective: str,
-    weights: str, lora: int, network: str, gpus_per_node: int | None, save: Path | None, as_json: bool,
-) -> None:  # fmt: skip
+    asked: Asked,
+    base: ParallelConfig,
+    workload: Workload,
+    *,
+    global_batch: int,
+    objective: str,
+    save: Path | None,
+    as_json: bool,
+) -> None:
     """Search, print, and save the best.
 
     Raises:
@@ -32,15 +39,16 @@ def run(
     """
     if save is not None and save.exists():
         raise ConfigError(f"{save} exists. Choose another name for --save, or remove it first.")
-    machine = load_machine(gpu, network=network, gpus_per_node=gpus_per_node)
-    reading = read_model(model, weights, lora)
-    found = search(reading, workload, machine, gpus=gpus, global_batch=global_batch, objective=objective, base=base)
+    machine, reading = asked.machine(), asked.reading()
+    found = search(
+        reading, workload, machine, gpus=asked.gpus, global_batch=global_batch, objective=objective, base=base
+    )
     if as_json:
         click.echo(json.dumps([made.to_dict() for made in found.fitting], indent=2))
     else:
         print_search(found, Console())
     if save is not None and found.fitting:
-        save.write_text(training_file(model, found.fitting[0], global_batch))
+        save.write_text(training_file(asked.model, found.fitting[0], global_batch))
         if not as_json:
             click.echo(f"The first one is saved to {save}: add data.paths, then shardwright train {save}.")
 
@@ -75,10 +83,12 @@ def print_search(found: Search, console: Console) -> None:
             )
     else:
         best = found.fitting[0]
+        waits, share = best.speed.waits_for
         console.print(
             f"[bold green]{layout_of(best.config)}[/], {best.workload.batch_size} sequences a micro-batch, "
             f"{best.workload.accumulation} a step: {best.speed.tokens_per_second:,.0f} tokens/s on each GPU, "
-            f"{gib(best.memory)} of {gib(best.machine.device.memory)} GiB."
+            f"{gib(best.memory)} of {gib(best.machine.device.memory)} GiB. Beside computation it waits for "
+            f"{waits} most: {share:.1%} of a step."
         )
         console.print(_table(found.fitting[:SHOWN]))
     console.print(f"{len(found.fitting)} layouts fit, {found.too_large} do not.")
@@ -86,34 +96,37 @@ def print_search(found: Search, console: Console) -> None:
         console.print(f"{count} not possible: {reason}.")
 
 
-_SHORT = {
-    "collectives of tensor parallelism": "TP",
-    "collectives of context parallelism": "CP",
-    "collectives of expert parallelism": "EP",
-    "gathers and reductions of FSDP2": "FSDP2",
-    "the optimizer": "optimizer",
-}
+_SHORT = {"dp_replicate": "replicas", "dp_shard": "shards", "cp": "cp", "tp": "tp", "ep": "ep"}
 
 
 def _table(fitting: list[Estimate]) -> Table:
-    table = Table(title="Layouts that fit: replicas x shards x cp x tp, ep among them; micro-batch x accumulation")
-    for name in ("ranks", "recomputed", "batch", "tokens/s", "MFU", "GiB", "waits", "against the first"):
-        table.add_column(name, justify="right" if name in ("tokens/s", "MFU", "GiB") else "left", no_wrap=True)
+    """Readable in 80 columns."""
+    table = Table(
+        title="Layouts that fit; batch: sequences a micro-batch x accumulation",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    table.add_column("ranks", min_width=14, overflow="fold")
+    for name in ("recomputed", "batch"):
+        table.add_column(name, no_wrap=True)
+    for name in ("tokens/s", "MFU", "GiB"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("against the first", min_width=18, overflow="fold")
     best = fitting[0]
     for made in fitting:
-        waits, share = made.speed.waits_for
         config, work = made.config, made.workload
         table.add_row(
             _ranks(config), config.activation_checkpointing,
             f"{work.batch_size} x {work.accumulation}", f"{made.speed.tokens_per_second:,.0f}",
-            f"{made.speed.mfu:.1%}", gib(made.memory), f"{_SHORT[waits]} {share:.0%}", against(made, best),
+            f"{made.speed.mfu:.1%}", f"{made.memory / 2**30:.1f}", against(made, best),
         )  # fmt: skip
     return table
 
 
 def _ranks(config: ParallelConfig) -> str:
-    degrees = f"{config.dp_replicate} x {config.dp_shard} x {config.cp} x {config.tp}"
-    return degrees if config.ep == 1 else f"{degrees}, ep {config.ep}"
+    degrees = config.to_dict()
+    return ", ".join(f"{short} {degrees[name]}" for name, short in _SHORT.items() if degrees[name] > 1) or "one"
 
 
 def against(made: Estimate, best: Estimate) -> str:

@@ -139,7 +139,7 @@ def test_a_config_that_is_none() -> None:
 
 def test_fields_that_do_not_exist() -> None:
     fields: Any = {"tpp": 2}
-    with pytest.raises(ConfigError, match=r"Unknown key\(s\) 'tpp' for ParallelConfig. Known: .*compile, cp"):
+    with pytest.raises(ConfigError, match=r"Unknown key\(s\) 'tpp' for ParallelConfig. Known: .*context_method, cp"):
         ParallelConfig(**fields)
     with pytest.raises(ConfigError, match="Unknown key"):
         ParallelConfig().with_(**fields)

@@ -141,7 +141,9 @@ def test_with_sequence_parallelism(ranks4: RankPool, case: str) -> None:
     family, changes, made = SPLIT_TWICE[case]
     model = family if changes is None else partial(build, family, **changes)
     report = verify(model, SP, batch=made, accumulate=2, pool=ranks4)
-    assert report.exact, report  # T5 amplifies rounding to about 1e-5, without cp too, and is judged in float64 then
+    assert report.exact, report
+    if case != "relative-bias":  # T5 amplifies rounding to about 1e-5, without cp too, and is judged in float64 then
+        assert report.precision == "float32", report
     assert report.sharded_fraction > 0.5
 
 

@@ -140,7 +140,7 @@ def test_a_users_own_model(ranks2: RankPool) -> None:
     config = ParallelConfig(dp_shard=2)
     report = verify(make_regression, config, batch=regression_batch, accumulate=2, pool=ranks2)
     assert report.exact, report.summary()
-    assert 0 < report.logits_rel_err < 1e-5  # of the losses of its evaluations: it has no logits
+    assert report.logits_rel_err < 1e-5  # of the losses of its evaluations: it has no logits
     assert report.plan_source == "none: tp is 1"
 
 

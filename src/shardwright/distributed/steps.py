@@ -110,7 +110,7 @@ def parallelize_with_fsdp2(
         expert_mesh = expert_data_parallel_mesh(device_mesh, axes.dp_replicate)
         check_expert_shards(model, decided.experts, expert_mesh)
     _before_sharding(model, device_mesh, axes, decided)
-    on = Parallelized(device_mesh, axes.tp, "fsdp2")
+    on = Parallelized(device_mesh, axes.tp, "fsdp2", decided.plan)
     mark_parallelized(model, on)
     if decided.data is not None or tp > 1:
         refuse_later_changes(model)
@@ -161,7 +161,7 @@ def parallelize_with_megatron_fsdp(
     check_fused_kernels(model, tp_mesh.size())
     decided = decide(reading, config, tp=tp_mesh.size(), fsdp2=False, custom=plan, own_units=prepared.unit_names)
     _before_sharding(model, device_mesh, Axes(tp=options.tp_mesh_name), decided)
-    on = Parallelized(device_mesh, options.tp_mesh_name, "megatron_fsdp")
+    on = Parallelized(device_mesh, options.tp_mesh_name, "megatron_fsdp", decided.plan)
     mark_parallelized(model, on)
     connect_trainers(on)
     return prepared.shard()

@@ -40,7 +40,7 @@ class Report:
     Attributes:
         exact: every error below is smaller than 1e-5, and both models have the same parameters.
         loss_diff: largest absolute difference of the loss of a micro-batch of the first step.
-        logits_rel_err: of these forwards and of evaluations before, between and after the steps; of the losses of the
+        logits_rel_err: of these forwards and of evaluations before, in and after the first step; of the losses of the
             evaluations where a model returns no logits.
         max_grad_rel_err: over the gradients of all parameters in the first step; ``worst_parameter`` has it.
         grad_norm_rel_err: of the norm that stock ``clip_grad_norm_`` returns.

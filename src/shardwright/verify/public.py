@@ -44,8 +44,8 @@ def verify(
     where there is one for each, else they share them (:mod:`shardwright.verify.shared_gpu`). ``engine: megatron_fsdp``
     runs on a GPU for each rank only.
 
-    Both sides run a training loop: an evaluation, a step, an evaluation, a step, an evaluation. A step is
-    ``accumulate`` micro-batches with plain ``loss.backward()``, stock ``torch.nn.utils.clip_grad_norm_`` and
+    Both sides run a training loop: an evaluation, a step, an evaluation, a step. A step is ``accumulate`` micro-batches
+    (the second: one) with plain ``loss.backward()``, stock ``torch.nn.utils.clip_grad_norm_`` and
     ``torch.optim.AdamW``; one more evaluation stands between the backward and the clipping of the first. Compared are
     the losses, the logits, the gradient of every parameter, the clipped norm and every parameter after the last step,
     in float32. Dropout is off in tiny copies; LayerDrop is on where the config has it, and draws its layers by

@@ -15,9 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardwright import api
 from shardwright._torch import tree_map_only
+from shardwright.distributed.apply.guards.fresh import parallelized_model
 from shardwright.distributed.config import ParallelConfig
-from shardwright.distributed.planning.tensor import plan_and_resolve
-from shardwright.distributed.replay.reading import ModelReading
 from shardwright.errors import UnsupportedError
 from shardwright.verify.compare import EXACT, Difference, Report, compare
 from shardwright.verify.locate import first_module_that_differs
@@ -65,7 +64,7 @@ def run_case(case: Case) -> Report:
         else:
             report = second if second.exact else replace(report, float64_rel_err=second.worst_error)
     inputs = "text and images" if "pixel_values" in case.batch(0) else "text"
-    report = replace(report, plan_source=_plan_source(case), inputs=inputs)
+    report = replace(report, inputs=inputs)
     if not report.exact:
         device = rank_device()
         sharded = case.parallelize(case.build().to(device), case.config, shared_mesh(case.config))
@@ -93,6 +92,7 @@ def _measure(case: Case, dtype: torch.dtype) -> Report:
     precision = str(dtype).removeprefix("torch.")
     return replace(
         report,
+        plan_source=_plan_source(case, model),
         sharded_fraction=sharded,
         spread_fraction=spread,
         world_size=dist.get_world_size(),
@@ -155,13 +155,12 @@ def _report(errors: dict[str, Difference], problems: list[str]) -> Report:
     )
 
 
-def _plan_source(case: Case) -> str:
+def _plan_source(case: Case, sharded: nn.Module) -> str:
     if case.config.tp == 1:
         return "none: tp is 1"
     if case.parallelize is not api.parallelize:
         return f"custom: {case.parallelize.__name__}"
-    source = [""]
-    if dist.get_rank() == 0:
-        source = [plan_and_resolve(ModelReading(case.build()), case.config.plan, case.config.tp)[0].source]
-    dist.broadcast_object_list(source)
-    return str(source[0])
+    on = parallelized_model(sharded)
+    assert on is not None
+    assert on.plan is not None, "tp is above 1"
+    return on.plan.source

@@ -62,9 +62,9 @@ def logits_of(output: Any) -> list[torch.Tensor]:
 
 
 def train(model: nn.Module, batches: Sequence[Numbered], own: int, *, logits_with_labels: bool = True) -> Trace:
-    """The loop anyone would write: accumulate, clip, step, and evaluate before, between and after.
+    """The loop anyone would write: evaluate, accumulate, clip, step, evaluate, and a second step.
 
-    An evaluation also stands between backward and step, where a trainer that logs may put one.
+    An evaluation also stands between backward and clipping, where a trainer that logs may put one.
 
     Args:
         model: called with each batch as keyword arguments.
@@ -83,10 +83,9 @@ def train(model: nn.Module, batches: Sequence[Numbered], own: int, *, logits_wit
     trace.gradients = {name: None if p.grad is None else full(p.grad) for name, p in model.named_parameters()}
     trace.norm = _step(optimizer, trained)
     trace.logits += evaluate(model, batches[0])
-    for _ in _passes(model, batches, seed=1000):
-        pass
+    for _ in _passes(model, [batch for batch in batches if batch[0] % own == 0], seed=1000):
+        pass  # one micro-batch of each data-parallel rank
     _step(optimizer, trained)
-    trace.logits += evaluate(model, batches[0])
     trace.parameters = {name: full(parameter) for name, parameter in model.named_parameters()}
     return trace
 

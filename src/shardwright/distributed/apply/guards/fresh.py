@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from shardwright.distributed.axes import AXES
 from shardwright.distributed.mesh import batch_mesh
+from shardwright.distributed.plan import ParallelPlan
 from shardwright.errors import PlanError
 
 _MARK = "_parallelized"
@@ -39,11 +40,13 @@ class Parallelized:
     Attributes:
         mesh: all of its ranks.
         engine: ``"fsdp2"`` or ``"megatron_fsdp"``.
+        plan: the tensor-parallel plan; None where there is one tensor-parallel rank.
     """
 
-    def __init__(self, mesh: DeviceMesh, tp: str, engine: str) -> None:
+    def __init__(self, mesh: DeviceMesh, tp: str, engine: str, plan: ParallelPlan | None) -> None:
         self.mesh = mesh
         self.engine = engine
+        self.plan = plan
         self._one_batch = {tp, *(axis.name for axis in AXES if axis.one_batch)}
 
     def __deepcopy__(self, memo: object) -> Parallelized:

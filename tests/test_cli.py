@@ -143,9 +143,11 @@ def test_a_launcher_that_is_stopped_while_it_imports_or_prepares(tmp_path: Path,
     (tmp_path / "tmp").mkdir()
     environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp")}
     command = [sys.executable, "-m", "shardwright.cli", "train", "run.yaml", "steps=100000"]
-    for seconds in (1.0, 3.0):
+    for seconds in (0.5, 3.0):
         with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
                               text=True) as process:  # fmt: skip
+            while process.poll() is None and not _listens(process.pid):  # Python itself may take a second to start
+                time.sleep(0.01)
             time.sleep(seconds)
             process.send_signal(number)
             _, error = process.communicate(timeout=60)
@@ -153,6 +155,13 @@ def test_a_launcher_that_is_stopped_while_it_imports_or_prepares(tmp_path: Path,
         assert error.startswith(f"Error: Stopped by {number.name}"), error
         assert error.count("\n") == 1
         assert not [name for name in os.listdir(tmp_path / "tmp") if name.startswith("shardwright-")]
+
+
+def _listens(process: int) -> bool:
+    """Whether a process has a handler for SIGTERM."""
+    caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{process}/status").read_text())
+    assert caught is not None
+    return bool(int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def test_compiled_code_that_swallows_a_signal_does_not_hide_it(

@@ -29,6 +29,9 @@ DRAWN: dict[str, Callable[[Any], Any]] = {
     "a mask": lambda p: p.mul_(torch.empty_like(p).bernoulli_(0.5)),
     "a mask of booleans": lambda p: p.masked_fill_(torch.rand_like(p) < 0.5, 0.0),
     "dropout": lambda p: p.copy_(F.dropout(p, 0.5)),
+    "dropout in place": lambda p: F.dropout(p, 0.5, inplace=True),
+    "dropout in evaluation mode": lambda p: p.copy_(F.dropout(p, 0.5, training=False)),
+    "as likely as another says": lambda p: p.bernoulli_(p.clone().sigmoid()),
     "noise in the gradient": lambda p: p.grad.add_(torch.randn_like(p.grad)),
     "noise of data": lambda p: p.data.add_(torch.rand_like(p.data)),
 }
@@ -81,6 +84,7 @@ def _refused() -> list[str]:
         except UnsupportedError as error:
             told.append(str(error))
     assert torch.equal(full(weight), before)
+    assert torch.equal(full(F.dropout(weight, 0.5, training=False)), before), "nothing is drawn"
     return told
 
 

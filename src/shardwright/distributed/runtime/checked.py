@@ -59,7 +59,7 @@ class CheckedDTensor(DTensor):
             _refuse_part(args[0])
             return func(args[0].to_local(), *args[1:], **kwargs)
         refuse_lost_write(func, args)
-        if is_drawn(func):
+        if is_drawn(func, kwargs):
             return draw_whole(func, args, kwargs)
         if is_whole_write(func, args, kwargs):
             return write_whole(func, args, kwargs)

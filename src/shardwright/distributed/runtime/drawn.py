@@ -26,9 +26,11 @@ _DRAWS = DRAWS | {"dropout", "dropout_", "feature_dropout_", "alpha_dropout_"}
 _INITIALISERS = {value for value in vars(nn.init).values() if isinstance(value, FunctionType)}
 
 
-def is_drawn(func: Callable[..., Any]) -> bool:
+def is_drawn(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
     """Whether ``func`` draws random numbers, or sets a whole weight anew (:mod:`torch.nn.init`)."""
-    return func.__name__ in _DRAWS or func in _INITIALISERS
+    if func in _INITIALISERS:
+        return True
+    return func.__name__ in _DRAWS and kwargs.get("training") is not False  # dropout in evaluation mode draws nothing
 
 
 def draw_whole(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -48,14 +50,20 @@ def draw_whole(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
             f"{func.__name__} draws for a sharded parameter where gradients are recorded. Draw a mask or noise under "
             "torch.no_grad() first, and compute with that."
         )
+    mesh = target.device_mesh
+    assert mesh.mesh_dim_names is not None
     with torch.no_grad(), ExitStack() as alike:
-        for axis, name in enumerate(target.device_mesh.mesh_dim_names or ()):
-            if target.device_mesh.size(axis) > 1:
-                alike.enter_context(drawing_alike(target.device_mesh[name]))
-        if not writes(func):
+        for axis, name in enumerate(mesh.mesh_dim_names):
+            if mesh.size(axis) > 1:
+                alike.enter_context(drawing_alike(mesh[name]))
+        if not (writes(func) or kwargs.get("inplace")):
             return _cut(func(*joined(args), **joined(kwargs)), target)
         new = whole(target).clone()
-        func(*(new if x is target else x for x in args), **{k: new if x is target else x for k, x in kwargs.items()})
+
+        def given(x: Any) -> Any:
+            return new if x is target else joined(x)
+
+        func(*map(given, args), **{name: given(x) for name, x in kwargs.items()})
         target.to_local().copy_(part_of(new, target))
     return target
 

@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 from steps import assert_same, assert_same_gradients, assert_same_parameters
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import OPTConfig, OPTForCausalLM
+from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from shardwright import ParallelConfig, parallelize
 from shardwright.verify.public import case_of
@@ -193,6 +195,20 @@ def _zeros_in_one_shard(configs: Sequence[ParallelConfig]) -> None:
 def test_a_gradient_of_zero_in_one_shard_is_none_nowhere(ranks2: RankPool) -> None:
     """Weight decay must reach all rows of a parameter that any rank has used, and none that no rank has."""
     ranks2.run(_zeros_in_one_shard, (FSDP, ParallelConfig(dp_replicate=2)))
+
+
+def _marked(config: ParallelConfig) -> list[str]:
+    model = parallelize(_opt(), config, shared_mesh(config))
+    assert isinstance(model, FSDPModule)
+    return [name for name, module in model.named_modules() if is_fsdp_managed_module(module)]
+
+
+@pytest.mark.parametrize("config", [FSDP, ParallelConfig(tp=2, precision="bf16")])
+def test_what_holds_layers_may_drop_them(ranks2: RankPool, config: ParallelConfig) -> None:
+    """With one data-parallel rank, too: transformers' models run layers that they drop where FSDP2 marks them."""
+    marked = ranks2.run(_marked, config)[0]
+    assert "model.decoder" not in marked
+    assert "" in marked, "generate() must still agree with all ranks"
 
 
 # Towers that are frozen in part, and whose last block nobody uses

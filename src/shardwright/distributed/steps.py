@@ -36,7 +36,7 @@ from shardwright.distributed.apply.parts import PART, open_to_losses
 from shardwright.distributed.apply.passes import watch_passes
 from shardwright.distributed.apply.quantized import check_quantized
 from shardwright.distributed.apply.saving import save_and_load_together
-from shardwright.distributed.apply.skipped_units import pass_skipped_units
+from shardwright.distributed.apply.skipped_units import let_drop, pass_skipped_units
 from shardwright.distributed.apply.tensor_parallel import apply_tensor_parallel
 from shardwright.distributed.apply.trainers import connect_trainers
 from shardwright.distributed.axes import EXPERTS
@@ -119,6 +119,7 @@ def parallelize_with_fsdp2(
         if decided.experts is not None:
             let_mix(model, decided.experts)
         watch_passes(model, before=look_for_changes)
+        let_drop(model)
     open_to_losses(model, decided.readable, axes.tp, fsdp2=decided.data is not None)
     if decided.data is not None and dp_mesh.size() > 1:
         pass_skipped_units(model, decided.data.order, without=PART)

@@ -17,7 +17,7 @@ ranks that run it: where something that is trained stands in front of it, in the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -42,9 +42,18 @@ def pass_skipped_units(model: nn.Module, order: Sequence[str], without: str) -> 
                 unit.module, _Passing(unit, without if unit.module is model else "", root=unit.module is model)
             )
         for part in unit.parts:
-            if part.holder is not model:
-                _torch.set_runs_in_step(part.holder, False)  # else it would run what it drops, and use it
             part.module.register_forward_pre_hook(_Arrival(unit, part), prepend=True, with_kwargs=True)
+
+
+def let_drop(model: nn.Module) -> None:
+    """Let the modules of ``model`` drop units, in place.
+
+    Where FSDP2 says that ranks must run alike, some models of transformers run and use a layer that LayerDrop drops.
+    """
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        if module is not model and _torch.is_unit(module) and (holder := _holder(name, modules)) is not model:
+            _torch.set_runs_in_step(holder, False)
 
 
 class _Unit:
@@ -212,7 +221,7 @@ def _tree(model: nn.Module, order: Sequence[str]) -> list[_Unit]:
     for name, module in modules.items():
         if module is model or not _torch.is_unit(module):
             continue
-        units[name] = _Unit(module, modules[".".join(name.split(".")[:-2])])
+        units[name] = _Unit(module, _holder(name, modules))
         around = max(
             (other for other in units if other != name and (not other or name.startswith(f"{other}."))), key=len
         )
@@ -220,6 +229,11 @@ def _tree(model: nn.Module, order: Sequence[str]) -> list[_Unit]:
     for unit in units.values():
         unit.parts = _as_they_run(unit.parts, {id(each): name for name, each in units.items()}, order)
     return list(units.values())
+
+
+def _holder(name: str, modules: Mapping[str, nn.Module]) -> nn.Module:
+    """The module that holds the list that the unit called ``name`` is in."""
+    return modules[".".join(name.split(".")[:-2])]
 
 
 def _as_they_run(parts: list[_Unit], names: dict[int, str], order: Sequence[str]) -> list[_Unit]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from shardwright.api import parallelize
     from shardwright.checkpoint.load import init_pretrained, load_adapted, load_pretrained
     from shardwright.checkpoint.save import save_pretrained
+    from shardwright.distributed.apply.batches import shard_batch
     from shardwright.distributed.config import ParallelConfig
     from shardwright.distributed.mesh import make_mesh
     from shardwright.distributed.plan import ParallelPlan
@@ -32,6 +33,7 @@ _HOMES = {
     "make_mesh": "shardwright.distributed.mesh",
     "parallelize": "shardwright.api",
     "save_pretrained": "shardwright.checkpoint.save",
+    "shard_batch": "shardwright.distributed.apply.batches",
 }
 _MODULES = ("errors", "estimate", "losses", "verify")
 
@@ -45,6 +47,7 @@ __all__ = [
     "make_mesh",
     "parallelize",
     "save_pretrained",
+    "shard_batch",
 ]
 
 

@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shardwright.distributed.apply.loss_tiles import call_with_loss
+from shardwright.distributed.runtime.context.parts import part, summed
+from shardwright.distributed.runtime.context.sharded import ContextSharded
 from shardwright.distributed.runtime.implicit import joined
 from shardwright.distributed.runtime.read_weights import readable
 from shardwright.distributed.runtime.sharded_table import bias_of, by_rows, logits_of, slice_of, whole_input
@@ -113,11 +115,14 @@ def loss_in_tiles(
     dtype = dtype or hidden.dtype
     leading = hidden.shape[:-1]
     table = by_rows(readable(weight, dtype))
-    rows = [whole_input(hidden, table).to(dtype).reshape(-1, hidden.shape[-1])]
+    dealt = hidden if isinstance(hidden, ContextSharded) else None  # each rank computes the losses of its part
+    mine = hidden if dealt is None else dealt.inside
+    rows = [whole_input(mine, table).to(dtype).reshape(-1, hidden.shape[-1])]
     for tensor in per_token:
         if tensor.shape[: len(leading)] != leading:
             raise ConfigError(f"A tensor of shape {tuple(tensor.shape)} has no value per token of {tuple(leading)}.")
-        rows.append(joined(tensor).reshape(rows[0].shape[0], *tensor.shape[len(leading) :]))
+        values = joined(tensor) if dealt is None else part(joined(tensor), dealt.dealt)
+        rows.append(values.reshape(rows[0].shape[0], *tensor.shape[len(leading) :]))
     weights = {"weight": slice_of(table)}
     if bias is not None:
         weights["bias"] = bias_of(readable(bias, dtype), table)
@@ -126,7 +131,9 @@ def loss_in_tiles(
         logits = logits_of(F.linear(pieces[0], weights["weight"], weights.get("bias")), table)
         return loss(logits if on_logits is None else on_logits(logits), *pieces[1:])
 
-    parts = in_tiles(tile, rows, weights, tiles)
-    if parts[0].ndim == 0:
-        return torch.stack(parts).sum()
-    return torch.cat(parts).reshape(*leading, *parts[0].shape[1:])
+    found = in_tiles(tile, rows, weights, tiles)
+    if found[0].ndim == 0:
+        total = torch.stack(found).sum()
+        return total if dealt is None else summed(total, dealt.dealt)
+    values = torch.cat(found).reshape(*mine.shape[:-1], *found[0].shape[1:])
+    return values if dealt is None else dealt.like(values, dealt.dealt)

@@ -90,6 +90,7 @@ WAYS = {
     "tp": ParallelConfig(tp=2),
     "tp+sp": ParallelConfig(tp=2, sequence_parallel=True),
     "fsdp2": ParallelConfig(dp_shard=2),
+    "cp": ParallelConfig(cp=2, dp_shard=1),
 }
 WAYS_OF_FOUR = {
     "tp x fsdp2": ParallelConfig(tp=2, dp_shard=2),
@@ -136,7 +137,9 @@ def _compare(config: ParallelConfig, tied: bool) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize(("way", "tied"), [("tp", False), ("tp", True), ("tp+sp", True), ("fsdp2", False)])
+@pytest.mark.parametrize(
+    ("way", "tied"), [("tp", False), ("tp", True), ("tp+sp", True), ("fsdp2", False), ("cp", False)]
+)
 def test_on_two_ranks(ranks2: RankPool, way: str, tied: bool) -> None:
     for found in ranks2.run(_compare, WAYS[way], tied):
         assert not found

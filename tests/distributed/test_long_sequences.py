@@ -103,6 +103,20 @@ def test_on_four_ranks(ranks4: RankPool, way: str) -> None:
     assert_exact(measure(ranks4, "llama", ParallelConfig(**WAYS_OF_FOUR[way], **SETTINGS["all"])), EXPECTED_SHARE)
 
 
+CONTEXT = {"cp": 2, "dp_shard": 1}
+
+
+@pytest.mark.parametrize("setting", ["all", "all, compiled"])
+def test_with_context_parallelism(ranks2: RankPool, setting: str) -> None:
+    """Tiles of a rank's part of the sequence; 5 positions are fewer than there are tiles on the two ranks."""
+    for length in (15, 5):
+        ranks2.run(_compare, "llama", {**CONTEXT, **SETTINGS[setting]}, length)
+
+
+def test_with_context_and_tensor_parallelism(ranks4: RankPool) -> None:
+    ranks4.run(_compare, "gemma2", {**CONTEXT, **WAYS["tp+sp"], **SETTINGS["all, compiled"]})
+
+
 def _uneven_data_parallel_ranks() -> None:
     """Data-parallel ranks with batches of other lengths make the same collectives among them."""
     parallel = ParallelConfig(tp=2, dp_shard=2, **SETTINGS["all"])

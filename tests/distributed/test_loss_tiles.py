@@ -26,11 +26,13 @@ WAYS: dict[str, dict[str, Any]] = {
     "tp": {"tp": 2},
     "tp+sp": {"tp": 2, "sequence_parallel": True},
     "fsdp2": {"dp_shard": 2},
+    "cp": {"cp": 2, "dp_shard": 1},
     "tp, compiled": {"tp": 2, "compile": "aot_eager", "activation_checkpointing": "full"},
 }
 WAYS_OF_FOUR: dict[str, dict[str, Any]] = {
     "tp x fsdp2": {"tp": 2, "dp_shard": 2},
     "tp+sp x fsdp2": {"tp": 2, "dp_shard": 2, "sequence_parallel": True, "activation_checkpointing": "full"},
+    "cp x tp+sp": {"cp": 2, "tp": 2, "dp_shard": 1, "sequence_parallel": True},
 }
 # What models do to their logits on the way to the loss.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -84,7 +86,7 @@ def test_on_two_ranks(ranks2: RankPool, family: str, way: str) -> None:
     ranks2.run(_compare, family, WAYS[way])
 
 
-@pytest.mark.parametrize(("family", "way"), list(zip(("llama", "gemma2"), WAYS_OF_FOUR, strict=True)))
+@pytest.mark.parametrize(("family", "way"), list(zip(("llama", "gemma2", "cohere"), WAYS_OF_FOUR, strict=True)))
 def test_on_four_ranks(ranks4: RankPool, family: str, way: str) -> None:
     ranks4.run(_compare, family, WAYS_OF_FOUR[way])
 
@@ -113,7 +115,7 @@ def _own_loss(config: dict[str, Any]) -> None:
     assert_same(plain, theirs, "of a model that computes no loss in tiles")
 
 
-@pytest.mark.parametrize("way", ["tp", "tp+sp", "fsdp2"])
+@pytest.mark.parametrize("way", ["tp", "tp+sp", "fsdp2", "cp"])
 def test_a_loss_of_your_own(ranks2: RankPool, way: str) -> None:
     ranks2.run(_own_loss, WAYS[way])
 

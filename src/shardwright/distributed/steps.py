@@ -92,7 +92,7 @@ def parallelize_with_fsdp2(
     check_every_axis_used(device_mesh, (axes.dp_replicate, axes.dp_shard_cp, axes.tp))
     dp_mesh = data_parallel_mesh(device_mesh, axes.dp_replicate, axes.dp_shard_cp)
     tp, cp, ep = (_degree(device_mesh, name) for name in (axes.tp, axes.cp, axes.ep))
-    check_context(config, cp, ep)
+    check_context(cp, ep)
     _check_model(model, mp_policy, tp, cp)
     decided = decide(
         ModelReading(model),
@@ -189,7 +189,7 @@ def _before_sharding(model: nn.Module, mesh: DeviceMesh, axes: Axes, decided: De
         cp_mesh = axis(mesh, axes.cp)
         split_sequences(model, cp_mesh, tp_mesh, decided.context)
         generate_together(model, cp_mesh)
-        compare_first_calls(model, cp_mesh)
+        compare_first_calls(model, cp_mesh, "context")
     if decided.tiles.head is not None:
         apply_loss_tiles(model, decided.tiles.head, decided.tiles.loss)
     apply_mlp_tiles(model, decided.tiles.mlps, decided.tiles.mlp)

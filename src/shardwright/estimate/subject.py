@@ -40,7 +40,7 @@ class Subject:
         degrees = config.degrees(ranks)
         whole = parameter_layouts(reading, None).values()
         settled = config.with_(dp_shard=degrees.dp_shard, precision=config.precision.settled(dtypes_of(whole)))
-        check_context(settled, settled.cp, settled.ep)
+        check_context(settled.cp, settled.ep)
         decided = decided_plan(reading, settled)
         return cls(
             reading, settled, decided, tuple(parameter_layouts(reading, decided.tensor, decided.experts).values())

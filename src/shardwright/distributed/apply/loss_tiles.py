@@ -9,6 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shardwright._torch import without_torch_function
+from shardwright.distributed.runtime.context.base import Meshes
+from shardwright.distributed.runtime.context.blocks import ContextLayer
+from shardwright.distributed.runtime.context.parts import Split
+from shardwright.distributed.runtime.context.sharded import ContextSharded, context_sharded, recognized
 from shardwright.distributed.runtime.forward import (
     Around,
     Forward,
@@ -80,8 +85,10 @@ class _HeadInTiles(Around):
         call = self.losses.call
         if call is None or len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
             return forward(*args, **kwargs)
+        hidden, split = _part(module, args[0])
         reader = next((around for around in arounds(module) if isinstance(around, LogitsForward)), None)
-        hidden = args[0] if reader is None else reader.read(args[0])
+        if reader is not None:
+            hidden = reader.read(hidden)
 
         def compute(tokens: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
             with parameters_as(module, dict(weights)):
@@ -93,7 +100,20 @@ class _HeadInTiles(Around):
         weights = local_parameters(module)
         with torch.no_grad():
             like = compute(hidden[..., :1, :], weights)  # of one token in each row: its dtype, and the vocabulary
+        if split is not None:
+            hidden = context_sharded(hidden, *split)
         shape = (*hidden.shape[:-1], like.shape[-1])
         return TiledLogits.make(
             Product(hidden, weights, compute), torch.empty(shape, dtype=like.dtype, device="meta"), call
         )
+
+
+def _part(module: nn.Module, hidden: Tensor) -> tuple[Tensor, tuple[Split, Meshes] | None]:
+    """What this rank has of the hidden states, and how they are dealt out; None where each rank has all of them."""
+    layer = next((around for around in arounds(module) if isinstance(around, ContextLayer)), None)
+    if layer is not None:
+        hidden = recognized(hidden, layer.context.meshes)
+    if not isinstance(hidden, ContextSharded):
+        return hidden, None
+    with without_torch_function():
+        return hidden.inside, (hidden.dealt, hidden.meshes)

@@ -92,7 +92,23 @@ def _by_kind(reading: ModelReading, recording: Recording) -> tuple[dict[str, Blo
         if kind in findings and _moved(findings[kind]) != _moved(found):
             failures[kind] = "blocks of this kind are called differently"
         findings[kind] = found
+    _together_or_not(findings, failures, _handed_kinds(weightless, runs, blocks))
     return {kind: found for kind, found in findings.items() if kind not in failures}, failures
+
+
+def _handed_kinds(
+    weightless: WeightlessCopy, runs: list[Mapping[str, list[ModuleCall]]], blocks: list[str]
+) -> set[str]:
+    """The kinds of blocks that are given a dict by which blocks hand each other tensors."""
+    calls = [(block, call) for run in runs for block in blocks for call in run.get(block, ())]
+    return {weightless.repeats.kind_of(weightless.repeats.original_name(block)) for block, call in calls if call.left}
+
+
+def _together_or_not(findings: Mapping[str, BlockFinding], failures: dict[str, str], handed: set[str]) -> None:
+    """Blocks that hand each other tensors must all be split, or none: a part for one is no whole for another."""
+    if failed := [kind for kind in handed if kind in failures]:
+        why = f"it hands tensors to a block that cannot be split ({failures[failed[0]]})"
+        failures.update({kind: why for kind in handed if kind in findings and kind not in failures})
 
 
 def _moved(finding: BlockFinding) -> Any:

@@ -10,6 +10,7 @@ from shardwright.distributed.config import ParallelConfig
 from shardwright.distributed.models.blocks import by_list, every_nth
 from shardwright.distributed.planning.context import plan_context
 from shardwright.distributed.planning.context_method import ContextMethod
+from shardwright.distributed.planning.context_plan import ContextPlan
 from shardwright.distributed.planning.data import decide_data
 from shardwright.distributed.planning.decided import DecidedPlan, ExpertPlan, Tiles
 from shardwright.distributed.planning.experts import decide_experts
@@ -72,7 +73,7 @@ def decide(
     if fsdp2:
         layouts = parameter_layouts(reading, resolved, experts)
         data = decide_data(reading, blocks, layouts, config, compute_dtype=compute_dtype, experts=experts)
-    tiles = _tiles(reading, config)
+    tiles = _tiles(reading, config, context)
     return DecidedPlan(
         plan=plan,
         tensor=resolved,
@@ -83,7 +84,9 @@ def decide(
         recomputed=tuple(recomputed),
         activation_checkpointing=config.activation_checkpointing,
         offload=config.offload_activations,
-        compiled=tuple(_compiled(reading, blocks, tiles, experts)) if config.compile_backend is not None else (),
+        compiled=tuple(_compiled(reading, blocks, tiles, experts, context))
+        if config.compile_backend is not None
+        else (),
         compile_backend=config.compile_backend,
         # What gathers its parameters, or runs twice, sees to its replicated parameters by itself.
         summing=(*(data.names if data is not None else own_units), *recomputed),
@@ -101,14 +104,15 @@ def _warnings(reading: ModelReading, blocks: list[str], resolved: ResolvedPlan |
         yield found
 
 
-def _tiles(reading: ModelReading, config: ParallelConfig) -> Tiles:
+def _tiles(reading: ModelReading, config: ParallelConfig, context: ContextPlan | None) -> Tiles:
     if config.loss_tiles > 1 and reading.head is None:
         raise ConfigError(
             f"loss_tiles is {config.loss_tiles}, but {type(reading.model).__name__} does not say which module computes "
             "its logits (get_output_embeddings). Leave loss_tiles out, or compute the loss with "
             "shardwright.losses.linear_cross_entropy."
         )
-    mlps = mlp_names(reading) if config.mlp_tiles > 1 else []
+    whole = () if context is None else context.regions  # a tile is no part of the sequence that such a part gathers
+    mlps = [name for name in mlp_names(reading) if name not in whole] if config.mlp_tiles > 1 else []
     if config.mlp_tiles > 1 and not mlps:
         raise ConfigError(
             f"mlp_tiles is {config.mlp_tiles}, but no block of {type(reading.model).__name__} has a part with linear "
@@ -120,9 +124,15 @@ def _tiles(reading: ModelReading, config: ParallelConfig) -> Tiles:
     return Tiles(head, config.loss_tiles, tuple(mlps), config.mlp_tiles)
 
 
-def _compiled(reading: ModelReading, blocks: list[str], tiles: Tiles, experts: ExpertPlan | None) -> list[str]:
-    """What is compiled: the blocks. Of one with tiles or experts on other ranks, the parts around these."""
-    eager = (*tiles.mlps, *(experts.modules if experts is not None else ()))
+def _compiled(
+    reading: ModelReading, blocks: list[str], tiles: Tiles, experts: ExpertPlan | None, context: ContextPlan | None
+) -> list[str]:
+    """What is compiled: the blocks. Of one with tiles, or parts that send to other ranks, what is around these."""
+    eager = (
+        *tiles.mlps,
+        *(experts.modules if experts is not None else ()),
+        *((*context.attention, *context.regions, *context.recorded) if context is not None else ()),
+    )
     found: list[str] = []
     for block in blocks:
         around = any(name.startswith(f"{block}.") for name in eager)

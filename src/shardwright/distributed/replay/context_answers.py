@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from shardwright.distributed.models.attention import attention_kernel
-from shardwright.distributed.replay.pointwise import copied
+from shardwright.distributed.replay.pointwise import copied, handed_over
 from shardwright.distributed.replay.record import CODE_ERRORS, same
 from shardwright.distributed.runtime import collectives as c
 from shardwright.distributed.runtime.context.attention import CAUSAL_WITHOUT_MASK, attend_rows
@@ -169,6 +169,8 @@ class AnsweredRegion:
 
     def _answer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call, self.used = next(self._calls, None), True
+        if handed_over(argument_names(module), args, kwargs):
+            raise Unsplit("a part of it that sees the whole sequence takes tensors of other blocks from a dict")
         if call is None:
             raise Unsplit("a part of it is called more often on a part of the sequence")
         whole = _leaves(module, call.args, call.kwargs)

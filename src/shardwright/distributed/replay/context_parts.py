@@ -10,6 +10,7 @@ it.
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Container, Iterable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -31,7 +32,7 @@ from shardwright.distributed.replay.context_answers import (
     split_of,
 )
 from shardwright.distributed.replay.module_calls import ModuleCall
-from shardwright.distributed.replay.pointwise import copied, pointwise
+from shardwright.distributed.replay.pointwise import copied, handed_over, pointwise, with_items
 from shardwright.distributed.replay.record import CODE_ERRORS
 from shardwright.distributed.replay.weightless import WeightlessCopy
 from shardwright.distributed.runtime.context.attention import HOLDER, KERNELS, KernelName
@@ -100,7 +101,8 @@ class BlockReplay:
         self.stream = first_argument(self.module)
         stream = self.call.args[0] if self.call.args else self.call.kwargs.get(self.stream)
         for value in (*self.call.args, *self.call.kwargs.values()):
-            if isinstance(value, (MutableMapping, MutableSequence)) and type(value) not in (dict, list) and len(value):
+            known = type(value) in (dict, list) or isinstance(value, UserDict)
+            if isinstance(value, (MutableMapping, MutableSequence)) and not known and len(value):
                 raise Unsplit(f"it is handed a {type(value).__name__}, by which blocks may hand each other tensors")
         form: tuple[int, ...] = tuple(stream.shape) if isinstance(stream, Tensor) else ()
         # Streams of several copies have one dim more: [batch, positions, copies, features], or the copies first.
@@ -253,6 +255,23 @@ class BlockReplay:
             return x.unflatten(0, (self.batch, self.length))[:, start:end].flatten(0, 1)
         return x.narrow(place.dim, start, end - start)
 
+    def _handed_parts(self, value: Any, rank: int) -> Any:
+        """``value`` with a rank's parts in the dicts by which blocks hand each other tensors."""
+
+        def cut(x: Any) -> Any:
+            if type(x) is tuple:
+                return tuple(map(cut, x))
+            place = self.place(x) if isinstance(x, Tensor) else None
+            if place is None:
+                raise Unsplit("blocks hand each other something else than tensors with an item for every position")
+            return copied(self.part(x, place, rank))
+
+        if isinstance(value, UserDict):
+            return with_items(value, cut)
+        if type(value) is tuple:
+            return tuple(self._handed_parts(item, rank) for item in value)
+        return {key: self._handed_parts(x, rank) for key, x in value.items()} if type(value) is dict else value
+
     def _on_part(
         self, name: str, call: ModuleCall, cut: Mapping[str, Place], regions: Sequence[str], rank: int
     ) -> BlockFinding:
@@ -268,6 +287,7 @@ class BlockReplay:
             return copied(self.part(x, place, rank))
 
         args, kwargs = mapped_arguments(names, call.args, call.kwargs, enter)
+        args, kwargs = self._handed_parts((args, kwargs), rank)
         kept = copied((args, kwargs))
         answers = {region: AnsweredRegion(self, region, rank) for region in regions}
         holders: dict[str, PartAttention] = {}
@@ -285,6 +305,9 @@ class BlockReplay:
             result = module(*args, **kwargs)
         if not alike((args, kwargs), kept):
             raise Unsplit("it changes what it is given")
+        for path, left in handed_over(names, args, kwargs).items():
+            if not alike(left.data, self._handed_parts(call.left[path], rank).data):
+                raise Unsplit(f"what it leaves in {path} for other blocks is not the part of the sequence")
         return BlockFinding(
             names[0] if names else "",
             Places(tuple(sorted(entered.items())), _split_results(self, call.output, result, rank)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,11 +16,16 @@ from shardwright.distributed.models.blocks import block_names
 
 @dataclass
 class ModuleCall:
-    """One call: its arguments and its result, as they were then."""
+    """One call: its arguments and its result, as they were then.
+
+    Attributes:
+        left: by argument, what the call left in dicts by which modules hand each other tensors.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Any
+    left: dict[str, UserDict[Any, Any]] = field(default_factory=dict)
 
 
 @dataclass

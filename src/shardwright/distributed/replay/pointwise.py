@@ -9,9 +9,10 @@ features of its input and scales them, and a table answers with a function of th
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections import UserDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +24,7 @@ from shardwright.distributed.replay.module_calls import ModuleCall, as_now
 from shardwright.distributed.replay.record import CODE_ERRORS, Idle, Recorder, first_float, same
 from shardwright.distributed.replay.runs import Inputs
 from shardwright.distributed.replay.weightless import WeightlessCopy
-from shardwright.distributed.runtime.context.places import mapped
+from shardwright.distributed.runtime.context.places import argument_names
 
 
 class Pointwise(Recorder):
@@ -49,7 +50,30 @@ def _generator(name: str) -> torch.Generator:
 
 def copied(value: Any) -> Any:
     """The tensors as they are now, in lists where they were in lists."""
-    return mapped(value, "", lambda path, x: as_now(x))
+    if isinstance(value, UserDict):
+        return with_items(value, copied)
+    if type(value) in (tuple, list):
+        return type(value)(copied(item) for item in value)
+    return {key: copied(item) for key, item in value.items()} if type(value) is dict else as_now(value)
+
+
+def with_items(handed: UserDict[Any, Any], change: Callable[[Any], Any]) -> UserDict[Any, Any]:
+    """A dict of the class of ``handed``, by which modules hand each other tensors, with other items."""
+    new = copy(handed)
+    for key, item in handed.items():
+        new[key] = change(item)
+    return new
+
+
+def handed_over(
+    names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, UserDict[Any, Any]]:
+    """The arguments that are dicts by which modules hand each other tensors (the keys and values of another layer).
+
+    They are no plain ``dict``: what copies arguments (FSDP2, a hook) leaves them alone, so that writes are seen.
+    """
+    named = {**dict(zip(names, args, strict=False)), **kwargs}
+    return {name: value for name, value in named.items() if isinstance(value, UserDict)}
 
 
 def is_pointwise_norm(norm: nn.Module) -> bool:
@@ -101,11 +125,20 @@ def pointwise_run(weightless: WeightlessCopy, inputs: Inputs, watched: Mapping[s
     """
     run, hooks = PointwiseRun(), []
     for name, module in watched.items():
+        begun: list[tuple[Any, Any]] = []
 
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
-            run.calls.setdefault(name, []).append(ModuleCall(copied(args), copied(kwargs), copied(output)))
+        def before(module: nn.Module, args: Any, kwargs: Any, begun: list[Any] = begun) -> None:
+            begun.append((copied(args), copied(kwargs)))
 
-        hooks.append(module.register_forward_hook(hook, with_kwargs=True))
+        def after(
+            module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name, begun: list[Any] = begun
+        ) -> None:
+            left = copied(handed_over(argument_names(module), args, kwargs))
+            were = begun.pop()
+            run.calls.setdefault(name, []).append(ModuleCall(were[0], were[1], copied(output), left))
+
+        hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        hooks.append(module.register_forward_hook(after, with_kwargs=True))
     try:
         with pointwise(weightless):
             weightless.model.get_submodule(inputs.called)(*as_now(inputs.args), **as_now(dict(inputs.kwargs)))

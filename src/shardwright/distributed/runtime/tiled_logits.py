@@ -18,7 +18,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardwright._torch import make_wrapper, without_torch_function
+from shardwright._torch import make_wrapper, tree_map_only, without_torch_function
+from shardwright.distributed.runtime.context import parts
+from shardwright.distributed.runtime.context.base import ContextTensor
+from shardwright.distributed.runtime.context.sharded import ContextSharded, handed_out
 from shardwright.distributed.runtime.implicit import joined, tensors_in
 from shardwright.distributed.runtime.tiles import in_tiles
 from shardwright.errors import UnsupportedError
@@ -152,6 +155,10 @@ class TiledLogits(Tensor):
             return NotImplemented
         if func.__name__ in CASTS and like.dtype == self.dtype and not kwargs.get("copy"):
             return self
+        hidden = self.product.hidden
+        if isinstance(hidden, ContextTensor):
+            split = hidden.dealt
+            args, kwargs = tree_map_only(Tensor, lambda x: parts.used_in_part(x, split), (args, kwargs))
         product = replace(self.product, steps=(*self.product.steps, (func, args, kwargs)))
         if func.__name__ not in IN_PLACE:
             return TiledLogits.make(product, like, self.call)
@@ -265,6 +272,11 @@ def _cross_entropy(
     if target.is_floating_point() or size_average is not None or reduce is not None:
         return NotImplemented
     product, target = input.product, joined(target)
+    dealt = product.hidden if isinstance(product.hidden, ContextTensor) else None
+    hidden, split = product.hidden, None
+    if dealt is not None:  # each rank computes the losses of its part of the sequence
+        hidden, split = dealt.to_local(), dealt.dealt
+        target = parts.part(target, split)
 
     def tile(pieces: Any, weights: Mapping[str, Tensor]) -> Tensor:
         hidden, labels = pieces
@@ -277,12 +289,30 @@ def _cross_entropy(
             reduction="none",
         )
 
-    losses = torch.cat(in_tiles(tile, (product.hidden, target), product.weights, input.call.tiles))
+    losses = torch.cat(in_tiles(tile, (hidden, target), product.weights, input.call.tiles))
     if reduction == "none":
-        return losses
+        return losses if dealt is None else dealt.like(losses, dealt.dealt)
     wide = losses.to(torch.promote_types(losses.dtype, torch.float32))
+    total = wide.sum() if split is None else parts.summed(wide.sum(), split)
     if reduction == "sum":
-        return wide.sum().to(losses.dtype)
+        return total.to(losses.dtype)
     kept = target != ignore_index
     counts = kept.to(wide.dtype) if weight is None else weight.to(wide.dtype)[target.where(kept, 0)] * kept
-    return (wide.sum() / counts.sum()).to(losses.dtype)
+    with torch.no_grad():
+        count = counts.sum() if split is None else parts.summed(counts.sum(), split)
+    return (total / count).to(losses.dtype)
+
+
+def handed_out_tiled(logits: TiledLogits) -> TiledLogits:
+    """Logits of the inside of a context-parallel model, for a loss around it that runs before the call ends."""
+    hidden = logits.product.hidden
+    if not isinstance(hidden, ContextSharded) or not hidden.dealt.inside:
+        return logits
+    split = hidden.dealt
+
+    def leaving(x: Tensor) -> Tensor:
+        return parts.leaving(x, split)
+
+    weights, steps = tree_map_only(Tensor, leaving, (dict(logits.product.weights), logits.product.steps))
+    product = replace(logits.product, hidden=handed_out(hidden), weights=weights, steps=steps)
+    return TiledLogits.make(product, torch.empty(logits.shape, dtype=logits.dtype, device="meta"), logits.call)

@@ -17,8 +17,16 @@ from shardwright.distributed.runtime.context.places import (
     mapped,
     mapped_arguments,
 )
-from shardwright.distributed.runtime.context.sharded import ContextSharded, context_sharded, handed_out, made_whole
+from shardwright.distributed.runtime.context.sharded import (
+    ContextSharded,
+    context_sharded,
+    handed_out,
+    made_whole,
+    recognized,
+    taken_in,
+)
 from shardwright.distributed.runtime.forward import Around, Forward
+from shardwright.distributed.runtime.tiled_logits import TiledLogits, handed_out_tiled
 
 LOGITS = "logits"
 CACHE = "past_key_values"
@@ -42,13 +50,12 @@ class ContextModel(Around):
 
     @torch.compiler.disable
     def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        group = self.context.meshes.group
         named = {**dict(zip(self.names, args, strict=False)), **kwargs}
         cached = named.get("past_key_values") is not None or self._makes_cache(module, named)
         packed = named.get("position_ids") is not None and named.get("attention_mask") is None
         if not cached and not packed and "use_cache" in self.names[len(args) :]:
             kwargs = {**kwargs, "use_cache": False}
-        args, kwargs = mapped_arguments(self.names, args, kwargs, lambda path, x: parts.entering(x, group))
+        args, kwargs = mapped_arguments(self.names, args, kwargs, lambda path, x: self._entering(x))
         self.context.active = not cached
         try:
             result = forward(*args, **kwargs)
@@ -57,6 +64,13 @@ class ContextModel(Around):
         if not cached and isinstance(result, dict) and result.get(CACHE) is not None:
             result[CACHE] = None  # it has this rank's parts
         return self._leaving(result, keep=torch.is_grad_enabled() or named.get("labels") is not None)
+
+    def _entering(self, x: Tensor) -> Tensor:
+        """A split batch: its ids, labels and masks are made whole, since code reads them in any way; the rest stays."""
+        x = recognized(x, self.context.meshes)
+        if not isinstance(x, ContextSharded):
+            return parts.entering(x, self.context.meshes.group)
+        return taken_in(x, self.context.meshes) if x.is_floating_point() else made_whole(x)
 
     def _makes_cache(self, module: nn.Module, named: dict[str, Any]) -> bool:
         """Whether a cache is wanted. The one that a training step fills where it is told nothing is not."""
@@ -115,4 +129,6 @@ def changed(result: Any, change: Change) -> Any:
 
 
 def _handed_out(x: Tensor, *, keep: bool) -> Tensor:
+    if keep and isinstance(x, TiledLogits):
+        return handed_out_tiled(x)
     return handed_out(x) if keep and isinstance(x, ContextSharded) else made_whole(x)

@@ -216,6 +216,11 @@ def entering(x: Tensor, group: c.Group) -> Tensor:
     return _Entering.apply(x, group) if x.requires_grad else x
 
 
+def arriving(x: Tensor, split: Split) -> Tensor:
+    """This rank's part of a tensor of the outside, for the inside of a model."""
+    return with_scaled_gradient(x, 1 / split.group.size)
+
+
 def leaving(x: Tensor, split: Split) -> Tensor:
     """This rank's part of a tensor of the inside, for the outside."""
     return with_scaled_gradient(x, split.group.size)

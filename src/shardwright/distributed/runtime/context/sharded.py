@@ -19,6 +19,7 @@ from shardwright.distributed.runtime.context.rules import RULES
 from shardwright.distributed.runtime.implicit import refuse_address, tensors_in
 from shardwright.distributed.runtime.operations import ABOUT_THE_TENSOR, DRAWS, writes
 from shardwright.distributed.runtime.random_states import drawing_alike
+from shardwright.errors import ConfigError
 
 
 class ContextSharded(ContextTensor):
@@ -96,6 +97,22 @@ def recognized(x: Tensor, meshes: Meshes) -> Tensor:
     if isinstance(x, DTensor) and x.device_mesh in (meshes.cp, meshes.both):
         return recovered(ContextSharded, x, meshes)
     return x
+
+
+def taken_in(x: ContextSharded, meshes: Meshes) -> ContextSharded:
+    """``x``, which is of the code around a model, for its inside.
+
+    Raises:
+        ConfigError: it was split over other ranks than the model.
+    """
+    if x.dealt.group != meshes.group:
+        raise ConfigError(
+            f"The batch was split over {x.dealt.group.size} ranks of another mesh than the model, which has "
+            f"cp={meshes.group.size}. Call shard_batch with the mesh that the model was parallelized on."
+        )
+    with without_torch_function():
+        inside = parts.arriving(x.to_local(), x.dealt)
+    return context_sharded(inside, replace(x.dealt, inside=True), meshes)
 
 
 def handed_out(x: ContextSharded) -> ContextSharded:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _get_default_store as default_store
+from torch.distributed.distributed_c10d import _world
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, TrainingState
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
@@ -58,6 +59,7 @@ __all__ = [
     "forget_unfinished_pass",
     "functional_collectives",
     "groups_of",
+    "groups_of_ranks",
     "has_begun_backward",
     "has_gradient_hooks",
     "in_backward",
@@ -144,6 +146,11 @@ def fake_store() -> Any:
 
 
 # Meshes (torch 2.11 to 2.14: there is no public way yet)
+
+
+def groups_of_ranks() -> int:
+    """How many process groups this process has made and not destroyed, of a mesh or by themselves."""
+    return len(_world.pg_map)
 
 
 def flatten(mesh: DeviceMesh, name: str) -> None:

@@ -112,6 +112,21 @@ def test_meshes_are_shared_by_degrees(ranks2: RankPool) -> None:
         assert tp == with_sequence != dp
 
 
+def make_groups(number: int) -> int:
+    for _ in range(number):
+        dist.new_group()
+    return os.getpid()
+
+
+def test_ranks_that_hold_many_groups_are_replaced() -> None:
+    with RankPool(2) as pool:
+        first = pool.run(make_groups, 20)
+        assert pool.run(make_groups, 20) == first
+        third = pool.run(total, 1), pool.run(pid)
+    assert third[0] == [(0, 3.0), (1, 3.0)]
+    assert not set(third[1]) & set(first)
+
+
 def test_no_rank_outlives_its_pool() -> None:
     with RankPool(2) as pool:
         pids = pool.run(pid)

@@ -2,8 +2,9 @@
 
 Starting a rank the usual way costs five seconds of imports. Here one server process imports torch and transformers
 once and every rank is a fork of it (multiprocessing's ``forkserver``), so a pool starts in well under a second and a
-call costs what the function itself costs. One process group serves every call of a pool: DTensor keeps meshes in
-process-wide caches, and groups that come and go make it use meshes of the dead.
+call costs what the function itself costs. Groups that a call makes stay until the ranks end: DTensor keeps meshes in
+process-wide caches, and groups that come and go make it use meshes of the dead. Each has a thread of gloo's that wakes
+a hundred times a second, so ranks that hold many are replaced by new ones between two calls.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from shardwright._torch import groups_of_ranks
 from shardwright.distributed.config import Degrees, ParallelConfig
 from shardwright.distributed.mesh import make_mesh
 from shardwright.errors import ConfigError, ShardwrightError
@@ -51,6 +53,7 @@ _PRELOADED = (
     "shardwright.verify.ranks",
 )
 _BACKENDS = {"cpu": "cpu:gloo", "cuda": "cpu:gloo,cuda:nccl", shared_gpu.BACKEND: shared_gpu.BACKEND}
+_GROUPS = 32  # that a rank may hold when the next call begins
 _GRACE = 5.0  # seconds that the other ranks get to answer once one has failed
 _NO_GUARD = 64  # exit code of a rank that was to start ranks while it imported the script that starts it
 
@@ -64,6 +67,7 @@ class _Worker:
     process: Any
     connection: Connection
     stacks: Path  # where the worker writes the stacks of its threads when it is asked for them
+    groups: int = 1  # process groups that it held after its last call
 
 
 class RankPool:
@@ -72,7 +76,8 @@ class RankPool:
     >>> with RankPool(2) as pool:
     ...     pool.run(my_function, 1, 2)  # [my_function(1, 2) on rank 0, on rank 1]
 
-    The ranks start with the first :meth:`run`. As with all of Python's multiprocessing, a script that uses a pool
+    The ranks start with the first :meth:`run`, and anew when they hold many process groups: what a function leaves in
+    its rank may not be there in the next call. As with all of Python's multiprocessing, a script that uses a pool
     keeps its own work under ``if __name__ == "__main__":``.
 
     Args:
@@ -122,7 +127,11 @@ class RankPool:
             # A worker that died between two calls is found out below, by its silence.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 worker.connection.send_bytes(task)
-        answers = self._collect(self.timeout if timeout is None else timeout)
+        try:
+            answers = self._collect(self.timeout if timeout is None else timeout)
+        finally:
+            if any(worker.groups > _GROUPS for worker in self._workers):
+                self.close()
         return [value for _, value in sorted(answers.items())]
 
     def close(self) -> None:
@@ -182,8 +191,9 @@ class RankPool:
         if not waiting and not failures:
             return answers
         alike = len({(type(failure), str(failure)) for failure in failures.values()}) == 1
-        # Alike on every rank: the lowest tells it. Else the first to fail, since the others may only follow from it.
-        first = min(failures, default=None) if alike else next(iter(failures), None)
+        # Alike on every rank: the lowest tells it. Else one that died, or the first to fail: the others may only follow.
+        died = [rank for rank in failures if self._workers[rank].process.exitcode is not None]
+        first = min(failures, default=None) if alike else next(iter(died or failures), None)
         error = self._too_slow(sorted(waiting.values()), timeout) if first is None else failures[first]
         if waiting or answers or not alike or isinstance(error, RankError):
             self.close()  # some ranks are ahead of others: no telling what the next collective would meet
@@ -192,7 +202,8 @@ class RankPool:
     def _answer(self, rank: int) -> tuple[Any, BaseException | None]:
         worker = self._workers[rank]
         try:
-            return pickle.loads(worker.connection.recv_bytes())
+            worker.groups, answer = pickle.loads(worker.connection.recv_bytes())
+            return pickle.loads(answer)
         except (EOFError, ConnectionResetError):
             worker.process.join(_GRACE)
             if worker.process.exitcode == _NO_GUARD:
@@ -261,7 +272,7 @@ def _serve(rank: int, world_size: int, kind: str, store: str, stacks: str, conne
     gc.freeze()  # what was imported stays: collecting between calls need not look at it again
     while True:
         answer = _call(rank, tasks.get())
-        connection.send_bytes(answer)
+        connection.send_bytes(pickle.dumps((groups_of_ranks(), answer)))
         del answer
         gc.collect()
 

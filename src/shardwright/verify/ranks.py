@@ -191,7 +191,7 @@ class RankPool:
         if not waiting and not failures:
             return answers
         alike = len({(type(failure), str(failure)) for failure in failures.values()}) == 1
-        # Alike on every rank: the lowest tells it. Else one that died, or the first to fail: the others may only follow.
+        # Alike on every rank: the lowest tells it. Else one that died, or the first: others may only follow from it.
         died = [rank for rank in failures if self._workers[rank].process.exitcode is not None]
         first = min(failures, default=None) if alike else next(iter(died or failures), None)
         error = self._too_slow(sorted(waiting.values()), timeout) if first is None else failures[first]

@@ -13,7 +13,7 @@ install: $(READY)
 
 $(READY): pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev,megatron-fsdp]'
+	$(BIN)/python -m pip install --constraint $(CONSTRAINTS) --editable '.[dev,megatron-fsdp]'
 	touch $@
 
 # Two at a time: ranks wait for each other, and many tests have none.
@@ -64,7 +64,7 @@ zoo-experts: install
 	$(BIN)/python -m shardwright.verify.zoo --experts --output docs/experts_zoo.md
 
 demo: install
-	$(BIN)/python examples/demo.py
+	$(BIN)/python -m shardwright.cli demo
 
 # Peers come from the package index, into environments of their own below build/benchmarks.
 bench-peers: install

@@ -1,6 +1,7 @@
 """Train with Ray Train, one worker for each rank.
 
     python launch/ray_train.py run.yaml --workers 16 --gpus [KEY=VALUE]...
+    python launch/ray_train.py run.yaml --workers 16 --gpus --check      shardwright launch-check, instead
 
 A worker that dies ends the others; Ray starts them anew, and they go on from the newest checkpoint
 (``checkpoint.every``).
@@ -20,6 +21,7 @@ from ray.train.backend import BackendConfig
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+from shardwright.launch_check.start import start as start_check
 from shardwright.train.start import start
 
 
@@ -37,7 +39,10 @@ def work(job: dict[str, object]) -> None:
         "MASTER_PORT": str(port),
     }
     os.chdir(str(job["folder"]))
-    start(Path(str(job["config"])), (*job["overrides"], "checkpoint.resume=true"))
+    if job["check"]:
+        start_check((str(job["config"]), *job["overrides"]), timeout=120.0)
+    else:
+        start(Path(str(job["config"])), (*job["overrides"], "checkpoint.resume=true"))
 
 
 def free_port() -> int:
@@ -52,14 +57,15 @@ def free_port() -> int:
 @click.option("--workers", default=1, help="How many ranks.")
 @click.option("--gpus", is_flag=True, help="Give each a GPU.")
 @click.option("--restarts", default=3, help="How often they are started anew.")
-def main(config: str, overrides: tuple[str, ...], workers: int, gpus: bool, restarts: int) -> None:
+@click.option("--check", is_flag=True, help="Look at the ranks and their links only.")
+def main(config: str, overrides: tuple[str, ...], workers: int, gpus: bool, restarts: int, check: bool) -> None:
     """Train as the YAML file CONFIG says, on a Ray cluster (that of RAY_ADDRESS, else one of this machine)."""
     trainer = DataParallelTrainer(
         work,
-        train_loop_config={"config": config, "overrides": overrides, "folder": os.getcwd()},
+        train_loop_config={"config": config, "overrides": overrides, "folder": os.getcwd(), "check": check},
         backend_config=BackendConfig(),  # shardwright makes the process group itself
         scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=gpus),
-        run_config=ray.train.RunConfig(failure_config=ray.train.FailureConfig(max_failures=restarts)),
+        run_config=ray.train.RunConfig(failure_config=ray.train.FailureConfig(max_failures=0 if check else restarts)),
     )
     trainer.fit()
 

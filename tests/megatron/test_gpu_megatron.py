@@ -14,6 +14,7 @@ import state
 import torch
 from training import Case, compare, gradients
 
+import shardwright
 from shardwright.distributed.apply.megatron_fsdp.availability import installed
 from shardwright.verify.ranks import RankPool
 
@@ -24,7 +25,7 @@ pytestmark = [
 STRATEGIES = ("no_shard", "optim", "optim_grads", "optim_grads_params")
 GPUS = torch.cuda.device_count()
 TENSOR_PARALLEL = (1, 2) if GPUS and GPUS % 2 == 0 else (1,)
-QUICKSTART = Path(__file__).parents[2] / "examples/quickstart.yaml"
+QUICKSTART = Path(shardwright.__file__).parent / "demo" / "quickstart.yaml"
 ENGINE = "sharding.engine=megatron_fsdp"
 
 

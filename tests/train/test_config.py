@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import shardwright
 from shardwright.errors import ConfigError
 from shardwright.train.config import load_config
 
@@ -16,7 +17,7 @@ model: {config: {model_type: llama}}
 tokenizer: {vocab_size: 300}
 data: {paths: texts}
 """
-QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.yaml"
+QUICKSTART = Path(shardwright.__file__).parent / "demo" / "quickstart.yaml"
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from transformers import AutoModelForCausalLM
 
 from shardwright.errors import RunError
-from shardwright.train.launch import _cause
+from shardwright.train.local_ranks import _cause
 
 CONFIG = """
 model:

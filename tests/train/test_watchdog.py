@@ -197,4 +197,4 @@ def test_what_a_rank_needs_before_it_watches_imports_no_torch() -> None:
 def test_phases_have_a_bound_of_their_own(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("model: {path: x}\ndata: {paths: x}")
     for overrides, seconds in [([], 1800), (["step_timeout=5"], 60), (["step_timeout=5", "phase_timeout=7"], 7)]:
-        assert load_config(tmp_path / "run.yaml", overrides).seconds_per_phase == seconds
+        assert load_config(tmp_path / "run.yaml", overrides).rank_settings.seconds_per_phase == seconds

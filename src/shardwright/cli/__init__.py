@@ -5,10 +5,12 @@ from __future__ import annotations
 import click
 
 from shardwright import __version__
+from shardwright.cli.demo import demo
 from shardwright.cli.estimate import estimate
 from shardwright.cli.export import export
 from shardwright.cli.group import Commands
 from shardwright.cli.inspect import inspect
+from shardwright.cli.launch_check import launch_check
 from shardwright.cli.plan import plan
 from shardwright.cli.suggest import suggest
 from shardwright.cli.train import train
@@ -23,5 +25,5 @@ def main() -> None:
     """Run any transformer sharded over many GPUs, and prove that it is the same function."""
 
 
-for command in (plan, estimate, suggest, verify, train, export, inspect):
+for command in (demo, plan, estimate, suggest, verify, launch_check, train, export, inspect):
     main.add_command(command)

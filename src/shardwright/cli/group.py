@@ -98,4 +98,5 @@ def tell(error: ShardwrightError) -> None:
         time.sleep(_SECONDS_FOR_RANK_0)  # torchrun stops every rank when the first one ends
         return
     text = Text("Error: ", style="bold red").append(printable(str(error)), style="default")
-    Console(stderr=True).print(text, soft_wrap=True)
+    console = Console(stderr=True)
+    console.print(text, soft_wrap=not console.is_terminal)

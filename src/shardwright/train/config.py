@@ -12,6 +12,7 @@ import yaml
 from shardwright.distributed.config import ParallelConfig, runs_code
 from shardwright.errors import ConfigError
 from shardwright.settings import apply_overrides, build, read_yaml
+from shardwright.train.rank_settings import RankSettings
 from shardwright.train.sections import (
     CheckpointSettings,
     DataSettings,
@@ -27,10 +28,8 @@ from shardwright.train.sections import (
 )
 from shardwright.untrusted import shown
 
-DEVICES = ("auto", "cpu", "cuda")
 JOB_CONFIG = "config.yaml"  # of a job folder: the run, as its ranks read it
 NOT_FINITE = ("raise", "stop", "skip")
-_LEAST_PHASE = 60.0  # seconds: importing torch and transformers in several ranks at once takes some
 _MOST_SEQUENCES = 2**20  # of one step
 
 
@@ -90,15 +89,10 @@ class TrainConfig:
         for name in ("batch_size", "accumulation"):
             between(name, getattr(self, name), 1, _MOST_SEQUENCES)
         between("seed", self.seed, 0)
-        if self.ranks is not None:
-            between("ranks", self.ranks, 1)
         if self.clip_norm is not None:
             positive("clip_norm", self.clip_norm, ", or null for no clipping")
-        one_of("device", self.device, DEVICES)
         one_of("not_finite", self.not_finite, NOT_FINITE)
-        positive("step_timeout", self.step_timeout)
-        if self.phase_timeout is not None:
-            positive("phase_timeout", self.phase_timeout, ", or null")
+        _ = self.rank_settings  # checks those
         known = self.schedule.steps or (self.steps if self.epochs is None else None)
         if known is not None and self.schedule.warmup_steps > known:
             raise ConfigError(
@@ -126,9 +120,13 @@ class TrainConfig:
             )
 
     @property
-    def seconds_per_phase(self) -> float:
-        """``phase_timeout``, or what stands for null there."""
-        return max(self.step_timeout, _LEAST_PHASE) if self.phase_timeout is None else self.phase_timeout
+    def rank_settings(self) -> RankSettings:
+        """What starting, joining and watching the ranks need of this config.
+
+        Raises:
+            ConfigError: one of them cannot work.
+        """
+        return RankSettings(self.sharding, self.device, self.ranks, self.step_timeout, self.phase_timeout)
 
     def check_ranks(self, world_size: int) -> None:
         """Whether the batch can be dealt out to ``world_size`` ranks.
@@ -182,7 +180,9 @@ def read_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
     data = apply_overrides(read_yaml(Path(path)), overrides)
     for section in ("model", "data"):
         if section not in data:
-            raise ConfigError(f"{path} has no section {section!r}; examples/quickstart.yaml shows one.")
+            raise ConfigError(
+                f"{path} has no section {section!r}; runs/quickstart.yaml, which shardwright demo writes, has both."
+            )
     if data.get("epochs") is not None and data.get("steps") is not None:
         raise ConfigError(
             f"epochs is {shown(data['epochs'])} and steps is {shown(data['steps'])}; give one of the two."

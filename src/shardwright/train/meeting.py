@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 from shardwright.distributed.mesh import default_device_type
 from shardwright.errors import ConfigError, RunError, ShardwrightError, from_system
-from shardwright.train.config import TrainConfig
 from shardwright.train.place import Place
+from shardwright.train.rank_settings import RankSettings
 from shardwright.train.watchdog import Watchdog, within
 
 _FAILED = "shardwright/failed"
@@ -42,13 +42,17 @@ class StorePeers:
     def tell(self, phase: str) -> None:
         self.store.set(f"shardwright/hangs/{self.rank}", phase)
 
+    def forget(self) -> None:
+        """Take back what this rank has told."""
+        self.store.delete_key(f"shardwright/hangs/{self.rank}")
+
     def told(self) -> dict[int, str | None]:
         keys = {rank: f"shardwright/hangs/{rank}" for rank in range(self.world_size)}
         return {rank: self.store.get(key).decode() if self.store.check([key]) else None for rank, key in keys.items()}
 
 
 @contextmanager
-def joined(config: TrainConfig, place: Place, watchdog: Watchdog) -> Iterator[tuple[Place, torch.device]]:
+def joined(settings: RankSettings, place: Place, watchdog: Watchdog) -> Iterator[tuple[Place, torch.device]]:
     """The ranks joined: NCCL between GPUs (gloo for objects on the CPU), gloo otherwise; cores shared out evenly.
 
     Yields the place of this rank with all its numbers, and its device. An error that leaves the block on one rank is
@@ -57,14 +61,17 @@ def joined(config: TrainConfig, place: Place, watchdog: Watchdog) -> Iterator[tu
     Raises:
         ConfigError: there are fewer GPUs than ranks.
     """
-    watchdog.begin("joining the other ranks")
-    store, _, _ = next(dist.rendezvous(place.init_method, place.rank, place.world_size))
-    watchdog.peers = peers = StorePeers(store.clone(), place.rank, place.world_size)
+    joining = f"joining the other ranks at {_address(place)}"
+    watchdog.begin(joining)
+    limit = timedelta(seconds=max(settings.step_timeout, settings.seconds_per_phase) + _MARGIN)
+    store = _store(place, limit)
+    watchdog.peers = peers = arrived = StorePeers(store.clone(), place.rank, place.world_size)  # type: ignore[attr-defined]
+    arrived.tell(joining)  # so that the others know who is missing
     place = _located(place, store)
     assert place.local_rank is not None
     assert place.local_world_size is not None
-    check_devices(config, place.local_world_size)
-    kind = device_type(config)
+    check_devices(settings, place.local_world_size)
+    kind = device_type(settings)
     device = torch.device(kind, place.local_rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
@@ -81,15 +88,40 @@ def joined(config: TrainConfig, place: Place, watchdog: Watchdog) -> Iterator[tu
         store=store,
         rank=place.rank,
         world_size=place.world_size,
-        timeout=timedelta(seconds=max(config.step_timeout, config.seconds_per_phase) + _MARGIN),
+        timeout=limit,
         device_id=device if kind == "cuda" else None,
     )
+    arrived.forget()
     try:
         with _one_error(peers):
             yield place, device
     finally:
         watchdog.begin("parting from the other ranks")
         dist.destroy_process_group()
+
+
+def _address(place: Place) -> str:
+    """Host and port of the store through which the ranks meet."""
+    if place.init_method == "env://":
+        return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    return place.init_method.removeprefix("tcp://")
+
+
+def _store(place: Place, limit: timedelta) -> dist.Store:
+    """The store at that address. Unlike torch's own, rank 0 serves it without waiting for all ranks to come."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun serves it
+        store, _, _ = next(dist.rendezvous(place.init_method, place.rank, place.world_size, timeout=limit))
+        return store
+    host, _, port = _address(place).rpartition(":")
+    return dist.TCPStore(
+        host,
+        int(port),
+        place.world_size,
+        is_master=place.rank == 0,
+        timeout=limit,
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
 
 
 def _located(place: Place, store: dist.Store) -> Place:
@@ -133,19 +165,19 @@ def _first_failure(peers: StorePeers) -> str:
     return peers.store.get(_FAILED).decode()
 
 
-def device_type(config: TrainConfig) -> str:
+def device_type(settings: RankSettings) -> str:
     """``"cuda"`` or ``"cpu"``: what the ranks of this run compute on."""
-    return default_device_type() if config.device == "auto" else config.device
+    return default_device_type() if settings.device == "auto" else settings.device
 
 
-def check_devices(config: TrainConfig, local_world_size: int) -> None:
+def check_devices(settings: RankSettings, local_world_size: int) -> None:
     """Raises ConfigError where a GPU is asked for and there is none, or not one for every rank."""
     count = torch.cuda.device_count()
-    if config.device == "cuda" and count == 0:
+    if settings.device == "cuda" and count == 0:
         raise ConfigError("device is cuda, but torch finds no GPU here. Set device to auto or cpu.")
-    if config.device != "cpu" and 0 < count < local_world_size:
+    if settings.device != "cpu" and 0 < count < local_world_size:
         fitting = f"sharding.dp_shard={count} sharding.tp=1 sharding.sequence_parallel=false"
         raise ConfigError(
             f"{local_world_size} ranks on this machine need a GPU each, and it has {count}. Lower the degrees, for "
-            f"example with {fitting}" + ("." if config.sharding.engine == "megatron_fsdp" else ", or set device=cpu.")
+            f"example with {fitting}" + ("." if settings.sharding.engine == "megatron_fsdp" else ", or set device=cpu.")
         )

@@ -59,9 +59,7 @@ class ProgressBar:
         last = metrics.step == self._steps
         due = self._bar is None and (metrics.step == 1 or metrics.step % self._line_every == 0 or last)
         if due or metrics.validation_loss is not None:
-            self._console.print(
-                f"step {metrics.step:>{len(str(self._steps))}}/{self._steps}  {text}", highlight=False, soft_wrap=True
-            )
+            say(self._console, f"step {metrics.step:>{len(str(self._steps))}}/{self._steps}  {text}")
 
     def __enter__(self) -> ProgressBar:
         if self._bar is not None:
@@ -75,6 +73,11 @@ class ProgressBar:
             self._bar.stop()
 
 
+def say(console: Console, text: str, markup: bool = True) -> None:
+    """Print ``text``: wrapped between words in a terminal, in one line elsewhere."""
+    console.print(text, highlight=False, markup=markup, soft_wrap=not console.is_terminal)
+
+
 class ConsoleHandler(logging.Handler):
     """Puts log messages above the progress bar, and nothing around them."""
 
@@ -83,7 +86,7 @@ class ConsoleHandler(logging.Handler):
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._console.print(record.getMessage(), highlight=False, markup=False, soft_wrap=True)
+        say(self._console, record.getMessage(), markup=False)
 
 
 def show_curve(console: Console, losses: Sequence[float]) -> None:

@@ -32,7 +32,7 @@ from shardwright.train.model import build_model, model_config
 from shardwright.train.optim import make_optimizer
 from shardwright.train.output import MODEL, output_folder
 from shardwright.train.prepare import TOKENIZER, VALIDATION
-from shardwright.train.progress import ConsoleHandler, show_curve
+from shardwright.train.progress import ConsoleHandler, say, show_curve
 from shardwright.train.recorder import Recorder
 from shardwright.train.schedule import make_schedule
 from shardwright.train.tokenizer import load_tokenizer
@@ -54,7 +54,7 @@ def train(config: TrainConfig, job: Path, mesh: DeviceMesh, watchdog: Watchdog |
         ShardwrightError: the same on every rank; before anything is written where the config cannot work.
     """
     if watchdog is None:
-        watchdog = Watchdog.of(config)
+        watchdog = Watchdog.of(config.rank_settings)
         with watchdog.watching():
             train(config, job, mesh, watchdog)
         return
@@ -76,7 +76,7 @@ def _train(config: TrainConfig, job: Path, mesh: DeviceMesh, watchdog: Watchdog)
     order = Order(len(data), config.batch_size, config.data.validation, config.seed)
     require_equal_ranks(config)
     trainer = _trainer(config, architecture, mesh, data, device)
-    _say(console, _headline(trainer, mesh, device, config.sharding.sequence_parallel))
+    say(console, _headline(trainer, mesh, device, config.sharding.sequence_parallel))
 
     # One stream of dropout for each data-parallel rank, the same on the ranks that share its rows.
     stream = np.random.SeedSequence([config.seed, axis(mesh, "dp").get_local_rank()])
@@ -85,14 +85,14 @@ def _train(config: TrainConfig, job: Path, mesh: DeviceMesh, watchdog: Watchdog)
     watchdog.begin("resuming")
     done = checkpoints.resume()
     if done:
-        _say(console, f"Resumed after step {done}.")
+        say(console, f"Resumed after step {done}.")
     first = None
     if config.check_first_step and not done:
         watchdog.begin("comparing the first step with one process")
         reference = reference_step(config, architecture, data, order.rows(0)) if dist.get_rank() == 0 else None
         loss, norm, difference = checked_step(trainer, order.rows(0), reference)
         first = (loss, norm)
-        _say(console, f"[green]The first step equals one process.[/] Relative differences: {difference}")
+        say(console, f"[green]The first step equals one process.[/] Relative differences: {difference}")
     with checkpoints.listening():
         held_out = data, order.held_out
         if config.data.validation_paths:
@@ -106,12 +106,13 @@ def _train(config: TrainConfig, job: Path, mesh: DeviceMesh, watchdog: Watchdog)
     if config.lora.r:
         save_adapter_folder(trainer.model, folder, tokenizer)
     else:
-        save_pretrained(trainer.model, folder, tokenizer, overwrite=True, timeout=config.seconds_per_phase)
+        seconds = config.rank_settings.seconds_per_phase
+        save_pretrained(trainer.model, folder, tokenizer, overwrite=True, timeout=seconds)
     checkpoints.finished()
     if losses:
         show_curve(console, losses)
     reader = "PeftModel" if config.lora.r else "AutoModelForCausalLM"
-    _say(console, f"Saved [bold]{escape(str(folder))}[/] for {reader}.from_pretrained.")
+    say(console, f"Saved [bold]{escape(str(folder))}[/] for {reader}.from_pretrained.")
 
 
 def _console() -> Console:
@@ -121,10 +122,6 @@ def _console() -> Console:
     log.setLevel(logging.INFO if dist.get_rank() == 0 else logging.ERROR)
     log.handlers = [ConsoleHandler(console)]
     return console
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, soft_wrap=True)
 
 
 def _trainer(

@@ -9,6 +9,7 @@ from pathlib import Path
 from shardwright.train.config import load_config
 from shardwright.train.orphan import end_with_parent
 from shardwright.train.place import place_from_environment
+from shardwright.train.pulse import pulse
 from shardwright.train.watchdog import Watchdog
 
 
@@ -22,14 +23,16 @@ def start(config: Path, overrides: Sequence[str]) -> None:
     if place is not None and "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent(os.getppid())  # torchrun, which starts every rank itself
     settings = load_config(config, overrides)
-    watchdog = Watchdog.of(settings)
-    if place is not None:
-        watchdog.begin("importing libraries")
-        watchdog.start()
-
-    from shardwright.train.launch import run_here, run_on_local_ranks
-
+    watchdog = Watchdog.of(settings.rank_settings)
+    watchdog.begin("importing libraries")
     if place is None:
+        with pulse(watchdog.doing):
+            from shardwright.train.launch import run_on_local_ranks
+
         run_on_local_ranks(settings)
-    else:
+        return
+    watchdog.start()
+    with pulse(watchdog.doing, first=place.rank == 0):
+        from shardwright.train.launch import run_here
+
         run_here(settings, place, watchdog)

@@ -15,8 +15,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from shardwright.train.config import TrainConfig
 from shardwright.train.failure import leave_failure
+from shardwright.train.rank_settings import RankSettings
 
 HANGS = 70  # exit code of a rank that its watchdog has ended
 NOTICE = 3.0  # seconds in which the ranks tell one another where they are
@@ -86,10 +86,10 @@ class Watchdog:
         self._ended = threading.Event()
 
     @classmethod
-    def of(cls, config: TrainConfig) -> Watchdog:
-        """With the limits of ``config``."""
-        step = Limit(config.step_timeout, "step_timeout")
-        return cls(step, Limit(config.seconds_per_phase, "phase_timeout"))
+    def of(cls, settings: RankSettings) -> Watchdog:
+        """With the limits that a training file sets."""
+        step = Limit(settings.step_timeout, "step_timeout")
+        return cls(step, Limit(settings.seconds_per_phase, "phase_timeout"))
 
     def begin(self, name: str, step: bool = False) -> None:
         """The phase called ``name`` (what the rank is doing, as in "building the model") begins; the last one ends."""
@@ -102,6 +102,11 @@ class Watchdog:
         self.begin(name)
         yield
         self._phase = _Phase(outer.name, outer.limit)
+
+    def doing(self) -> str | None:
+        """The phase that has begun last; None in a step."""
+        phase = self._phase
+        return None if phase.limit is self._step and self._step is not self._other else phase.name
 
     def start(self) -> None:
         """Watch until the process ends."""

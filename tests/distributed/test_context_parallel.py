@@ -249,10 +249,30 @@ class Summed(nn.Module):
         return self.linear(x).cumsum(1) / x.shape[1]
 
 
+class Full(Summed):
+    """Drops what comes behind forty positions of a kind, as experts of limited capacity do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * ((x[..., :1] > 0).cumsum(1) <= 40)
+
+
+class FullInTraining(Full):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.training else self.linear(x)
+
+
+class Windows(Summed):
+    """Means of windows, which short sequences do not fill."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        longer = nn.functional.pad(x, (0, 0, 0, -x.shape[1] % 32)).unflatten(1, (-1, 32))
+        return self.linear(longer.mean(2, keepdim=True).expand_as(longer).flatten(1, 2)[:, : x.shape[1]])
+
+
 class Shifted(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, mixer: type[nn.Module] = Summed) -> None:
         super().__init__()
-        self.norm, self.mixer, self.mlp = nn.LayerNorm(16), Summed(), nn.Linear(16, 16)
+        self.norm, self.mixer, self.mlp = nn.LayerNorm(16), mixer(), nn.Linear(16, 16)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.mixer(self.norm(x))
@@ -284,12 +304,27 @@ def test_a_model_of_ones_own(ranks2: RankPool) -> None:
     assert_exact(verify(mixing, CP2, batch=batch, accumulate=2, pool=ranks2), 0.0)
 
 
+@pytest.mark.parametrize("mixer", [Full, FullInTraining, Windows])
+def test_what_mixes_only_in_long_sequences_or_in_training_is_found(mixer: type[nn.Module]) -> None:
+    model = mixing()
+    assert isinstance(model, Mixing)
+    model.layers = nn.ModuleList([Shifted(mixer) for _ in range(2)])
+    assert set(plan_context(ModelReading(model)).regions) == {"layers.0.mixer", "layers.1.mixer"}
+
+
+def test_experts_that_drop_tokens_when_they_are_full_see_the_whole_sequence() -> None:
+    plan = plan_context(ModelReading(case_of("nllb-moe", CP2).build()))
+    sparse = {f"model.{part}.layers.{n}.ffn" for part in ("encoder", "decoder") for n in (1, 3)}
+    assert set(plan.regions) == sparse
+    assert all("mixes positions where there are many" in plan.reasons[name] for name in sparse)
+
+
 def test_blocks_that_hand_each_other_tensors_are_split_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gemma 3n's last blocks take keys and values of earlier ones, so none is split where one cannot be."""
     find = BlockReplay.find
 
-    def failing(replay: BlockReplay) -> BlockFinding:
-        finding = find(replay)
+    def failing(replay: BlockReplay, known: Any = None) -> BlockFinding:
+        finding = find(replay, known)
         if replay.block.endswith("layers.1"):
             raise Unsplit("for a test")
         return finding

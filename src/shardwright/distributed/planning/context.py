@@ -85,7 +85,7 @@ def _by_kind(reading: ModelReading, recording: Recording) -> tuple[dict[str, Blo
     for block in blocks:
         kind = weightless.repeats.kind_of(weightless.repeats.original_name(block))
         try:
-            found = _finding(reading, weightless, block, runs, length)
+            found = _finding(reading, weightless, block, runs, length, findings.get(kind))
         except Unsplit as error:
             failures[kind] = str(error)
             continue
@@ -126,8 +126,14 @@ def _finding(
     block: str,
     runs: list[Mapping[str, list[ModuleCall]]],
     length: int,
+    alike: BlockFinding | None,
 ) -> BlockFinding:
-    """What holds in every run: a place that is split in one must not be whole in another."""
+    """What holds in every run: a place that is split in one must not be whole in another.
+
+    Args:
+        length: how many positions the model was given.
+        alike: what was found of another block of this kind.
+    """
     kernels: dict[str, str] = {}
     experts: set[str] = set()
     originals = dict(reading.model.named_modules(remove_duplicate=False))
@@ -144,13 +150,20 @@ def _finding(
     for calls in runs:
         if block not in calls:
             continue
-        now = BlockReplay(weightless, block, calls, kernels, recorded, experts, length).find()
+        replay = BlockReplay(weightless, block, calls, kernels, recorded, experts, length)
+        before = found or alike
+        now = replay.find(None if before is None else _needing_all(before))
         found = now if found is None else _both(found, now)
     if found is None:
         raise Unsplit("it did not run in the trial")
     if found.stream not in dict(found.places.arguments):
         raise Unsplit("its first argument is not what is split")
     return found
+
+
+def _needing_all(found: BlockFinding) -> dict[str, str]:
+    """The children that see the whole sequence, without the block's name, and why."""
+    return {name.rpartition(".")[2]: why for name, why in found.reasons.items() if name in found.regions}
 
 
 def _both(one: BlockFinding, other: BlockFinding) -> BlockFinding:

@@ -31,6 +31,7 @@ from shardwright.distributed.replay.context_answers import (
     alike,
     split_of,
 )
+from shardwright.distributed.replay.context_long import check_long
 from shardwright.distributed.replay.module_calls import ModuleCall
 from shardwright.distributed.replay.pointwise import copied, handed_over, pointwise, with_items
 from shardwright.distributed.replay.record import CODE_ERRORS
@@ -168,19 +169,28 @@ class BlockReplay:
                 stack.callback(module.register_forward_hook(hook(name)).remove)
             yield
 
-    def find(self) -> BlockFinding:
+    def find(self, known: Mapping[str, str] | None = None) -> BlockFinding:
         """Try the children by themselves, then the block with them.
+
+        Args:
+            known: children that were seen to need the whole sequence -> why, without the block's name. None: nothing
+                was tried yet, and what keeps positions apart is tried in long sequences, too.
 
         Raises:
             Unsplit: the block must see the whole sequence.
         """
-        reasons: dict[str, str] = {}
+        reasons = {f"{self.block}.{child}": why for child, why in (known or {}).items()}
+        long = known is None
         for child in self.children():
+            if child in reasons:
+                continue
             if (unseen := self._unseen(child)) is not None:
                 reasons[child] = f"the code of {unseen} was not run, its parameters are too large"
                 continue
             try:
-                self._try(child, self.calls[child][0], [])
+                found = self._try(child, self.calls[child][0], [])
+                if long:
+                    self._check_long(child, found)
             except Unsplit as error:
                 reasons[child] = str(error)
             except FAILURES as error:
@@ -199,7 +209,16 @@ class BlockReplay:
             finding = self._try(self.block, self.call, [*reasons, *rest])
             reasons |= dict.fromkeys(rest, "the block works so")
         finding.reasons = reasons
+        if long and not finding.regions:
+            self._check_long(self.block, finding)
         return finding
+
+    def _check_long(self, name: str, finding: BlockFinding) -> None:
+        """What has no attention of which it is known how it sees all positions keeps them apart in long sequences."""
+        call = self.calls[name][0]
+        if not finding.attention and not call.left:
+            names = argument_names(self.weightless.model.get_submodule(name))
+            check_long(self, name, call, finding.places, names)
 
     def _unseen(self, child: str) -> str | None:
         """A module in ``child`` whose code the copy does not run. Experts work on each token."""

@@ -41,7 +41,20 @@ class Pointwise(Recorder):
         return torch.sin((ids.unsqueeze(-1) + 1) * frequencies)
 
     def opaque(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-        return 0.5 * first_float(args, kwargs).float()
+        first = first_float(args, kwargs).float()
+        result = 0.5 * first
+        for other in (*args, *kwargs.values()):
+            # What it is told of every token besides (which experts, how much of each) must show, too.
+            if isinstance(other, Tensor) and other is not first and _of_tokens(other, first):
+                told = torch.nan_to_num(other.float()).reshape(*first.shape[:-1], -1)
+                result = result + 0.1 * torch.sin(told * torch.arange(1, told.shape[-1] + 1)).sum(-1, keepdim=True)
+        return result
+
+
+def _of_tokens(x: Tensor, first: Tensor) -> bool:
+    """Whether ``x`` has a row for every token of ``first``, ``[..., features]``."""
+    tokens = first.shape[:-1]
+    return x.ndim > 0 and (x.shape[: len(tokens)] == tokens or x.shape[0] == tokens.numel())
 
 
 def _generator(name: str) -> torch.Generator:

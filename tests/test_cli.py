@@ -49,11 +49,11 @@ def _run(folder: Path, *arguments: str, limit: Callable[[], None] | None = None)
     )
 
 
-def _one_error(exit_code: int, error: str) -> str:
-    assert exit_code == 1, error
-    assert error.startswith("Error: "), error
-    assert error.count("\n") == 1, error
-    return error
+def _one_error(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("Error: "), done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
 
 
 def test_a_checkpoint_that_is_not_there_is_told_at_once(tmp_path: Path) -> None:
@@ -97,13 +97,8 @@ def test_a_checkpoint_that_is_not_there_is_told_at_once(tmp_path: Path) -> None:
         (["train", "run.yaml", "model.config.architectures=5"], "architectures"),
     ],
 )
-def test_what_cannot_be_is_one_paragraph(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], told: str
-) -> None:
-    (tmp_path / "run.yaml").write_text(CONFIG)
-    monkeypatch.chdir(tmp_path)
-    done = CliRunner().invoke(main, arguments, catch_exceptions=False)
-    assert told in _one_error(done.exit_code, done.stderr)
+def test_what_cannot_be_is_one_paragraph(tmp_path: Path, arguments: list[str], told: str) -> None:
+    assert told in _one_error(_run(tmp_path, *arguments))
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
 
 
@@ -129,7 +124,7 @@ def test_a_model_that_no_memory_holds_is_refused(tmp_path: Path) -> None:
 )
 def test_limits_of_the_system_are_told(tmp_path: Path, limit: int, room: int, told: str) -> None:
     done = _run(tmp_path, "train", "run.yaml", limit=lambda: resource.setrlimit(limit, (room, room)))
-    assert told in _one_error(done.returncode, done.stderr)
+    assert told in _one_error(done)
 
 
 def test_what_the_system_refuses_is_one_of_ours() -> None:

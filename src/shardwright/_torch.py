@@ -286,6 +286,12 @@ def end_forward(state: Any, module: nn.Module, value: torch.Tensor) -> torch.Ten
     return result
 
 
+def leave_forwards_alone(state: Any) -> None:
+    """Let the modules of a unit run without FSDP2 noticing; :func:`begin_forward` and :func:`end_forward` tell it."""
+    state._pre_forward_hook_handle.remove()
+    state._post_forward_hook_handle.remove()
+
+
 def has_begun_backward(state: Any) -> bool:
     """Whether backward has come to the unit of ``state``, or has left it."""
     return any(

@@ -1,13 +1,30 @@
-"""Experts that are modules of their own in a list: refused by name where they were to lie on ranks of their own."""
+"""Experts that are modules in a list: found by their structure, tried, and spread or refused by name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
 import pytest
 import torch
+from expert_mixtures import (
+    EXPERTS,
+    WIDTH,
+    Balanced,
+    Behind,
+    ByHits,
+    ByMask,
+    ByName,
+    ByRepeating,
+    Capacity,
+    Chained,
+    EveryToken,
+    Expert,
+    Looking,
+    Mixing,
+    Mixture,
+    Shared,
+    WeightsInside,
+    model_with,
+)
 from torch import Tensor, nn
-from torch.nn.functional import one_hot, silu
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
@@ -18,113 +35,6 @@ from shardwright.distributed.planning.listed_experts import listed_experts
 from shardwright.distributed.replay.reading import ModelReading
 from shardwright.errors import PlanError
 
-WIDTH, EXPERTS = 16, 4
-
-
-class Expert(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate_proj, self.up_proj = nn.Linear(WIDTH, 24, bias=False), nn.Linear(WIDTH, 24, bias=False)
-        self.down_proj = nn.Linear(24, WIDTH, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class Mixture(nn.Module):
-    """A router and a list of experts; each kind calls them in another way."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate = nn.Linear(WIDTH, EXPERTS, bias=False)
-        self.experts: nn.Module = nn.ModuleList(Expert() for _ in range(EXPERTS))
-
-    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.topk(self.gate(x).softmax(-1), 2, dim=-1)
-
-    def each(self) -> Iterator[nn.Module]:
-        yield from self.experts.children()
-
-
-class ByMask(Mixture):
-    """As Mixtral's code was before transformers 5."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        weights, chosen = self.route(x)
-        mask, total = one_hot(chosen, EXPERTS).permute(2, 1, 0), torch.zeros_like(x)
-        for number, expert in enumerate(self.each()):
-            choice, token = torch.where(mask[number])
-            total.index_add_(0, token, expert(x[token]) * weights[token, choice, None])
-        return total
-
-
-class ByRepeating(Mixture):
-    """As the code that comes with DeepSeek's weights, in training."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        weights, chosen = self.route(x)
-        repeated, flat = x.repeat_interleave(2, dim=0), chosen.flatten()
-        found = torch.empty_like(repeated)
-        for number, expert in enumerate(self.each()):
-            found[flat == number] = expert(repeated[flat == number])
-        return (found.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(1)
-
-
-class EveryToken(Mixture):
-    """Every expert gets every token."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        weights = self.gate(x).softmax(-1)
-        return sum((expert(x) * weights[:, n, None] for n, expert in enumerate(self.each())), start=torch.zeros_like(x))
-
-
-class ByName(ByMask):
-    def __init__(self) -> None:
-        super().__init__()
-        self.experts = nn.ModuleDict({f"expert_{n}": Expert() for n in range(EXPERTS)})
-
-
-class _Calls(nn.Module):
-    """Experts behind a module of their own, away from the router."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.all = nn.ModuleList(Expert() for _ in range(EXPERTS))
-
-
-class Behind(ByMask):
-    def __init__(self) -> None:
-        super().__init__()
-        self.experts = _Calls()
-
-    def each(self) -> Iterator[nn.Module]:
-        yield from self.experts.get_submodule("all").children()
-
-
-class Block(nn.Module):
-    def __init__(self, mixture: nn.Module) -> None:
-        super().__init__()
-        self.norm, self.mlp = nn.LayerNorm(WIDTH), mixture
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = x + self.mlp(self.norm(x))
-        return result
-
-
-class Model(nn.Module):
-    def __init__(self, *mixtures: nn.Module) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(32, WIDTH)
-        self.layers = nn.ModuleList(map(Block, mixtures))
-        self.head = nn.Linear(WIDTH, EXPERTS)  # as wide as there are experts, and no router
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids).flatten(0, 1)
-        for layer in self.layers:
-            x = layer(x)
-        result: Tensor = self.head(x)
-        return result
-
 
 def _stacked() -> nn.Module:
     return MixtralSparseMoeBlock(
@@ -132,28 +42,89 @@ def _stacked() -> nn.Module:
     )
 
 
-@pytest.mark.parametrize("kind", [ByMask, ByRepeating, EveryToken, ByName, Behind])
-def test_refused_by_name(kind: Callable[[], nn.Module]) -> None:
-    model = Model(kind(), kind())
-    assert model(torch.arange(8).view(2, 4)).shape == (8, EXPERTS)
-    before = dict(model.named_parameters())
-    with pytest.raises(PlanError, match=rf"holds {EXPERTS} experts as modules of their own \(Expert\)") as error:
+@pytest.mark.parametrize(
+    "kind", [ByMask, ByHits, ByRepeating, EveryToken, ByName, Behind, WeightsInside, Capacity, Shared, Balanced]
+)
+def test_spread(kind: type[Mixture]) -> None:
+    model = model_with(kind)
+    before = {name: param.clone() for name, param in model.named_parameters()}
+    plan = decide_experts(ModelReading(model), 2)
+    assert plan is not None
+    (name,) = plan.modules
+    listed = plan.modules[name].listed
+    assert listed is not None
+    assert (listed.caller, len(listed.loop.experts)) == ("model.layers.0.mlp", EXPERTS)
+    assert f"model.layers.0.mlp.{listed.loop.container}" == name
+    assert listed.called.tails == (((WIDTH,), (1,)) if kind is WeightsInside else ((WIDTH,),))
+    assert len(plan.parameters) == 4 * EXPERTS
+    assert all(torch.equal(param, before[name]) for name, param in model.named_parameters())
+
+
+def test_the_unit_of_a_list() -> None:
+    reading = ModelReading(model_with(ByHits))
+    decided = decide(reading, ParallelConfig(ep=2, compile=True), tp=1, ep=2, fsdp2=True)
+    assert decided.data is not None
+    (unit,) = (unit for unit in decided.data.units if unit.experts)
+    assert unit.modules == tuple(f"model.layers.0.mlp.experts.{n}" for n in range(EXPERTS))
+    assert "model.layers.0.self_attn" in decided.compiled
+    assert not any(name.startswith("model.layers.0.mlp") for name in decided.compiled)
+
+
+class _Unlike(ByMask):
+    """Experts that share a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        first, second, *_ = self.each()
+        second.get_submodule("down_proj").weight = first.get_submodule("down_proj").weight
+
+
+class _Stored(ByMask):
+    """Its list is there, and its code does something else."""
+
+    def mixed(self, x: Tensor) -> Tensor:
+        return x * self.gate(x).sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Chained, "calls an expert with what another expert returned"),
+        (Looking, "looks at what they return"),
+        (Mixing, "something else when the tokens of an expert are computed together"),
+        (_Unlike, "share parameters"),
+        (_Stored, "did not call them"),
+    ],
+)
+def test_refused_by_name(kind: type[Mixture], reason: str) -> None:
+    model = model_with(ByMask, kind)
+    with pytest.raises(PlanError, match=rf"the {EXPERTS} experts of model.layers.*.mlp.experts \(") as error:
         decide(ModelReading(model), ParallelConfig(ep=2), tp=1, ep=2, fsdp2=True)
-    assert "layers.*.mlp.experts" in str(error.value)
-    assert all(param is before[name] for name, param in model.named_parameters())
+    assert reason in str(error.value)
+    assert decide(ModelReading(model), ParallelConfig(), tp=1, fsdp2=True).experts is None
+
+
+def test_too_many_ranks() -> None:
+    with pytest.raises(PlanError, match="has 4 experts, and ep=8 would leave ranks without any"):
+        decide_experts(ModelReading(model_with(ByMask)), 8)
 
 
 def test_beside_stacked_experts() -> None:
-    """Those that can be spread do not hide those that cannot."""
-    assert decide_experts(ModelReading(Model(_stacked(), _stacked())), 2) is not None
-    with pytest.raises(PlanError, match="which ByMask calls one after another"):
-        decide_experts(ModelReading(Model(_stacked(), ByMask())), 2)
+    plan = decide_experts(ModelReading(model_with(_stacked, ByMask)), 2)
+    assert plan is not None
+    assert {name: experts.kind for name, experts in plan.modules.items()} == {
+        "model.layers.0.mlp.experts": "routed",
+        "model.layers.1.mlp.experts": "listed",
+    }
 
 
 def test_without_ep_they_are_layers_as_any_others() -> None:
-    reading = ModelReading(Model(ByMask(), ByMask()))
+    reading = ModelReading(model_with(ByMask, ByMask))
     assert decide_experts(reading, 1) is None
-    assert [experts.name for experts in listed_experts(reading)] == ["layers.0.mlp.experts", "layers.1.mlp.experts"]
+    assert [experts.name for experts in listed_experts(reading)] == [
+        "model.layers.0.mlp.experts",
+        "model.layers.1.mlp.experts",
+    ]
 
 
 class _Parallel(nn.Module):
@@ -164,9 +135,8 @@ class _Parallel(nn.Module):
         self.parts = nn.ModuleList(Expert() for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = sum((part(x) for part in self.parts), start=torch.zeros_like(x))
-        return result
+        return torch.stack([part(x) for part in self.parts]).sum(0)
 
 
 def test_what_is_no_list_of_experts() -> None:
-    assert listed_experts(ModelReading(Model(_Parallel(), _stacked()))) == []
+    assert listed_experts(ModelReading(model_with(_Parallel, _stacked))) == []

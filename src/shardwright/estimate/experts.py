@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import prod
 
 from shardwright.distributed.models.blocks import numbers_to_globs
 from shardwright.distributed.models.huggingface import experts_per_token
@@ -18,15 +19,32 @@ def expert_notes(reading: ModelReading, plan: ExpertPlan | None, itemsize: int) 
     Args:
         itemsize: bytes of the dtype that tokens travel in.
     """
+    if plan is None:
+        return []
     kinds: dict[tuple[str, int], list[str]] = {}
-    for name, experts in plan.modules.items() if plan is not None else ():
+    for name, experts in plan.modules.items():
         kinds.setdefault((numbers_to_globs(name), experts.count), []).append(name)
-    return [
-        note
-        for (glob, count), names in kinds.items()
-        if plan is not None
-        for note in _notes(glob, count, len(names), plan.ep, bytes_per_token(reading, plan, names[0], itemsize))
-    ]
+    found: list[str] = []
+    for (glob, count), names in kinds.items():
+        found += _notes(glob, count, len(names), plan.ep, bytes_per_token(reading, plan, names[0], itemsize))
+        if plan.modules[names[0]].listed is not None:
+            found.append(_note_on_weights(glob, weight_bytes(reading, plan, names[0], itemsize)))
+    return found
+
+
+def _note_on_weights(glob: str, received: float) -> str:
+    return (
+        f"{glob}: these experts are modules of their own. Between steps every rank has a slice of each, and in a "
+        f"micro-batch each exchange brings a rank {received / 2**20:.3g} MiB of its experts' weights from the other "
+        "ranks of ep, and takes their gradients back."
+    )
+
+
+def weight_bytes(reading: ModelReading, plan: ExpertPlan, name: str, itemsize: int) -> float:
+    """Bytes of weights that the other ranks send to the first one for a list of experts."""
+    experts = plan.modules[name]
+    each = sum(param.numel() for param in reading.modules[name].parameters()) / experts.count
+    return each * -(-experts.count // plan.ep) * itemsize * (plan.ep - 1) / plan.ep
 
 
 def _notes(glob: str, count: int, layers: int, ep: int, sent: float) -> Iterable[str]:
@@ -52,6 +70,8 @@ def bytes_per_token(reading: ModelReading, plan: ExpertPlan, name: str, itemsize
 
 def _width(reading: ModelReading, name: str, experts: Experts) -> int:
     """The width of the tokens: the one that the matrices of an expert have in common."""
+    if experts.listed is not None:
+        return prod(experts.listed.called.tails[0])
     shapes = [reading.modules[name].get_parameter(own).shape for own in experts.parameters]
     matrices = [shape[1:] for shape in shapes if len(shape) > 1 and shape[-1] > 1]
     matrices = [shape for shape in matrices if len(shape) == max(map(len, matrices))]

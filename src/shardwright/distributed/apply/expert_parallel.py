@@ -12,6 +12,7 @@ from shardwright.distributed.planning.decided import ExpertPlan
 from shardwright.distributed.runtime.expert_exchange import EXCHANGES, ExpertExchange, Ranks
 from shardwright.distributed.runtime.expert_tensors import mix_with
 from shardwright.distributed.runtime.forward import wrap_forward
+from shardwright.distributed.runtime.listed_exchange import ListedExchange
 from shardwright.distributed.runtime.shard_dim import expert_data_parallel_dim
 from shardwright.distributed.styles.base import distribute_parameter
 
@@ -44,8 +45,13 @@ def apply_expert_parallel(
         for parameter in experts.parameters:
             path, _, own = parameter.rpartition(".")
             distribute_parameter(module.get_submodule(path), own, mesh, Shard(0))
-        exchange = exchanges[experts.kind]
         ranks = Ranks.of(mesh, tp_mesh)
+        if experts.listed is not None:
+            shapes = {own: tuple(param.shape) for own, param in next(module.children()).named_parameters()}
+            around = ListedExchange(experts.listed.loop, experts.listed.called, shapes, ranks, factor)
+            wrap_forward(model.get_submodule(experts.listed.caller), around)
+            continue
+        exchange = exchanges[experts.kind]
         wrap_forward(module, exchange(experts.count, experts.arguments, experts.parameters, ranks, factor))
 
 

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from shardwright._torch import leave_forwards_alone, state_of
 from shardwright.distributed.apply.meta_chunks import MetaChunks
 from shardwright.distributed.planning.decided import ROOT, DataPlan, Unit
 from shardwright.distributed.runtime.shard_dim import data_parallel_dim, expert_data_parallel_dim
@@ -58,6 +59,8 @@ def _shard(model: nn.Module, unit: Unit, options: dict[str, Any]) -> None:
         for name in unit.apart:
             fully_shard(model.get_submodule(name), **options)
         fully_shard(modules if len(modules) > 1 else modules[0], **options)
+    if unit.experts and len(modules) > 1:  # a list of experts, of which a rank runs its own: the layer gathers them
+        leave_forwards_alone(state_of(modules[0]))
 
 
 def _placement(model: nn.Module, mesh: DeviceMesh) -> Callable[[nn.Parameter], Shard | None]:

@@ -95,6 +95,9 @@ def _expert_units(reading: ModelReading, experts: ExpertPlan | None, kept: set[s
     """
     for name, own in experts.modules.items() if experts is not None else ():
         reshard = mode == "always" or (mode == "default" and innermost(name, kept) == ROOT)
+        if own.listed is not None:
+            yield Unit(tuple(f"{name}.{expert}" for expert in own.listed.loop.experts), reshard, experts=True)
+            continue
         spread = {parameter.rpartition(".")[0] for parameter in own.parameters}
         for child, part in reading.modules[name].named_children():
             if child not in spread and any(True for _ in part.parameters()):

@@ -130,7 +130,7 @@ def _compiled(
     """What is compiled: the blocks. Of one with tiles, or parts that send to other ranks, what is around these."""
     eager = (
         *tiles.mlps,
-        *(experts.modules if experts is not None else ()),
+        *(experts.exchanging if experts is not None else ()),
         *((*context.attention, *context.regions, *context.recorded) if context is not None else ()),
     )
     found: list[str] = []

@@ -13,6 +13,8 @@ from typing import Any
 from shardwright.distributed.plan import ParallelPlan
 from shardwright.distributed.planning.context_plan import ContextPlan
 from shardwright.distributed.planning.resolved import ResolvedPlan
+from shardwright.distributed.runtime.expert_calls import Called
+from shardwright.distributed.runtime.expert_loop import Loop
 
 ROOT = ""
 
@@ -35,20 +37,38 @@ class Unit:
 
 
 @dataclass(frozen=True)
+class Listed:
+    """How experts that are modules of their own are called.
+
+    Attributes:
+        caller: the name of the module whose code calls them.
+        loop: where they are below it.
+        called: with what.
+    """
+
+    caller: str
+    loop: Loop
+    called: Called
+
+
+@dataclass(frozen=True)
 class Experts:
     """A module whose experts are spread over ranks.
 
     Attributes:
         count: how many there are on all ranks.
-        kind: how it is called (:class:`shardwright._transformers.ExpertsCall`).
+        kind: how it is called (:class:`shardwright._transformers.ExpertsCall`); ``"listed"`` for a list of experts,
+            which is not called itself.
         arguments: what its forward calls what it is called with.
-        parameters: the names, below it, of the parameters that have a row per expert, or several.
+        parameters: the names, below it, of the parameters that have a row per expert, or several; of a list, all.
+        listed: for a list of experts.
     """
 
     count: int
     kind: str
     arguments: tuple[str, ...]
     parameters: tuple[str, ...]
+    listed: Listed | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +87,11 @@ class ExpertPlan:
     def parameters(self) -> list[str]:
         """The names of all parameters that are spread."""
         return [f"{name}.{own}" for name, experts in self.modules.items() for own in experts.parameters]
+
+    @property
+    def exchanging(self) -> list[str]:
+        """The names of the modules in whose forward tokens travel."""
+        return [name if own.listed is None else own.listed.caller for name, own in self.modules.items()]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from torch import nn
 
 from shardwright._transformers import call_of_experts
 from shardwright.distributed.planning.decided import ExpertPlan, Experts
+from shardwright.distributed.planning.expert_lists import spread_list
 from shardwright.distributed.planning.listed_experts import listed_experts
 from shardwright.distributed.replay.reading import ModelReading
 from shardwright.errors import PlanError, sizes_that_work
@@ -26,9 +27,8 @@ def decide_experts(reading: ModelReading, ep: int) -> ExpertPlan | None:
     """
     if ep == 1:
         return None
-    if listed := listed_experts(reading):
-        raise PlanError(listed[0].why_not(ep))
     found = {name: experts for name, module in reading.modules.items() if (experts := experts_of(module)) is not None}
+    found |= {listed.name: spread_list(reading, listed, ep) for listed in listed_experts(reading)}
     inner = tuple(f"{name}." for name in found)
     found = {name: experts for name, experts in found.items() if not name.startswith(inner)}
     if not found:
@@ -84,6 +84,8 @@ def _check(reading: ModelReading, name: str, experts: Experts, ep: int) -> None:
             f"{name} has {experts.count} experts, and ep={ep} would leave ranks without any. "
             f"{sizes_that_work(experts.count, ep)}"
         )
+    if experts.listed is not None:
+        return
     if uneven := [
         own for own in experts.parameters if experts.count % ep and _rows(reading, name, own) != experts.count
     ]:

@@ -32,15 +32,14 @@ class ListedExperts:
     expert: str
     caller: str
 
-    def why_not(self, ep: int) -> str:
+    def why_not(self, ep: int, reason: str) -> str:
         """Why they cannot be spread over ``ep`` ranks, and what to do."""
         return (
-            f"ep is {ep}, but {numbers_to_globs(self.name)} holds {self.count} experts as modules of their own "
-            f"({self.expert}), which {self.caller} calls one after another. Such experts cannot be put on ranks of "
-            "their own: Shardwright spreads experts whose weights are stacked, [experts, ...], and that get all tokens "
-            "with their choices and weights in one call. Nothing was changed. Leave ep out: tp and FSDP2 shard each of "
-            "these experts as any other layers, exactly. Or use the class that transformers has for this architecture "
-            "(trust_remote_code=False), which stacks the same weights when it loads them."
+            f"ep is {ep}, but the {self.count} experts of {numbers_to_globs(self.name)} ({self.expert}), which "
+            f"{self.caller} calls one after another, cannot be computed on ranks of their own: {reason}. Nothing was "
+            "changed. Leave ep out: tp and FSDP2 shard each of these experts as any other layers, exactly. Or use the "
+            "class that transformers has for this architecture (trust_remote_code=False), which stacks the same "
+            "weights when it loads them."
         )
 
 

@@ -24,6 +24,7 @@ class _WithOthers(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *others: Tensor) -> Tensor:
         ctx.like = [(other.shape, other.dtype, other.device) for other in others]
+        ctx.save_for_backward(x.new_empty(0))  # a checkpoint repeats what comes before the last tensor that is saved
         return x.view_as(x)
 
     @staticmethod

@@ -29,6 +29,7 @@ from shardwright.distributed.mesh import axis, make_mesh
 from shardwright.distributed.planning.decided import DecidedPlan
 from shardwright.distributed.runtime.forward import Around, Forward, wrap_forward
 from shardwright.distributed.steps import split_sequences
+from shardwright.errors import UnsupportedError
 from shardwright.estimate.trace.balanced import BALANCED
 from shardwright.estimate.trace.live import Live, Segment
 from shardwright.estimate.trace.short import Short
@@ -62,8 +63,16 @@ def traced_step(
     Args:
         config: for its degrees.
         output: dtype that the model's outputs are cast to; None: as they are.
+
+    Raises:
+        UnsupportedError: experts of a list on ranks of their own.
     """
     decided, model = short.decided, short.model
+    if decided.experts is not None and any(own.listed is not None for own in decided.experts.modules.values()):
+        raise UnsupportedError(
+            f"{type(model).__name__} calls its experts one after another, with as many tokens as its router says. What "
+            f"they take with ep={config.ep} cannot be estimated yet. Leave ep out."
+        )
     with fake_ranks(config) as mesh:
         if mesh is not None:
             _spread(model, decided, mesh)

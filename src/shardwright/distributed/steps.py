@@ -17,6 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 from shardwright._torch import concatenated
 from shardwright.distributed.apply import megatron_fsdp
 from shardwright.distributed.apply.activation_checkpointing import apply_activation_checkpointing
+from shardwright.distributed.apply.adapters import let_merge, unmerge_disabled
 from shardwright.distributed.apply.compile import apply_compile, check_backend
 from shardwright.distributed.apply.context_parallel import apply_context_parallel, check_context
 from shardwright.distributed.apply.expert_parallel import apply_expert_parallel, check_expert_shards, let_mix
@@ -118,7 +119,7 @@ def parallelize_with_fsdp2(
         apply_fsdp2(model, decided.data, dp_mesh, mp_policy, offload_policy, expert_mesh)
         if decided.experts is not None:
             let_mix(model, decided.experts)
-        watch_passes(model, before=look_for_changes)
+        watch_passes(model, before=_before_forward)
         let_drop(model)
     open_to_losses(model, decided.readable, axes.tp, fsdp2=decided.data is not None)
     if decided.data is not None and dp_mesh.size() > 1:
@@ -127,6 +128,11 @@ def parallelize_with_fsdp2(
     replaced.raise_for_gradients(model)
     connect_trainers(on)
     return model
+
+
+def _before_forward(model: nn.Module) -> None:
+    look_for_changes(model)
+    unmerge_disabled(model)
 
 
 def _degree(mesh: DeviceMesh, name: str) -> int:
@@ -199,6 +205,7 @@ def _before_sharding(model: nn.Module, mesh: DeviceMesh, axes: Axes, decided: De
     if decided.compile_backend is not None:
         apply_compile(model, decided.compiled, decided.compile_backend)
     save_and_load_together(model)
+    let_merge(model)
 
 
 def split_sequences(model: nn.Module, cp_mesh: DeviceMesh, tp_mesh: DeviceMesh | None, plan: ContextPlan) -> None:

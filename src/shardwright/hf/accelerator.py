@@ -22,6 +22,7 @@ from accelerate.scheduler import AcceleratedScheduler
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from shardwright.distributed.apply.guards.fresh import Parallelized, parallelized_model
 from shardwright.distributed.runtime.layout import whole
@@ -207,6 +208,19 @@ def adopt_all(on: Parallelized) -> None:
             if issubclass(type(each), Accelerator) and "state" in vars(each):
                 with suppress(ConfigError, UnsupportedError):
                     adopt(each, on)
+
+
+def check_all_sharded(model: nn.Module, on: Parallelized) -> None:
+    """Raise ConfigError where ``model`` trains parameters beside a sharded model inside of it: ranks would differ."""
+    if on.engine != "fsdp2" or on.mesh.size() == 1:
+        return
+    for name, param in model.named_parameters():
+        if param.requires_grad and not isinstance(param, DTensor):
+            raise ConfigError(
+                f"{name} {tuple(param.shape)} is beside the sharded model that {type(model).__name__} has inside, so "
+                "every rank would train one of its own. Put everything around the model first, and call parallelize "
+                "on the whole."
+            )
 
 
 def check_same_mesh(one: Parallelized, other: Parallelized) -> None:

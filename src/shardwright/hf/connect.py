@@ -1,11 +1,12 @@
 """The places where accelerate and transformers are handed a model, so that a sharded one is taken as it is.
 
-Two methods of each are wrapped, once, when the first model of this process is parallelized. They do nothing for models
-that are not sharded. Given a sharded one, the accelerator or trainer becomes an instance of a subclass of its own class
-(as FSDP2 does with modules), which knows the mesh: :mod:`shardwright.hf.accelerator`, :mod:`shardwright.hf.trainer`.
+A few methods are wrapped, once, when the first model of this process is parallelized. They do nothing for models that
+are not sharded. Given a sharded one, the accelerator or trainer becomes an instance of a subclass of its own class (as
+FSDP2 does with modules), which knows the mesh: :mod:`shardwright.hf.accelerator`, :mod:`shardwright.hf.trainer`.
 No other class is touched, and none of the user's: trainers that are subclasses (TRL's, one's own) come through here.
+PEFT refuses to put an adapter on a sharded model.
 
-Written for transformers 5.17 to 5.23; tested with accelerate 1.15 and transformers 5.23.
+Written for transformers 5.17 to 5.23; tested with accelerate 1.15, PEFT 0.21 and transformers 5.23.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from accelerate import Accelerator
 from torch import nn
 
 from shardwright.distributed.apply.guards.fresh import Parallelized, parallelized_model
-from shardwright.hf.accelerator import adopt, adopt_all
+from shardwright.distributed.runtime.checked import CheckedDTensor
+from shardwright.distributed.runtime.forward import original_class
+from shardwright.errors import PlanError
+from shardwright.hf.accelerator import adopt, adopt_all, check_all_sharded
 
 logger = logging.getLogger(__name__)
-_TRAINER = "transformers.trainer"
 _MARK = "_shardwright"
 
 
@@ -42,10 +45,11 @@ def connect(on: Parallelized) -> None:
 def _wrap_all() -> None:
     _wrap(Accelerator, "prepare", _adopting)
     _wrap(Accelerator, "prepare_model", _adopting)
-    if _TRAINER in sys.modules:
-        _connect_trainer(sys.modules[_TRAINER])
-    else:  # it takes more than a second to import, and most processes never need it
-        sys.meta_path.insert(0, _WhenImported())
+    for name, connect_module in _MODULES.items():
+        if name in sys.modules:
+            connect_module(sys.modules[name])
+        else:  # they take seconds to import, and most processes never need them
+            sys.meta_path.insert(0, _WhenImported(name, connect_module))
 
 
 def _wrap(cls: type, name: str, wrapper: Callable[..., Any]) -> None:
@@ -62,7 +66,10 @@ def _wrap(cls: type, name: str, wrapper: Callable[..., Any]) -> None:
 def _adopting(self: Accelerator, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     for each in args:
         on = parallelized_model(each) if isinstance(each, nn.Module) else None
-        if on is not None and adopt(self, on):
+        if on is None:
+            continue
+        check_all_sharded(each, on)
+        if adopt(self, on):
             _warn_of_counts(self)
             return getattr(self, method.__name__)(*args, **kwargs)
     return method(self, *args, **kwargs)
@@ -83,6 +90,27 @@ def _connect_trainer(module: ModuleType) -> None:
     _wrap(module.Trainer, "__init__", _becoming_sharded)
 
 
+def _connect_adapters(module: ModuleType) -> None:
+    _wrap(module.PeftModel, "__init__", _putting_on)
+
+
+def _connect_tuners(module: ModuleType) -> None:
+    _wrap(module.BaseTuner, "inject_adapter", _putting_on)
+
+
+def _putting_on(self: Any, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """PEFT puts an adapter on a model, which is the first argument of both methods."""
+    model = args[0] if args else kwargs["model"]
+    if any(isinstance(param, CheckedDTensor) for param in model.parameters()):
+        raise PlanError(
+            f"An adapter would be put on a {original_class(model).__name__} that is sharded already. It would be sized "
+            "by this rank's part of each layer, and no other rank would share its gradient. Put all adapters on first, "
+            "model = get_peft_model(model, config) (or PeftModel.from_pretrained, add_adapter, load_adapter, "
+            "add_weighted_adapter), then model = parallelize(model, config), then make the optimizer."
+        )
+    return method(self, *args, **kwargs)
+
+
 def _becoming_sharded(self: Any, method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     trainer = import_module("shardwright.hf.trainer")
     model = args[0] if args else kwargs.get("model")
@@ -93,14 +121,23 @@ def _becoming_sharded(self: Any, method: Callable[..., Any], *args: Any, **kwarg
         self.finish_init()
 
 
-class _WhenImported(MetaPathFinder, Loader):
-    """Connects the trainer right after somebody has imported its module."""
+# What is wrapped in which module, once somebody imports it.
+_MODULES: dict[str, Callable[[ModuleType], None]] = {
+    "transformers.trainer": _connect_trainer,
+    "peft.peft_model": _connect_adapters,
+    "peft.tuners.tuners_utils": _connect_tuners,
+}
 
-    def __init__(self) -> None:
+
+class _WhenImported(MetaPathFinder, Loader):
+    """Connects a module right after somebody has imported it."""
+
+    def __init__(self, name: str, connect: Callable[[ModuleType], None]) -> None:
+        self._name, self._connect = name, connect
         self._loader: Any = None
 
     def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        if fullname != _TRAINER:
+        if fullname != self._name:
             return None
         sys.meta_path.remove(self)
         spec = find_spec(fullname)
@@ -115,4 +152,4 @@ class _WhenImported(MetaPathFinder, Loader):
         spec: Any = module.__spec__
         spec.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
-        _connect_trainer(module)
+        self._connect(module)

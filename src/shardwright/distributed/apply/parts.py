@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from shardwright.distributed.runtime.forward import Around, Forward, arounds, wrap_forward
+from shardwright.distributed.runtime.forward import Around, Forward, arounds, run_in, wrap_forward
 from shardwright.distributed.runtime.gradient_sum import UnitParameters
 from shardwright.distributed.runtime.read_weights import make_readable
 
@@ -85,6 +85,45 @@ class _Part(Around):
     def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         model = None if self.root.running else self.model()
         return forward(*args, **kwargs) if model is None else model(*args, **kwargs, **{PART: forward})
+
+
+def stand_for(root: nn.Module, found: nn.Module) -> None:
+    """Let ``found``, the only thing in ``root`` that is still used, be called in the place of ``root``, in place."""
+    once = _Once()
+    wrap_forward(found, _AsRoot(root, once))
+    wrap_forward(root, once)
+
+
+class _Once(Around):
+    """Knows whether the root runs."""
+
+    def __init__(self) -> None:
+        self.running = False
+
+    def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        outer, self.running = self.running, True
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self.running = outer
+
+
+class _AsRoot(Around):
+    """Does around a part what the root does around itself; keeps the root, whose hooks gather for FSDP2."""
+
+    eager = True
+
+    def __init__(self, root: nn.Module, once: _Once) -> None:
+        self.root, self.once = root, once
+
+    def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.once.running:
+            return forward(*args, **kwargs)
+        self.root.training = module.training
+        chain = [each for each in arounds(self.root) if each is not self.once]
+        if any(isinstance(each, _Root) for each in chain):  # FSDP2: the part will go through the root by itself
+            chain = [each for each in chain if not isinstance(each, (_Root, UnitParameters))]
+        return run_in(self.root, tuple(chain), forward, args, kwargs)
 
 
 def _outside_units(module: nn.Module) -> Iterator[nn.Module]:

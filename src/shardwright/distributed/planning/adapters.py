@@ -20,14 +20,15 @@ from torch import nn
 
 from shardwright.distributed.planning.resolved import ResolvedPlan, StyleUse
 from shardwright.distributed.replay.reading import ModelReading
+from shardwright.distributed.runtime.adapted import BASE
 from shardwright.distributed.styles.replicated import PartOfSum, ReplicatedPartialGradient
 from shardwright.errors import PlanError
 
-BASE = "base_layer"
 DOWN, UP = "lora_A", "lora_B"
 MAGNITUDE = "lora_magnitude_vector"  # DoRA's, which scales the sum
 _PARTS = {BASE, DOWN, UP, MAGNITUDE, "lora_dropout", "lora_embedding_A", "lora_embedding_B"}
 PARAMETER = "parameter_name"  # of LoRA's layer around one that is adapted by a parameter: which one it adds to
+ORTHOGONAL = "lora_E"  # AdaLoRA's singular values, between matrices that its loss keeps orthogonal
 SCALES = "ia3_l"  # IA3's: the tuner layer itself multiplies a layer's input or output with them
 # A module that is trained as a whole beside a frozen one: PEFT's ``modules_to_save``.
 ORIGINAL, SAVED = "original_module", "modules_to_save"
@@ -49,33 +50,33 @@ def _is_lora(module: nn.Module) -> bool:
     return magnitude is None or not list(magnitude.children())
 
 
-def refuse_scales(model: nn.Module) -> None:
-    """Raise PlanError where an adapter scales features of layers that are about to be cut.
+def refuse_adapters(model: nn.Module) -> None:
+    """Raise PlanError where layers that are about to be cut have adapters that need the whole of them.
 
     Raises:
-        PlanError: an adapter of the kind IA3.
+        PlanError: IA3; LoRA by ``target_parameters``, on packed experts as a rule; AdaLoRA.
     """
     for name, module in model.named_modules():
-        if BASE in module._modules and SCALES in module._modules:
-            raise PlanError(
-                f"{name} has an adapter of the kind IA3, which scales the layer's features, and tensor parallelism "
-                "would leave each rank a part of them. Use dp_shard (FSDP2 shards IA3 exactly), or LoRA."
+        if BASE not in module._modules:
+            continue
+        why = None
+        if SCALES in module._modules:
+            why = (
+                "an adapter of the kind IA3, which scales the layer's features, and tensor parallelism would leave "
+                "each rank a part of them"
             )
-
-
-def refuse_changed_parameters(model: nn.Module) -> None:
-    """Raise PlanError where an adapter adds to a parameter of a layer while it runs, and not to a layer's output.
-
-    Raises:
-        PlanError: LoRA by ``target_parameters``, on packed experts as a rule.
-    """
-    for name, module in model.named_modules():
-        if BASE in module._modules and PARAMETER in module.__dict__:
-            raise PlanError(
-                f"{name} has an adapter on its parameter {module.__dict__[PARAMETER]} (PEFT's target_parameters), "
-                "which adds a whole update to a weight of which each rank would hold a part. Use dp_shard (FSDP2 "
-                "shards it exactly), or adapt layers with target_modules."
+        elif PARAMETER in module.__dict__:
+            why = (
+                f"an adapter on its parameter {module.__dict__[PARAMETER]} (PEFT's target_parameters), which adds a "
+                "whole update to a weight of which each rank would hold a part"
             )
+        elif ORTHOGONAL in module._modules:
+            why = (
+                "an adapter of the kind AdaLoRA, whose loss compares whole matrices of the adapter with each other, "
+                "and tensor parallelism would leave each rank a part of them"
+            )
+        if why is not None:
+            raise PlanError(f"{name} has {why}. Use dp_shard (FSDP2 shards it exactly), or LoRA by target_modules.")
 
 
 def adapt(reading: ModelReading, resolved: ResolvedPlan) -> None:

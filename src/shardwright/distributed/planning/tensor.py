@@ -7,7 +7,7 @@ from collections.abc import Callable, Container
 from dataclasses import replace
 
 from shardwright.distributed.plan import ParallelPlan
-from shardwright.distributed.planning.adapters import refuse_changed_parameters, refuse_scales
+from shardwright.distributed.planning.adapters import refuse_adapters
 from shardwright.distributed.planning.complete import completed, left_replicated, little_cut
 from shardwright.distributed.planning.decided import ExpertPlan
 from shardwright.distributed.planning.replay_check import why_not_exact
@@ -44,8 +44,7 @@ def plan_and_resolve(
         PlanError: the plan cannot be read, does not fit the model or ``tp``, or is not exact.
     """
     if tp > 1:
-        refuse_scales(reading.model)
-        refuse_changed_parameters(reading.model)
+        refuse_adapters(reading.model)
     brought = None if custom is None else brought_plan(custom)
     split = sequence_parallel or (brought is not None and brought.asks_for_sequence_parallel)
 

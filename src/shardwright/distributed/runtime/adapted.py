@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
+BASE = "base_layer"
+
 
 def base_layer(module: nn.Module) -> nn.Module:
     """The layer inside of ``module`` that it adapts; ``module`` itself, where it adapts none."""
-    inner = module._modules.get("base_layer")
+    inner = module._modules.get(BASE)
     return module if inner is None else base_layer(inner)

@@ -26,6 +26,8 @@ from shardwright.distributed.runtime.written import (
     is_whole_write,
     note_copies,
     refuse_lost_write,
+    set_data,
+    sets_data,
     write_whole,
 )
 from shardwright.errors import ShardwrightError, UnsupportedError
@@ -59,6 +61,8 @@ class CheckedDTensor(DTensor):
             _refuse_part(args[0])
             return func(args[0].to_local(), *args[1:], **kwargs)
         refuse_lost_write(func, args)
+        if sets_data(func) and isinstance(args[0], DTensor):
+            return set_data(*args)
         if is_drawn(func, kwargs):
             return draw_whole(func, args, kwargs)
         if is_whole_write(func, args, kwargs):

@@ -20,10 +20,15 @@ from shardwright.errors import PlanError
 
 Forward = Callable[..., Any]
 METHODS = (
+    "delete_adapter",
     "generate",
     "load_adapter",
+    "merge",
+    "merge_and_unload",
     "resize_token_embeddings",
     "save_pretrained",
+    "unload",
+    "unmerge",
 )  # that can be wrapped, beside the forward
 
 
@@ -83,7 +88,7 @@ def _wrapped(cls: Any) -> Any:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         state = self.__dict__
         innermost = state["_own_forward"] or cls.forward.__get__(self)
-        return _run(self, state["_around"], innermost, args, kwargs)
+        return run_in(self, state["_around"], innermost, args, kwargs)
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         # The subclass is made at run time: rebuild it from the original class.
@@ -107,7 +112,7 @@ def _method(cls: Any, name: str) -> Any:
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         state = self.__dict__
         innermost = state["_own_methods"].get(name) or getattr(cls, name).__get__(self)
-        return _run(self, state["_around_methods"].get(name, ()), innermost, args, kwargs)
+        return run_in(self, state["_around_methods"].get(name, ()), innermost, args, kwargs)
 
     return method
 
@@ -117,14 +122,15 @@ def _rebuild(cls: type[nn.Module]) -> nn.Module:
     return wrapped.__new__(wrapped)
 
 
-def _run(
+def run_in(
     module: nn.Module, chain: tuple[Around, ...], innermost: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
+    """``innermost`` of ``module``, with ``chain`` around it, outermost first."""
     if not chain:
         return innermost(*args, **kwargs)
 
     def rest(*args: Any, **kwargs: Any) -> Any:
-        return _run(module, chain[1:], innermost, args, kwargs)
+        return run_in(module, chain[1:], innermost, args, kwargs)
 
     return chain[0](module, rest, args, kwargs)
 

@@ -22,6 +22,7 @@ from shardwright.distributed.runtime.forward import Around, Forward, wrap_forwar
 from shardwright.distributed.runtime.sharded_table import sharded_table
 
 Place = tuple[str, str]  # module path below the unit, parameter name
+Owner = tuple[nn.Module, str]  # the module itself, parameter name
 
 
 class SummedParameters:
@@ -67,6 +68,18 @@ class UnitParameters(Around):
             return forward(*args, **kwargs)
         finally:
             _put(owners, before)
+
+    def owners(self, unit: nn.Module) -> list[list[Owner]]:
+        """The modules that its places are, for :meth:`follow`."""
+        lists = (self.summed, self.others, self.tables)
+        return [[(unit.get_submodule(path), name) for path, name in places] for places in lists]
+
+    def follow(self, unit: nn.Module, owners: list[list[Owner]]) -> None:
+        """Take the places that ``owners`` have below ``unit`` now, and forget those that are gone."""
+        paths = {id(module): path for path, module in unit.named_modules()}
+        self.summed, self.others, self.tables = (
+            [(paths[id(module)], name) for module, name in one if id(module) in paths] for one in owners
+        )
 
 
 def _put(owners: dict[Place, dict[str, Any]], tensors: dict[Place, Any]) -> None:

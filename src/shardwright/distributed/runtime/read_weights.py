@@ -28,7 +28,7 @@ from shardwright.distributed.runtime.implicit import ImplicitDTensor, OwnRules, 
 from shardwright.distributed.runtime.layout import length_here
 from shardwright.distributed.runtime.operations import writes
 from shardwright.distributed.runtime.sharded_table import table_of
-from shardwright.distributed.runtime.written import read_only, refuse_lost_write
+from shardwright.distributed.runtime.written import read_only, refuse_lost_write, sets_data
 
 # The weight in another dtype or place: still one that may be mixed.
 _SAME = """
@@ -59,7 +59,7 @@ class ReadableWeight(CheckedDTensor, OwnRules):
         if func.__name__ in VIEWS or func in _VIEW_PROPERTIES:
             result = func(*_readable(args), **_readable(kwargs))
             return result if torch.is_grad_enabled() else read_only(result)
-        if mixed and not writes(func) and func is not Tensor.__setitem__:
+        if mixed and not (writes(func) or func is Tensor.__setitem__ or sets_data(func)):
             return func(*_readable(args), **_readable(kwargs))
         result = super().__torch_function__(func, types, args, kwargs)
         if isinstance(result, DTensor) and func.__name__ in SAME:

@@ -27,6 +27,7 @@ _NAMES = """
     adjoint detach diagonal unfold alias
 """
 _ALIASES = frozenset(_NAMES.split())
+_SETS_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 _ALIAS_PROPERTIES = tuple(getattr(Tensor, name).__get__ for name in ("data", "T", "mT", "H", "mH"))
 
 
@@ -78,13 +79,44 @@ def write_whole(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     with torch.no_grad():
         new = whole(written).clone()
         func(new, *joined(others), **joined(kwargs))
-        local = part_of(new, written).contiguous()
-        mesh = written.device_mesh
-        for axis, placement in enumerate(written.placements):
-            if placement.is_replicate() and mesh.size(axis) > 1:
-                dist.broadcast(local, group=mesh.get_group(axis), group_src=0)
-        written.to_local().copy_(local)
+        _keep_part(new, written)
     return None if func is Tensor.__setitem__ else written
+
+
+def _keep_part(new: Tensor, written: DTensor) -> None:
+    local = part_of(new, written).contiguous()
+    mesh = written.device_mesh
+    for axis, placement in enumerate(written.placements):
+        if placement.is_replicate() and mesh.size(axis) > 1:
+            dist.broadcast(local, group=mesh.get_group(axis), group_src=0)
+    written.to_local().copy_(local)
+
+
+def sets_data(func: Callable[..., Any]) -> bool:
+    """Whether ``func`` is the assignment ``tensor.data = value``."""
+    return func == _SETS_DATA
+
+
+@torch.no_grad()
+def set_data(written: DTensor, value: Tensor) -> None:
+    """``written.data = value``: the values go into the shards, where DTensor would lose them without a word.
+
+    Raises:
+        UnsupportedError: the value has another shape, dtype or kind of device, which would change the parameter itself.
+    """
+    here, there = ((x.dtype, tuple(x.shape), x.device.type) for x in (written, value))
+    if here != there:
+        raise UnsupportedError(
+            f"A sharded parameter ({', '.join(map(str, here))}) cannot become another by .data = ... "
+            f"({', '.join(map(str, there))}). Change the model before parallelize; ParallelConfig(precision=...) "
+            "computes in another dtype."
+        )
+    if not isinstance(value, DTensor):
+        _keep_part(value, written)
+    elif value.device_mesh == written.device_mesh and value.placements == written.placements:
+        written.to_local().copy_(value.to_local())
+    else:
+        written.to_local().copy_(part_of(whole(value), written))
 
 
 class ReadOnly(Tensor):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from shardwright.api import parallelize
+    from shardwright.checkpoint.full import full_weights
     from shardwright.checkpoint.load import init_pretrained, load_adapted, load_pretrained
     from shardwright.checkpoint.save import save_pretrained
     from shardwright.distributed.apply.batches import shard_batch
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "ParallelConfig": "shardwright.distributed.config",
     "ParallelPlan": "shardwright.distributed.plan",
+    "full_weights": "shardwright.checkpoint.full",
     "gradient_norms": "shardwright.distributed.runtime.norms",
     "init_pretrained": "shardwright.checkpoint.load",
     "load_adapted": "shardwright.checkpoint.load",
@@ -40,6 +42,7 @@ _MODULES = ("errors", "estimate", "losses", "verify")
 __all__ = [
     "ParallelConfig",
     "ParallelPlan",
+    "full_weights",
     "gradient_norms",
     "init_pretrained",
     "load_adapted",

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from shardwright.api import parallelize
 from shardwright.checkpoint import save
+from shardwright.checkpoint.full import full_weights
 from shardwright.checkpoint.load import init_pretrained, load_pretrained
 from shardwright.checkpoint.manifest import MANIFEST, read_manifest
 from shardwright.checkpoint.save import save_pretrained
@@ -38,6 +39,10 @@ def _load_and_save(folder: Path, mesh: str, to: Path) -> None:
     with torch.no_grad():
         model(input_ids=torch.arange(3, 9)[None])  # FSDP2's root stays gathered after this
     save_pretrained(model, to, max_shard_size="20KB")
+    saved = {name: value for file in to.glob("*.safetensors") for name, value in load_file(file).items()}
+    given = [(name, value.clone()) for name, value in full_weights(model)]
+    assert sorted(name for name, _ in given) == sorted(saved)
+    assert all(torch.equal(value, saved[name]) for name, value in given)
 
 
 @pytest.mark.parametrize(("name", "mesh"), [(name, "tp2") for name in CONFIGS] + [("mixtral_stacked", "fsdp2")])

@@ -76,7 +76,7 @@ def save_pretrained(
         split = split_state_dict_into_shards_factory(
             plan.entries, get_storage_size=_bytes_of, filename_pattern=_PATTERN, max_shard_size=max_shard_size
         )
-        _check_ties(model, skeleton)
+        check_ties(model, skeleton)
     with ExitStack() as stack:
         writer = None
         with same_error_everywhere(f"Saving to {folder}"):
@@ -106,7 +106,7 @@ def skeleton_of(model: nn.Module) -> PreTrainedModel:
         raise UnsupportedError(
             f"This {type(model).__name__} has PEFT adapters, which have a format of their own. On every rank, call "
             "model.save_pretrained(folder): it writes the folder that plain PEFT writes. Or merge them into the "
-            "weights first (PEFT's merge_and_unload, before the model is sharded)."
+            "weights first, on every rank: model = model.merge_and_unload()."
         )
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedError(
@@ -132,7 +132,8 @@ def skeleton_of(model: nn.Module) -> PreTrainedModel:
     return skeleton
 
 
-def _check_ties(model: nn.Module, skeleton: nn.Module) -> None:
+def check_ties(model: nn.Module, skeleton: nn.Module) -> None:
+    """Raise CheckpointError where weights that are one in ``skeleton`` are two in ``model``."""
     tensors = dict(model.named_parameters(remove_duplicate=False))
     first: dict[int, str] = {}
     for name, parameter in skeleton.named_parameters(remove_duplicate=False):

@@ -20,8 +20,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Docstrings name other objects with Sphinx's roles, of which the pages show the name alone."""
-    return _ROLE.sub("", html)
+    """Docstrings name other objects with Sphinx's roles, of which the pages show the name alone.
+
+    An option without a default has one that click calls so (8.3).
+    """
+    return _ROLE.sub("", html).replace("<code>Sentinel.UNSET</code>", "none")
 
 
 def on_post_page(output: str, **_: Any) -> str:

@@ -110,6 +110,19 @@ def test_quoted_messages_are_in_the_code() -> None:
     assert [message for message in quoted if message not in joined and message not in own] == []
 
 
+def test_every_measured_number_is_a_result() -> None:
+    """Of the tables on the performance page, every row but the headings is a row of a page that a benchmark wrote."""
+    written = (ROOT / "benchmarks" / "RESULTS.md").read_text() + (ROOT / "benchmarks" / "RESULTS-GPU.md").read_text()
+    lines = (ROOT / "docs" / "performance.md").read_text().splitlines()
+    rows = [
+        line
+        for line, after in zip(lines, [*lines[1:], ""], strict=True)
+        if line.startswith("|") and not after.startswith("| ---")
+    ]
+    assert len(rows) > 100
+    assert [row for row in rows if row not in written.splitlines()] == []
+
+
 def test_links_outside_of_the_site() -> None:
     """Those inside are checked by mkdocs (make docs)."""
     pages = [page for page in PAGES if page.parent == ROOT]

@@ -135,3 +135,22 @@ def test_the_quick_start_runs_on_four_ranks() -> None:
 def test_reading_a_config_imports_no_torch() -> None:
     code = f"import sys; from shardwright.train.config import load_config as l; l({str(QUICKSTART)!r})"
     subprocess.run([sys.executable, "-c", code + "; assert 'torch' not in sys.modules"], check=True)
+
+
+def test_mistakes_are_told_before_torch_is_imported(config_file: Path) -> None:
+    code = """
+import sys
+from shardwright.errors import ConfigError
+from shardwright.train.start import start
+missing = ["model.config=null", "model.path=/nowhere", "tokenizer.vocab_size=null"]
+for overrides in (["sharding.tp=3", "ranks=4"], missing):
+    try:
+        start(sys.argv[1], overrides)
+    except ConfigError as error:
+        print(error)
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code, config_file], capture_output=True, text=True, check=True)
+    degrees, folder = done.stdout.splitlines()
+    assert "does not divide the world size 4" in degrees
+    assert folder.startswith("model.path is '/nowhere', and there is no such folder here.")

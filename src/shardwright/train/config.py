@@ -26,7 +26,7 @@ from shardwright.train.sections import (
     one_of,
     positive,
 )
-from shardwright.untrusted import shown
+from shardwright.untrusted import shown, usable_path
 
 JOB_CONFIG = "config.yaml"  # of a job folder: the run, as its ranks read it
 NOT_FINITE = ("raise", "stop", "skip")
@@ -144,6 +144,16 @@ class TrainConfig:
                 f"({degrees.dp_replicate}) x dp_shard ({degrees.dp_shard}) x accumulation ({self.accumulation}) = "
                 f"{share} micro-batches. Set batch_size to a multiple of {share}, for example {fit}."
             )
+
+    def check_folders(self) -> None:
+        """Whether there are the folders that the run reads.
+
+        Raises:
+            ConfigError: with the key that names one that is not there.
+        """
+        for key, path in (("model.path", self.model.path), ("tokenizer.path", self.tokenizer.path)):
+            if path is not None and not usable_path(path, key, ConfigError).is_dir():
+                raise ConfigError(f"{key} is {shown(path)}, and there is no such folder here. It is read from a disk.")
 
     def to_yaml(self) -> str:
         """The whole config, defaults filled in, as YAML that :func:`load_config` reads back."""

@@ -14,7 +14,6 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from shardwright.distributed.mesh import default_device_type
 from shardwright.errors import ConfigError, PreemptedError, RunError, ShardwrightError
 from shardwright.train.meeting import check_devices
 from shardwright.train.rank_settings import RankSettings
@@ -27,11 +26,8 @@ _LOGGERS = ("", ".agent.server.api", ".agent.server.local_elastic_agent", ".mult
 
 def local_ranks(settings: RankSettings) -> int:
     """How many ranks to start here: ``ranks``, else what the degrees ask for, else one for every GPU."""
-    if settings.ranks is not None:
-        return settings.ranks
-    least = settings.sharding.least_world_size
-    on_gpu = settings.device != "cpu" and default_device_type() == "cuda"
-    return max(torch.cuda.device_count(), least) if on_gpu and settings.sharding.dp_shard == -1 else least
+    known = settings.known_ranks
+    return max(torch.cuda.device_count(), settings.sharding.least_world_size) if known is None else known
 
 
 def check_machine(settings: RankSettings, ranks: int) -> None:

@@ -38,6 +38,14 @@ class RankSettings:
             positive("phase_timeout", self.phase_timeout, ", or null")
 
     @property
+    def known_ranks(self) -> int | None:
+        """How many ranks this machine would start; None: as many as it has GPUs, which torch has to count."""
+        if self.ranks is not None:
+            return self.ranks
+        asked = self.sharding.dp_shard != -1 or self.device == "cpu"
+        return self.sharding.least_world_size if asked else None
+
+    @property
     def seconds_per_phase(self) -> float:
         """``phase_timeout``, or what stands for null there."""
         return max(self.step_timeout, _LEAST_PHASE) if self.phase_timeout is None else self.phase_timeout

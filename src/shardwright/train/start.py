@@ -23,6 +23,10 @@ def start(config: Path, overrides: Sequence[str]) -> None:
     if place is not None and "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent(os.getppid())  # torchrun, which starts every rank itself
     settings = load_config(config, overrides)
+    ranks = settings.rank_settings.known_ranks if place is None else place.world_size
+    if ranks is not None:  # what can be told without torch is told at once
+        settings.check_ranks(ranks)
+    settings.check_folders()
     watchdog = Watchdog.of(settings.rank_settings)
     watchdog.begin("importing libraries")
     if place is None:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shardwright.distributed.apply.loss_tiles import call_with_loss
-from shardwright.distributed.runtime.context.parts import part, summed
+from shardwright.distributed.runtime.context.parts import part, summed, used_in_part
 from shardwright.distributed.runtime.context.sharded import ContextSharded
 from shardwright.distributed.runtime.implicit import joined
 from shardwright.distributed.runtime.read_weights import readable
@@ -126,6 +126,9 @@ def loss_in_tiles(
     weights = {"weight": slice_of(table)}
     if bias is not None:
         weights["bias"] = bias_of(readable(bias, dtype), table)
+
+    if dealt is not None:
+        weights = {name: used_in_part(x, dealt.dealt) for name, x in weights.items()}
 
     def tile(pieces: Sequence[Tensor], weights: Mapping[str, Tensor]) -> Tensor:
         logits = logits_of(F.linear(pieces[0], weights["weight"], weights.get("bias")), table)

@@ -5,12 +5,14 @@ The rank is the last one, which sees all keys.
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from tiny_models import build
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -19,12 +21,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardwright import ParallelConfig, make_mesh
 from shardwright.distributed.apply.context_parallel import apply_context_parallel
+from shardwright.distributed.apply.loss_tiles import apply_loss_tiles
 from shardwright.distributed.apply.tensor_parallel import apply_tensor_parallel
 from shardwright.distributed.models.attention import attention_kernels, register_context_attention
 from shardwright.distributed.planning.decide import decide
 from shardwright.distributed.replay.reading import ModelReading
 from shardwright.distributed.runtime.context.attention import last_queries
 from shardwright.distributed.runtime.context.sharded import ContextSharded
+from shardwright.estimate.predict import predict
+from shardwright.estimate.report import print_report
+from shardwright.verify.public import case_of
 
 LENGTH, ROWS, LAYERS = 256, 3, 2
 KEYS_AND_VALUES = 2 * ROWS * LENGTH * 2 * 8  # of a layer: elements, with two key-value heads of size 8
@@ -45,6 +51,8 @@ def split(fake_world: Callable[..., None], cp: int, tp: int = 1, **settings: Any
     register_context_attention()
     kernels = attention_kernels(model, {name: use.kernel for name, use in decided.context.attention.items()})
     apply_context_parallel(model, mesh["cp"], both, decided.context, kernels)
+    if decided.tiles.head is not None:
+        apply_loss_tiles(model, decided.tiles.head, decided.tiles.loss)
     return model
 
 
@@ -124,6 +132,10 @@ def test_attention_sends_what_the_formula_says(fake_world: Callable[..., None], 
     with Received() as backward:
         loss.backward()
     assert backward.calls == {("reduce_scatter_tensor", KEYS_AND_VALUES): LAYERS, ("all_reduce", 1): 1}
+    # What a plan says of it: a rank sends all but its own part.
+    (said,) = predict(build("llama"), ParallelConfig(cp=cp, dp_shard=1)).context
+    assert (said.where, said.layers, said.method) == ("model.layers.*.self_attn", LAYERS, "gather")
+    assert said.sent * ROWS * LENGTH == pytest.approx(KEYS_AND_VALUES * 4 * (cp - 1) / cp)
 
 
 def test_logits_are_split_with_tensor_parallel_ranks(fake_world: Callable[..., None]) -> None:
@@ -132,6 +144,17 @@ def test_logits_are_split_with_tensor_parallel_ranks(fake_world: Callable[..., N
     assert isinstance(logits, ContextSharded)
     assert logits.shape == (ROWS, LENGTH, 99)
     assert logits.to_local().shape == (ROWS, LENGTH // 2, 49)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_logits_in_tiles_are_not_kept(fake_world: Callable[..., None], tp: int) -> None:
+    """What is kept has as many numbers for each position as the vocabulary only where there are no tiles."""
+    wide = {}
+    for tiles in (1, 8):
+        tensors = kept(split(fake_world, 2, tp, loss_tiles=tiles))
+        wide[tiles] = [x for x in tensors if x.is_floating_point() and x.shape[-1:] in ((99,), (49,))]
+    assert sum(x.numel() for x in wide[1]) >= ROWS * (LENGTH // 2) * (99 // tp)
+    assert not wide[8]
 
 
 @pytest.mark.parametrize("cp", [2, 4])
@@ -154,3 +177,20 @@ def test_exchanged_heads(fake_world: Callable[..., None], cp: int) -> None:
     expected.update({("all_to_all_single", part * 4): LAYERS})
     assert forward.calls - Counter({("all_reduce", 1): 2}) == expected
     assert backward.calls - Counter({("all_reduce", 1): 1}) == expected
+    (said,) = predict(build("llama"), ParallelConfig(cp=cp, dp_shard=1, context_method="ulysses")).context
+    assert said.method == "ulysses"
+    assert said.sent * ROWS * LENGTH == pytest.approx(part * (8 + 2 * repeated) * 4 * (cp - 1) / cp)
+
+
+def test_a_plan_says_what_is_gathered_for_other_mixers() -> None:
+    """A mixer is given the stream, and positions that every rank knows; half of it comes from another rank."""
+    model = case_of("falcon_h1", ParallelConfig(cp=2)).build()
+    prediction = predict(model, ParallelConfig(cp=2, dp_shard=1))
+    said = {part.where.rpartition(".")[2]: (part.method, part.sent) for part in prediction.context}
+    assert said["mamba"] == ("whole", model.config.hidden_size * 4 / 2)
+    assert said["self_attn"][0] == "gather"
+    console = Console(width=400, file=io.StringIO())
+    print_report(prediction, console)
+    report = console.file.getvalue()
+    assert "tp 1 x cp 2 x dp_shard 1 = 2 ranks" in report
+    assert "what it is given is gathered. For each token of a sequence a rank sends 0.125 KiB forward" in report

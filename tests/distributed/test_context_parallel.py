@@ -199,6 +199,7 @@ def _used() -> dict[str, Any]:
         for name, param in model.named_parameters()
         if isinstance(param.grad, DTensor)
     )
+    found |= _inner_model(reference, model)
     for part in (reference, model):
         part.eval()
     with torch.no_grad():
@@ -210,6 +211,21 @@ def _used() -> dict[str, Any]:
     return found
 
 
+def _inner_model(reference: nn.Module, model: nn.Module) -> dict[str, Any]:
+    """The model inside called by itself: for hidden states that a layer of one's own reads, and with a cache."""
+    ids, heads, steps = batch(0)["input_ids"], [], []
+    for part in (reference, model):
+        torch.manual_seed(0)
+        head = nn.Linear(32, 3)
+        head(part.model(input_ids=ids).last_hidden_state).square().mean().backward()
+        heads.append(head.weight.grad)
+        with torch.no_grad():
+            first = part.model(input_ids=ids[:, :10], use_cache=True)
+            second = part.model(input_ids=ids[:, 10:], past_key_values=first.past_key_values)
+        steps.append(second.last_hidden_state)
+    return {"own head": (heads[0] - heads[1]).norm() / heads[0].norm(), "own cache": (steps[0] - steps[1]).abs().max()}
+
+
 def test_uses_of_a_model(ranks2: RankPool) -> None:
     for rank, found in enumerate(ranks2.run(_used)):
         assert found["ours.logits"] == (8, 7)[rank]
@@ -217,6 +233,8 @@ def test_uses_of_a_model(ranks2: RankPool) -> None:
         assert found["input gradient"] < 1e-5
         assert found["gradients"] < 1e-5
         assert found["evaluation"] < 1e-5
+        assert found["own head"] < 1e-5
+        assert found["own cache"] < 1e-5
         assert found["generated"]
 
 

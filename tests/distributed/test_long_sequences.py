@@ -106,11 +106,10 @@ def test_on_four_ranks(ranks4: RankPool, way: str) -> None:
 CONTEXT = {"cp": 2, "dp_shard": 1}
 
 
-@pytest.mark.parametrize("setting", ["all", "all, compiled"])
-def test_with_context_parallelism(ranks2: RankPool, setting: str) -> None:
+def test_with_context_parallelism(ranks2: RankPool) -> None:
     """Tiles of a rank's part of the sequence; 5 positions are fewer than there are tiles on the two ranks."""
-    for length in (15, 5):
-        ranks2.run(_compare, "llama", {**CONTEXT, **SETTINGS[setting]}, length)
+    ranks2.run(_compare, "llama", {**CONTEXT, **SETTINGS["all"]}, 5)
+    ranks2.run(_compare, "llama", {**CONTEXT, **SETTINGS["all, compiled"]})
 
 
 def test_with_context_and_tensor_parallelism(ranks4: RankPool) -> None:

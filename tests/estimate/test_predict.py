@@ -15,7 +15,7 @@ from shardwright.distributed.plan import ParallelPlan
 from shardwright.distributed.planning.resolve import resolve, sharded_fraction
 from shardwright.distributed.planning.sources import choose_plan
 from shardwright.distributed.replay.reading import ModelReading
-from shardwright.errors import ConfigError, PlanError, UnsupportedError
+from shardwright.errors import ConfigError, PlanError
 from shardwright.estimate import Prediction, predict
 from shardwright.estimate.command import save_plan
 from shardwright.estimate.predict import to_dict
@@ -112,8 +112,6 @@ def test_what_cannot_work_is_refused() -> None:
         predict(config_of("llama"), ParallelConfig(tp=3))
     with pytest.raises(ConfigError, match="Did you mean"):
         predict("quen3", ParallelConfig(tp=2))
-    with pytest.raises(UnsupportedError, match="context parallelism"):
-        predict(config_of("llama"), ParallelConfig(cp=2))
     with pytest.raises(ConfigError, match="weights is 'int8'"):
         predict(config_of("llama"), ParallelConfig(tp=2), weights="int8")
 

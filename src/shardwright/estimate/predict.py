@@ -23,7 +23,8 @@ from shardwright.distributed.planning.layout import ParameterLayout, parameter_l
 from shardwright.distributed.planning.resolved import ResolvedPlan
 from shardwright.distributed.planning.units import unit_names
 from shardwright.distributed.replay.reading import ModelReading
-from shardwright.errors import ConfigError, UnsupportedError
+from shardwright.errors import ConfigError
+from shardwright.estimate.context import ContextTraffic, context_notes, context_traffic
 from shardwright.estimate.experts import expert_notes
 from shardwright.estimate.gathering import Gathering, predict_gathering
 from shardwright.estimate.memory import Memory, memory_per_rank
@@ -72,7 +73,8 @@ class Prediction:
         attributes: module glob -> sizes that the module's code sees on a rank.
         memory: bytes per rank.
         unsharded: bytes with one rank.
-        traffic: TP collectives, by kind of block.
+        traffic: TP collectives, by kind of block; tokens are those of a rank's part of the sequences.
+        context: what context-parallel ranks send, by kind of module.
         gathering: what FSDP2 gathers and reduces; None where it has no part in it.
         notes: sentences of the plan and of its resolution.
         warnings: sentences that a user should act on.
@@ -93,6 +95,7 @@ class Prediction:
     traffic: tuple[Traffic, ...]
     gathering: Gathering | None
     notes: tuple[str, ...]
+    context: tuple[ContextTraffic, ...] = ()
     warnings: tuple[str, ...] = ()
 
     @property
@@ -128,15 +131,9 @@ def predict(model: Model, config: ParallelConfig, *, weights: str = "float32") -
     Raises:
         ConfigError: there is no such model, its config is broken, or the degrees cannot work.
         PlanError: the model cannot be parallelized that way; the message says why.
-        UnsupportedError: context parallelism.
     """
     if weights not in DTYPES:
         raise ConfigError(f"weights is {weights!r}; it must be one of {', '.join(DTYPES)}.")
-    if config.cp > 1:
-        raise UnsupportedError(
-            f"cp is {config.cp}: the report of a plan has no context parallelism. Use cp=1 here; shardwright estimate "
-            "counts it."
-        )
     config = config.with_(dp_shard=config.least_dp_shard)
     built = model if isinstance(model, nn.Module) else build_on_meta(load_config(model), dtype=getattr(torch, weights))
     reading = ModelReading(built)
@@ -149,6 +146,7 @@ def predict(model: Model, config: ParallelConfig, *, weights: str = "float32") -
     layouts = list(parameter_layouts(reading, resolved, decided.experts).values())
     whole = [replace(layout, placement=_WHOLE, ep=None) for layout in layouts]
     itemsize = _compute_dtype(layouts, settled).itemsize
+    context = context_traffic(decided.context, settled, itemsize)
     return Prediction(
         model=type(built).__name__,
         plan=plan,
@@ -164,7 +162,16 @@ def predict(model: Model, config: ParallelConfig, *, weights: str = "float32") -
         unsharded=memory_per_rank(whole, ParallelConfig(dp_shard=1)),
         traffic=tuple(_traffic(reading, decided, resolved, _compute_dtype(layouts, settled))),
         gathering=predict_gathering(layouts, decided, settled),
-        notes=tuple(dict.fromkeys((*decided.notes, *expert_notes(reading, decided.experts, itemsize)))),
+        context=context,
+        notes=tuple(
+            dict.fromkeys(
+                (
+                    *decided.notes,
+                    *expert_notes(reading, decided.experts, itemsize),
+                    *context_notes(context),
+                )
+            )
+        ),
         warnings=decided.warnings,
     )
 
@@ -258,6 +265,7 @@ def to_dict(prediction: Prediction) -> dict[str, Any]:
             "sent_per_micro_batch": prediction.sent_fixed(),
             "parts": [_traffic_dict(part, tp) for part in prediction.traffic],
         },
+        "context": [part.to_dict() for part in prediction.context],
         "fsdp2": None if prediction.gathering is None else prediction.gathering.to_dict(),
         "notes": list(prediction.notes),
         "warnings": list(prediction.warnings),

@@ -98,10 +98,11 @@ def _head_line(prediction: Prediction) -> str:
 def _degrees(prediction: Prediction) -> str:
     config = prediction.config
     sequence = " + sequence parallel" if config.sequence_parallel else ""
-    ranks = config.tp * config.dp_shard * config.dp_replicate
+    ranks = config.tp * config.cp * config.dp_shard * config.dp_replicate
     replicas = f" x dp_replicate {config.dp_replicate}" if config.dp_replicate > 1 else ""
     experts = f", ep {config.ep} among them" if config.ep > 1 else ""
-    degrees = f"tp {config.tp}{sequence} x dp_shard {config.dp_shard}{replicas}"
+    context = f" x cp {config.cp}" if config.cp > 1 else ""
+    degrees = f"tp {config.tp}{sequence}{context} x dp_shard {config.dp_shard}{replicas}"
     return f"{degrees} = {ranks} rank{'s' * (ranks > 1)}{experts}"
 
 
@@ -191,7 +192,7 @@ def _traffic(prediction: Prediction, look: _Look) -> Iterable[RenderableType]:
 
 def _gathering(prediction: Prediction) -> Iterable[RenderableType]:
     found = prediction.gathering
-    if found is None or prediction.config.dp_shard == 1:
+    if found is None or prediction.config.parameter_ranks == 1:
         return
     gathers = f"{found.forward_gathers} + {found.backward_gathers} all-gathers"
     blocks = f"{found.kept} block{'s' * (found.kept != 1)}"

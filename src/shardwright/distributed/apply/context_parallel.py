@@ -11,7 +11,7 @@ from shardwright.distributed.planning.context_plan import ContextPlan
 from shardwright.distributed.runtime.context.attention import HOLDER, ContextAttention, Kernel
 from shardwright.distributed.runtime.context.base import Context, Meshes
 from shardwright.distributed.runtime.context.blocks import ContextBlock, ContextLayer, ContextRegion, WholeContextBlock
-from shardwright.distributed.runtime.context.outputs import ContextModel, Owner, Recorded
+from shardwright.distributed.runtime.context.outputs import HIDDEN, LOGITS, ContextModel, Recorded
 from shardwright.distributed.runtime.forward import wrap_forward
 from shardwright.distributed.runtime.regions import SequenceRegion
 from shardwright.errors import UnsupportedError
@@ -64,6 +64,7 @@ def apply_context_parallel(
         wrap_forward(model.get_submodule(name), ContextLayer(context))
     for name, places in plan.recorded.items():
         wrap_forward(model.get_submodule(name), Recorded(context, places))
-    for name in plan.owners:
-        wrap_forward(model.get_submodule(name), Owner(context))
+    for name in filter(None, plan.owners):
+        owner = model.get_submodule(name)
+        wrap_forward(owner, ContextModel(owner, context, caches=plan.caches, kept=(*LOGITS, *HIDDEN)))
     wrap_forward(model, ContextModel(model, context, caches=plan.caches))

@@ -245,6 +245,7 @@ def _spread(
     whole: dict[str, str] = {}
     regions: dict[str, Places] = {}
     reasons: dict[str, str] = {}
+    gathered: dict[str, int] = {}
     attention: dict[str, SplitAttention] = {}
     recorded: dict[str, Places] = {}
     for block in reading.blocks:
@@ -262,6 +263,7 @@ def _spread(
         blocks[block] = SplitBlock(finding.stream, finding.places)
         regions |= {here(name): places for name, places in finding.regions.items()}
         reasons |= {here(name): why for name, why in finding.reasons.items() if name in finding.regions}
+        gathered |= {here(name): elements for name, elements in finding.gathered.items()}
         recorded |= {here(name): places for name, places in finding.recorded.items()}
         for name, found in finding.attention.items():
             kernel = attention_name(reading.model.get_submodule(here(name)))
@@ -270,7 +272,9 @@ def _spread(
             attention[here(name)] = method.of(here(name), kernel, found)
     owners = _owners(reading, blocks)
     layers = _layers(reading, weightless)
-    return ContextPlan(blocks, whole, regions, reasons, attention, recorded, owners, layers, _caches(reading.model))
+    return ContextPlan(
+        blocks, whole, regions, reasons, gathered, attention, recorded, owners, layers, _caches(reading.model)
+    )
 
 
 def _owners(reading: ModelReading, blocks: Mapping[str, Any]) -> tuple[str, ...]:

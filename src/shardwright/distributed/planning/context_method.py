@@ -30,14 +30,16 @@ class ContextMethod:
         Raises:
             PlanError: it should exchange heads, and cannot.
         """
+        sizes = found.heads, found.key_heads, found.key_size, found.value_size
         if self.asked == "gather" or not found.own_keys:
             why = "context_method is gather" if found.own_keys else "they come from outside of the block"
-            return SplitAttention(kernel, found.own_keys, "gather", why)
+            return SplitAttention(kernel, found.own_keys, "gather", why, *sizes)
         why_not = found.not_by_heads or self._undivided(found.heads)
         if not why_not:
-            return SplitAttention(kernel, True, "ulysses", f"{found.heads} heads over tp {self.tp} x cp {self.cp}")
+            why = f"{found.heads} heads over tp {self.tp} x cp {self.cp}"
+            return SplitAttention(kernel, True, "ulysses", why, *sizes)
         if self.asked == "auto":
-            return SplitAttention(kernel, True, "gather", f"no exchange of heads: {why_not}")
+            return SplitAttention(kernel, True, "gather", f"no exchange of heads: {why_not}", *sizes)
         raise PlanError(
             f"context_method is ulysses, but {name} cannot attend with some of its heads: {why_not}. Set it to auto "
             "(such layers gather keys and values) or to gather."

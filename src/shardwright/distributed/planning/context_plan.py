@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from math import lcm
 
 from shardwright.distributed.models.blocks import numbers_to_globs
 from shardwright.distributed.runtime.context.places import Places
@@ -32,12 +33,26 @@ class SplitAttention:
         method: ``"ulysses"`` (parts of the sequence are exchanged for parts of the heads) or ``"gather"`` (keys and
             values are gathered).
         why: the reason for it, for a reader.
+        heads: of the queries; ``key_heads`` of keys and values, whose heads have ``key_size`` and ``value_size``.
     """
 
     kernel: str
     own_keys: bool
     method: str
     why: str
+    heads: int = 0
+    key_heads: int = 0
+    key_size: int = 0
+    value_size: int = 0
+
+    def sent_per_position(self, cp: int, tp: int = 1) -> float:
+        """Elements that a rank sends forward for each position of a sequence, and backward as many."""
+        heads, key_heads = self.heads // tp, max(self.key_heads // tp, 1)
+        if self.method == "ulysses":
+            shared = lcm(key_heads, cp)
+            exchanged = heads * (self.key_size + self.value_size) + shared * (self.key_size + self.value_size)
+            return exchanged / cp * (cp - 1) / cp
+        return key_heads * (self.key_size + self.value_size) * (cp - 1) / cp if self.own_keys else 0.0
 
     @property
     def sends(self) -> str:
@@ -56,6 +71,7 @@ class ContextPlan:
         whole: blocks that run on all of it -> why.
         regions: parts of split blocks that see the whole sequence -> what comes and goes in parts.
         reasons: those parts -> why.
+        gathered: those parts -> elements of their arguments that are gathered, for each position.
         attention: modules whose attention runs on a part of the queries or of the heads.
         recorded: modules in split blocks whose results the model hands out beside its own -> what of them is split.
         owners: the models, the outermost and those inside, that hand them out.
@@ -67,6 +83,7 @@ class ContextPlan:
     whole: Mapping[str, str] = field(default_factory=dict)
     regions: Mapping[str, Places] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
+    gathered: Mapping[str, int] = field(default_factory=dict)
     attention: Mapping[str, SplitAttention] = field(default_factory=dict)
     recorded: Mapping[str, Places] = field(default_factory=dict)
     owners: tuple[str, ...] = ()

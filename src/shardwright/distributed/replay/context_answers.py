@@ -58,11 +58,16 @@ class AttentionFinding:
     Attributes:
         own_keys: whether its keys are of the part, too.
         heads: of the queries.
+        key_heads: of the keys and values.
+        key_size: of one head of the keys; ``value_size`` of the values.
         not_by_heads: why it cannot attend with some of the heads; empty where it can.
     """
 
     own_keys: bool
     heads: int
+    key_heads: int
+    key_size: int
+    value_size: int
     not_by_heads: str = field(compare=False)
 
     def and_also(self, other: AttentionFinding) -> AttentionFinding:
@@ -113,7 +118,8 @@ class PartAttention:
         if not alike(out, replay.part(asked.out, Place(1), self.rank)):
             raise Unsplit("its attention has other rows when it is asked for a part")
         why_not = self._not_by_heads(module, asked, mask, kwargs, own=own)
-        found = AttentionFinding(own, asked.query.shape[1], why_not)
+        key_heads, sizes = asked.key.shape[1], (asked.key.shape[-1], asked.value.shape[-1])
+        found = AttentionFinding(own, asked.query.shape[1], key_heads, *sizes, why_not)
         self.found = found if self.found is None else self.found.and_also(found)
         return out, weights
 
@@ -145,6 +151,7 @@ class AnsweredRegion:
     def __init__(self, replay: BlockReplay, name: str, rank: int) -> None:
         self.replay, self.name, self.rank = replay, name, rank
         self.used = False
+        self.elements: dict[str, int] = {}  # of an argument that has to be gathered, for each position
         self.arguments: dict[str, Place] = {}
         self.results: dict[str, Place] = {}
         self._calls = iter(replay.calls[name])
@@ -184,6 +191,8 @@ class AnsweredRegion:
             if place is None or not same(x, self.replay.part(whole[path], place, self.rank)):
                 raise Unsplit("a part of it is given neither the whole nor the part of the sequence")
             self.arguments[path] = place
+            if x.is_floating_point() and all(x is not entered for entered in self.replay.entered):
+                self.elements[path] = whole[path].numel() // (self.replay.batch * self.replay.length)
 
         def part(path: str, x: Tensor) -> Tensor:
             place = self.replay.place(x)

@@ -63,6 +63,7 @@ class BlockFinding:
         attention: the modules whose attention asks the table -> how.
         recorded: the modules whose results the model hands out beside its own -> what of them is split.
         reasons: child -> why it sees the whole sequence.
+        gathered: child that does -> elements that are gathered for it, for each position.
     """
 
     stream: str
@@ -71,6 +72,7 @@ class BlockFinding:
     attention: dict[str, AttentionFinding] = field(default_factory=dict)
     recorded: dict[str, Places] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
+    gathered: dict[str, int] = field(default_factory=dict)
 
 
 class BlockReplay:
@@ -115,6 +117,7 @@ class BlockReplay:
         self.experts = experts
         self.recorded = [name for name in recorded if name.startswith(f"{block}.")]
         self.results: dict[str, Any] = {}
+        self.entered: list[Tensor] = []  # parts of arguments of the module that runs, of which the whole is known
         self.asked: dict[str, list[Asked]] = {}
         self.attending = {name: part for name, part in self.module.named_modules(prefix=block) if self._can_ask(name)}
         self._run_whole()
@@ -297,13 +300,17 @@ class BlockReplay:
         module = self.weightless.model.get_submodule(name)
         names = argument_names(module)
         entered: dict[str, Place] = {}
+        self.entered = []
 
         def enter(path: str, x: Tensor) -> Tensor:
             place = cut.get(path)
             if place is None:
                 return copied(x)
             entered[path] = place
-            return copied(self.part(x, place, rank))
+            mine = copied(self.part(x, place, rank))
+            if path != self.stream:
+                self.entered.append(mine)
+            return mine
 
         args, kwargs = mapped_arguments(names, call.args, call.kwargs, enter)
         args, kwargs = self._handed_parts((args, kwargs), rank)
@@ -333,6 +340,7 @@ class BlockReplay:
             {region: answer.places() for region, answer in answers.items() if answer.used},
             {path: part.found for path, part in holders.items() if part.found is not None},
             {path: Places((), _split_results(self, self.results[path], x, rank)) for path, x in noted.items()},
+            gathered={region: sum(answer.elements.values()) for region, answer in answers.items() if answer.used},
         )
 
 

@@ -267,7 +267,9 @@ def _cuts(study: Study, group: Group, regions: list[Region], pieces: int) -> Sha
         return None
     cut = _writer_cut(study, pieces)
     # What is guessed from a few ranks is replayed on all.
-    shares = {rank: _share(cut, rank, study) for rank in sorted({0, 1, study.size // 2, study.size - 1})}
+    shares = {
+        rank: _share(cut, rank, study) for rank in sorted({0, min(1, study.size - 1), study.size // 2, study.size - 1})
+    }
     masks = dependencies(study.weightless, study.record, region, writers, shares)
     return _from_masks(study, group, regions, masks, writers, readers, cut)
 

@@ -78,13 +78,14 @@ class Context:
 
     Attributes:
         active: whether blocks split what they are given; a call with a key-value cache runs on whole sequences.
+        in_call: whether the model, or one inside of it, runs.
         split: how the stream of the block that runs is dealt out; None outside of blocks, and where the whole is seen.
         batch: how many sequences there are in it.
     """
 
     def __init__(self, meshes: Meshes) -> None:
         self.meshes = meshes
-        self.active = True
+        self.active, self.in_call = True, False
         self.split: Split | None = None
         self.batch = 0
         self._wholes: list[tuple[Tensor, Tensor]] = []
@@ -103,6 +104,15 @@ class Context:
             yield
         finally:
             self.split, self.batch, self._wholes = before
+
+    @contextmanager
+    def called(self, *, active: bool) -> Iterator[None]:
+        """Inside, a model runs that was called from outside."""
+        self.active, self.in_call = active, True
+        try:
+            yield
+        finally:
+            self.active, self.in_call = True, False
 
     def whole_of(self, x: Tensor) -> Tensor | None:
         """What ``x`` was cut from, where that is known."""

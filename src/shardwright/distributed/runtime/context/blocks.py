@@ -18,7 +18,14 @@ from shardwright.distributed.runtime.context.places import (
     mapped,
     mapped_arguments,
 )
-from shardwright.distributed.runtime.context.sharded import ContextSharded, context_sharded, made_whole, recognized
+from shardwright.distributed.runtime.context.sharded import (
+    ContextSharded,
+    context_sharded,
+    handed_out,
+    made_whole,
+    recognized,
+    taken_in,
+)
 from shardwright.distributed.runtime.forward import Around, Forward, original_class
 from shardwright.distributed.runtime.gradients import with_others_in_graph
 from shardwright.errors import PlanError
@@ -187,6 +194,8 @@ class ContextLayer(Around):
         x = recognized(args[0], self.context.meshes) if args and isinstance(args[0], Tensor) else None
         if not isinstance(x, ContextSharded) or x.dealt.dim == x.ndim - 1 or len(args) > 1 or kwargs:
             return forward(*args, **kwargs)
+        within = x if x.dealt.inside else taken_in(x, self.context.meshes)  # called by code around the model
         with without_torch_function():
-            inside = x.inside
-        return context_sharded(forward(inside), x.dealt, self.context.meshes)
+            inside = within.inside
+        result = context_sharded(forward(inside), within.dealt, self.context.meshes)
+        return result if x.dealt.inside else handed_out(result)

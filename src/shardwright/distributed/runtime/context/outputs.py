@@ -28,12 +28,17 @@ from shardwright.distributed.runtime.context.sharded import (
 from shardwright.distributed.runtime.forward import Around, Forward
 from shardwright.distributed.runtime.tiled_logits import TiledLogits, handed_out_tiled
 
-LOGITS = "logits"
+LOGITS = ("logits",)
+HIDDEN = ("last_hidden_state",)
 CACHE = "past_key_values"
 
 
 class ContextModel(Around):
-    """Takes whole batches; hands out logits that are split along the sequence, and everything else whole.
+    """Takes whole batches; hands out what is in ``kept`` split along the sequence, and everything else whole.
+
+    Around the parallelized model, and around the models inside of it that have split blocks: code may call these, too
+    (for hidden states). Called by another of them, one makes known the true length of what it hands out, and that is
+    all.
 
     Logits come whole, too, where no gradients are recorded and the model has not computed its loss from them
     (generation, scoring). A call with a key-value cache is computed on whole sequences, alike on every rank. A training
@@ -44,23 +49,23 @@ class ContextModel(Around):
         caches: whether the model fills a cache when it is not told to.
     """
 
-    def __init__(self, module: nn.Module, context: Context, *, caches: bool) -> None:
-        self.context, self.caches = context, caches
+    def __init__(self, module: nn.Module, context: Context, *, caches: bool, kept: tuple[str, ...] = LOGITS) -> None:
+        self.context, self.caches, self.kept = context, caches, kept
         self.names = argument_names(module)
 
     @torch.compiler.disable
     def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.context.in_call:
+            with self.context.noting():
+                return changed(forward(*args, **kwargs), self._known)
         named = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        cached = named.get("past_key_values") is not None or self._makes_cache(module, named)
+        cached = named.get(CACHE) is not None or self._makes_cache(module, named)
         packed = named.get("position_ids") is not None and named.get("attention_mask") is None
         if not cached and not packed and "use_cache" in self.names[len(args) :]:
             kwargs = {**kwargs, "use_cache": False}
         args, kwargs = mapped_arguments(self.names, args, kwargs, lambda path, x: self._entering(x))
-        self.context.active = not cached
-        try:
-            result = forward(*args, **kwargs)
-        finally:
-            self.context.active = True
+        with self.context.called(active=not cached), self.context.noting():
+            result = changed(forward(*args, **kwargs), self._known)
         if not cached and isinstance(result, dict) and result.get(CACHE) is not None:
             result[CACHE] = None  # it has this rank's parts
         return self._leaving(result, keep=torch.is_grad_enabled() or named.get("labels") is not None)
@@ -79,8 +84,12 @@ class ContextModel(Around):
             return self.caches and named.get("return_dict") is False  # a tuple, in which it could not be found
         return bool(self.caches if told is None else told)
 
+    def _known(self, path: str, x: Tensor) -> Tensor:
+        split = None if isinstance(x, ContextSharded) else self.context.noted(x)
+        return x if split is None else context_sharded(x, split, self.context.meshes)
+
     def _leaving(self, result: Any, *, keep: bool) -> Any:
-        return changed(result, lambda path, x: _handed_out(x, keep=keep and path == LOGITS))
+        return changed(result, lambda path, x: _handed_out(x, keep=keep and path in self.kept))
 
 
 class Recorded(Around):
@@ -99,22 +108,6 @@ class Recorded(Around):
             return x
 
         return mapped(result, RESULT, note)
-
-
-class Owner(Around):
-    """A model whose blocks are split: what it hands out of their insides knows its true length."""
-
-    def __init__(self, context: Context) -> None:
-        self.context = context
-
-    @torch.compiler.disable
-    def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with self.context.noting():
-            return changed(forward(*args, **kwargs), self._known)
-
-    def _known(self, path: str, x: Tensor) -> Tensor:
-        split = None if isinstance(x, ContextSharded) else self.context.noted(x)
-        return x if split is None else context_sharded(x, split, self.context.meshes)
 
 
 def changed(result: Any, change: Change) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from shardwright._torch import without_torch_function
+from shardwright._torch import tree_map_only, without_torch_function
 from shardwright.distributed.runtime.context import parts
 from shardwright.distributed.runtime.context.base import ContextTensor
 from shardwright.distributed.runtime.context.parts import Split
@@ -97,12 +97,17 @@ class _Local:
         return x if self.failed else parts.part(x, split)
 
 
-def _wrapped(result: Any, x: ContextTensor, split: Callable[[Tensor], Split]) -> Any:
+def _wrapped(
+    result: Any,
+    x: ContextTensor,
+    split: Callable[[Tensor], Split],
+    change: Callable[[Tensor, Split], Tensor] = lambda part, split: part,
+) -> Any:
     """What a function made of ``x.inside``, as a tensor of which this rank has that; tuples by their items."""
     if isinstance(result, Tensor):
-        return x.like(result, split(result))
+        return x.like(change(result, x.dealt), split(result))
     if isinstance(result, (tuple, list)):
-        items = [_wrapped(item, x, split) for item in result]
+        items = [_wrapped(item, x, split, change) for item in result]
         return type(result)(items)  # torch.max's kind of tuple, too
     return result
 
@@ -189,7 +194,18 @@ def by_features(func: Callable[..., Any], args: Arguments, kwargs: dict[str, Any
         return NotImplemented
     weights = [_weight(item, x.dealt) for item in others]
     named = {key: _weight(item, x.dealt) for key, item in kwargs.items()}
-    return _wrapped(func(x.inside, *weights, **named), x, lambda result: x.dealt)
+    if x.dealt.inside or not any(isinstance(item, DTensor) for item in tensors_in((others, kwargs))):
+        return _wrapped(func(x.inside, *weights, **named), x, lambda result: x.dealt)
+    if x.meshes.both is not None:
+        return NotImplemented
+    # A weight that the model shards, read by code around it: its gradient is averaged, as that of the inside is.
+    weights, named = tree_map_only(Tensor, lambda w: _averaged(w, x.dealt), (weights, named))
+    made = func(parts.arriving(x.inside, x.dealt), *weights, **named)
+    return _wrapped(made, x, lambda result: x.dealt, parts.leaving)
+
+
+def _averaged(weight: Tensor, split: Split) -> Tensor:
+    return weight if isinstance(weight, DTensor) else parts.arriving(weight, split)
 
 
 def _weight(value: Any, split: Split) -> Any:

@@ -110,28 +110,26 @@ def taken_in(x: ContextSharded, meshes: Meshes) -> ContextSharded:
             f"The batch was split over {x.dealt.group.size} ranks of another mesh than the model, which has "
             f"cp={meshes.group.size}. Call shard_batch with the mesh that the model was parallelized on."
         )
-    with without_torch_function():
-        inside = parts.arriving(x.to_local(), x.dealt)
-    return context_sharded(inside, replace(x.dealt, inside=True), meshes)
+    return _moved(x, meshes, parts.arriving, inside=True)
 
 
 def handed_out(x: ContextSharded) -> ContextSharded:
     """``x``, which is of the inside of a model, for the code around it."""
-    if not x.dealt.inside:
-        return x
-    split = replace(x.dealt, inside=False)
+    return _moved(x, x.meshes, parts.leaving, inside=False) if x.dealt.inside else x
+
+
+def _moved(
+    x: ContextSharded, meshes: Meshes, rescaled: Callable[[Tensor, Split], Tensor], *, inside: bool
+) -> ContextSharded:
+    """``x`` on the other side of a model's border, where gradients have another scale."""
+    split = replace(x.dealt, inside=inside)
     with without_torch_function():
-        inside = x.inside
-        if isinstance(inside, DTensor):
-            kind = type(inside)
-            left: Any = _rescaled(inside, split)
-            left.__class__ = kind
-            return context_sharded(left, split, x.meshes)
-        return context_sharded(parts.leaving(inside, split), split, x.meshes)
-
-
-def _rescaled(inside: DTensor, split: Split) -> DTensor:
-    local = parts.leaving(inside.to_local(), split)
-    return DTensor.from_local(
-        local, inside.device_mesh, inside.placements, run_check=False, shape=inside.shape, stride=inside.stride()
-    )
+        part = x.inside
+        if not isinstance(part, DTensor):
+            return context_sharded(rescaled(part, split), split, meshes)
+        local = rescaled(part.to_local(), split)
+        made: Any = DTensor.from_local(
+            local, part.device_mesh, part.placements, run_check=False, shape=part.shape, stride=part.stride()
+        )
+        made.__class__ = type(part)
+        return context_sharded(made, split, meshes)

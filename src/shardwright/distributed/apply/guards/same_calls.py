@@ -90,8 +90,10 @@ class _SameCalls(Around):
         """A part of a sequence, which differs along the ranks that it is dealt out to, is compared along all others."""
 
         def compared(x: DTensor) -> Tensor:
-            dealt_out = dist.get_process_group_ranks(x.device_mesh.get_group()) == self.ranks
-            return x if dealt_out else x.to_local()
+            mesh = x.device_mesh
+            if mesh.ndim > 1 or dist.get_process_group_ranks(mesh.get_group()) == self.ranks:
+                return x  # by its shape
+            return x.to_local()
 
         return digest(tree_map_only(DTensor, compared, (args, dict(sorted(kwargs.items())))))
 

@@ -34,6 +34,7 @@ from shardwright.verify.ranks import RankPool, shared_mesh
 from shardwright.verify.step import full
 
 EP2 = ParallelConfig(dp_shard=2, ep=2)
+OVER_CP = ParallelConfig(dp_shard=1, cp=2, ep=2)
 OVER_TP = ParallelConfig(dp_shard=1, tp=2, ep=2, sequence_parallel=True)
 
 
@@ -72,6 +73,7 @@ def _every_form() -> None:
     for turn, pair in enumerate(PAIRS):
         _same(partial(model_with, *pair), OVER_TP if turn % 2 else EP2)
     _same(partial(model_with, ByHits, WeightsInside), EP2.with_(activation_checkpointing="selective"))
+    _same(partial(model_with, ByHits, Capacity), OVER_CP)
     _same(partial(model_with, Shared, Balanced), OVER_TP.with_(activation_checkpointing="full"))
 
 

@@ -97,6 +97,20 @@ def test_beside_the_other_axes(ranks4: RankPool, config: ParallelConfig) -> None
 
 
 @pytest.mark.parametrize(
+    "config",
+    [
+        ParallelConfig(dp_shard=2, cp=2, ep=2, activation_checkpointing="full"),
+        ParallelConfig(dp_shard=1, cp=2, tp=2, ep=4, sequence_parallel=True),
+    ],
+    ids=["efsdp_over_cp", "ep_over_cp_and_tp"],
+)
+def test_parts_of_sequences(ranks4: RankPool, config: ParallelConfig) -> None:
+    """Context-parallel ranks have other tokens each, and tensor-parallel ones the same."""
+    report = verify(mixtral, config, batch=text, accumulate=2, pool=ranks4)
+    assert report.exact, report.summary()
+
+
+@pytest.mark.parametrize(
     "model_type",
     [
         "gpt_oss",  # weights interleaved and transposed, with biases

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from expert_mixtures import (
@@ -25,8 +27,14 @@ from expert_mixtures import (
     model_with,
 )
 from torch import Tensor, nn
-from transformers import MixtralConfig
+from transformers import (
+    MixtralConfig,
+    NllbMoeConfig,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
+)
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeExperts
 
 from shardwright.distributed.config import ParallelConfig
 from shardwright.distributed.planning.decide import decide
@@ -102,6 +110,24 @@ def test_refused_by_name(kind: type[Mixture], reason: str) -> None:
         decide(ModelReading(model), ParallelConfig(ep=2), tp=1, ep=2, fsdp2=True)
     assert reason in str(error.value)
     assert decide(ModelReading(model), ParallelConfig(), tp=1, fsdp2=True).experts is None
+
+
+def test_lists_with_a_forward() -> None:
+    """Those of Switch and of NLLB-MoE, which also holds a dropout."""
+    sizes: dict[str, Any] = {"vocab_size": 64, "d_model": 32, "num_experts": 4, "num_layers": 2, "num_heads": 4}
+    switch = SwitchTransformersForConditionalGeneration(
+        SwitchTransformersConfig(
+            **sizes, d_kv=8, d_ff=48, num_decoder_layers=2, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1,
+            decoder_start_token_id=0, pad_token_id=0,
+        )
+    )  # fmt: skip
+    plan = decide_experts(ModelReading(switch), 2)
+    assert plan is not None
+    assert set(plan.exchanging) == set(plan.modules)
+    nllb = NllbMoeExperts(NllbMoeConfig(**sizes), 48)
+    model = nn.ModuleDict({"router": nn.Linear(32, 4), "experts": nllb})
+    (listed,) = listed_experts(ModelReading(model))
+    assert listed.names == ("expert_0", "expert_1", "expert_2", "expert_3")
 
 
 def test_too_many_ranks() -> None:

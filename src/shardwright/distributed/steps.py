@@ -19,7 +19,7 @@ from shardwright.distributed.apply import megatron_fsdp
 from shardwright.distributed.apply.activation_checkpointing import apply_activation_checkpointing
 from shardwright.distributed.apply.adapters import let_merge, unmerge_disabled
 from shardwright.distributed.apply.compile import apply_compile, check_backend
-from shardwright.distributed.apply.context_parallel import apply_context_parallel, check_context
+from shardwright.distributed.apply.context_parallel import apply_context_parallel
 from shardwright.distributed.apply.expert_parallel import apply_expert_parallel, check_expert_shards, let_mix
 from shardwright.distributed.apply.fsdp2 import apply_fsdp2
 from shardwright.distributed.apply.fused_kernels import check_fused_kernels
@@ -93,7 +93,6 @@ def parallelize_with_fsdp2(
     check_every_axis_used(device_mesh, (axes.dp_replicate, axes.dp_shard_cp, axes.tp))
     dp_mesh = data_parallel_mesh(device_mesh, axes.dp_replicate, axes.dp_shard_cp)
     tp, cp, ep = (_degree(device_mesh, name) for name in (axes.tp, axes.cp, axes.ep))
-    check_context(cp, ep)
     _check_model(model, mp_policy, tp, cp)
     decided = decide(
         ModelReading(model),

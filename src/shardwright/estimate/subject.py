@@ -7,7 +7,6 @@ from functools import cached_property
 
 import torch
 
-from shardwright.distributed.apply.context_parallel import check_context
 from shardwright.distributed.config import ParallelConfig, Precision
 from shardwright.distributed.planning.decided import DecidedPlan
 from shardwright.distributed.planning.layout import ParameterLayout, parameter_layouts
@@ -40,7 +39,6 @@ class Subject:
         degrees = config.degrees(ranks)
         whole = parameter_layouts(reading, None).values()
         settled = config.with_(dp_shard=degrees.dp_shard, precision=config.precision.settled(dtypes_of(whole)))
-        check_context(settled.cp, settled.ep)
         decided = decided_plan(reading, settled)
         return cls(
             reading, settled, decided, tuple(parameter_layouts(reading, decided.tensor, decided.experts).values())

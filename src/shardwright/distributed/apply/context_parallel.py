@@ -14,16 +14,6 @@ from shardwright.distributed.runtime.context.blocks import ContextBlock, Context
 from shardwright.distributed.runtime.context.outputs import HIDDEN, LOGITS, ContextModel, Recorded
 from shardwright.distributed.runtime.forward import wrap_forward
 from shardwright.distributed.runtime.regions import SequenceRegion
-from shardwright.errors import UnsupportedError
-
-
-def check_context(cp: int, ep: int) -> None:
-    """Raise UnsupportedError for what does not go together with context parallelism yet."""
-    if cp > 1 and ep > 1:
-        raise UnsupportedError(
-            f"The mesh has cp={cp} and ep={ep}. Context parallelism does not go together with expert parallelism yet: "
-            "leave one of them out."
-        )
 
 
 def apply_context_parallel(

@@ -47,7 +47,8 @@ def apply_expert_parallel(
             distribute_parameter(module.get_submodule(path), own, mesh, Shard(0))
         ranks = Ranks.of(mesh, tp_mesh)
         if experts.listed is not None:
-            shapes = {own: tuple(param.shape) for own, param in next(module.children()).named_parameters()}
+            first = module.get_submodule(experts.listed.loop.experts[0])
+            shapes = {own: tuple(param.shape) for own, param in first.named_parameters()}
             around = ListedExchange(experts.listed.loop, experts.listed.called, shapes, ranks, factor)
             wrap_forward(model.get_submodule(experts.listed.caller), around)
             continue

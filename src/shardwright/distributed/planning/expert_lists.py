@@ -42,7 +42,7 @@ def spread_list(reading: ModelReading, listed: ListedExperts, ep: int) -> Expert
     try:
         _check_parameters(module)
         caller = _caller(recording, listed.name)
-        loop = Loop(listed.name.removeprefix(caller).removeprefix("."), tuple(module._modules))
+        loop = Loop(listed.name.removeprefix(caller).removeprefix("."), listed.names)
         called = _tried(recording, caller, loop)
     except UnsupportedError as error:
         raise PlanError(listed.why_not(ep, str(error).removesuffix(" Leave ep out.").removesuffix("."))) from None
@@ -57,7 +57,7 @@ def _recording(reading: ModelReading, listed: ListedExperts) -> Recording | None
         return None
     weightless = recording.weightless
     kept = weightless.model.get_submodule(weightless.repeats.stand_in(listed.name))
-    return recording if len(list(kept.children())) == listed.count else reading.recording(every_block=True)
+    return recording if set(listed.names) <= set(kept._modules) else reading.recording(every_block=True)
 
 
 def _check_parameters(module: nn.Module) -> None:

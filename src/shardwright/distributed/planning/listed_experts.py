@@ -22,15 +22,20 @@ class ListedExperts:
 
     Attributes:
         name: of the list.
-        count: how many experts it has.
+        names: of the experts in it.
         expert: the class of each.
         caller: the class of the module around the list, whose code calls them.
     """
 
     name: str
-    count: int
+    names: tuple[str, ...]
     expert: str
     caller: str
+
+    @property
+    def count(self) -> int:
+        """How many experts it has."""
+        return len(self.names)
 
     def why_not(self, ep: int, reason: str) -> str:
         """Why they cannot be spread over ``ep`` ranks, and what to do."""
@@ -50,7 +55,7 @@ def listed_experts(reading: ModelReading) -> list[ListedExperts]:
     matrix with a row (or a column) for each of them.
     """
     return [
-        ListedExperts(name, len(experts), type(experts[0]).__name__, type(around[0]).__name__)
+        ListedExperts(name, tuple(experts), type(next(iter(experts.values()))).__name__, type(around[0]).__name__)
         for name, module in reading.modules.items()
         if (experts := _alike(module))
         and (around := _around(reading, name))
@@ -59,14 +64,20 @@ def listed_experts(reading: ModelReading) -> list[ListedExperts]:
     ]
 
 
-def _alike(module: nn.Module) -> list[nn.Module]:
-    """The children of a container, where they are several of one class, built alike, that hold matrices."""
-    children = list(module.children()) if isinstance(module, (nn.ModuleList, nn.ModuleDict)) else []
+def _alike(module: nn.Module) -> dict[str, nn.Module]:
+    """The children of a container that have parameters, where they are several, built alike, and hold matrices.
+
+    A list may have a forward, and modules without parameters for it (NLLB-MoE's dropout).
+    """
+    if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return {}
+    children = {name: child for name, child in module.named_children() if any(True for _ in child.parameters())}
     built = {
-        (type(child), tuple((name, param.shape) for name, param in child.named_parameters())) for child in children
+        (type(child), tuple((name, param.shape) for name, param in child.named_parameters()))
+        for child in children.values()
     }
-    matrices = len(built) == 1 and any(param.ndim > 1 for param in children[0].parameters())
-    return children if len(children) > 1 and matrices else []
+    matrices = len(built) == 1 and any(len(shape) > 1 for _, shapes in built for _, shape in shapes)
+    return children if len(children) > 1 and matrices else {}
 
 
 def _around(reading: ModelReading, name: str) -> list[nn.Module]:

@@ -6,7 +6,6 @@ to a relative 1e-5, with two accumulated micro-batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,13 +15,13 @@ from tiny_models import assert_exact, batch, build
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from shardwright import ParallelConfig, make_mesh, parallelize
+from shardwright import ParallelConfig, parallelize
 from shardwright.distributed.planning.context import plan_context
 from shardwright.distributed.planning.decide import decide
 from shardwright.distributed.replay.context_answers import Unsplit
 from shardwright.distributed.replay.context_parts import BlockFinding, BlockReplay
 from shardwright.distributed.replay.reading import ModelReading
-from shardwright.errors import ConfigError, PlanError, UnsupportedError
+from shardwright.errors import ConfigError, PlanError
 from shardwright.verify.public import case_of, verify
 from shardwright.verify.ranks import RankPool, shared_mesh
 
@@ -355,16 +354,6 @@ def test_blocks_that_hand_each_other_tensors_are_split_together(monkeypatch: pyt
 def test_what_would_not_be_split_is_refused() -> None:
     with pytest.raises(PlanError, match=r"would do nothing for Mixing.*layers\.\*"):
         plan_context(ModelReading(only_whole()))
-
-
-def test_what_does_not_go_together_is_refused(fake_world: Callable[..., None]) -> None:
-    fake_world(4)
-    config = ParallelConfig(cp=2, ep=2)
-    model = build("llama")
-    before = dict(model.named_parameters())
-    with pytest.raises(UnsupportedError, match=r"cp=2 and ep=2.*does not go together"):
-        parallelize(model, config, make_mesh(config, "cpu"))
-    assert all(value is before[name] for name, value in model.named_parameters())
 
 
 def _different_batches(rank: int) -> str:

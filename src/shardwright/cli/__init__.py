@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from shardwright import __version__
+from shardwright.cli.calibrate import calibrate
 from shardwright.cli.demo import demo
 from shardwright.cli.estimate import estimate
 from shardwright.cli.export import export
@@ -25,5 +26,5 @@ def main() -> None:
     """Run any transformer sharded over many GPUs, and prove that it is the same function."""
 
 
-for command in (demo, plan, estimate, suggest, verify, launch_check, train, export, inspect):
+for command in (demo, plan, estimate, suggest, calibrate, verify, launch_check, train, export, inspect):
     main.add_command(command)

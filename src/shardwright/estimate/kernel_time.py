@@ -21,7 +21,10 @@ def kernel_seconds(kernel: Kernel, machine: Machine, *, fused: bool = False) -> 
     moving = kernel.bytes / (machine.device.memory_gb_per_s * 1e9 * reached.memory)
     if kernel.kind in ("memory", "copy"):
         return moving * (reached.fused if fused and kernel.kind == "memory" else 1.0)
-    share = {"matmul": reached.matmul, "attention": reached.attention}.get(kernel.kind, reached.attention_backward)
+    if kernel.kind == "matmul":
+        share = reached.of_product(kernel.flops)
+    else:
+        share = reached.attention if kernel.kind == "attention" else reached.attention_backward
     return max(kernel.flops / (machine.device.peak(kernel.dtype) * share), moving)
 
 

@@ -6,8 +6,18 @@ from shardwright.estimate.hardware.load import (
     Fabric,
     Machine,
     known_devices,
+    known_machine,
     load_fabric,
     load_machine,
 )
 
-__all__ = ["Device", "Efficiencies", "Fabric", "Machine", "known_devices", "load_fabric", "load_machine"]
+__all__ = [
+    "Device",
+    "Efficiencies",
+    "Fabric",
+    "Machine",
+    "known_devices",
+    "known_machine",
+    "load_fabric",
+    "load_machine",
+]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from math import inf
+from math import exp, inf, log
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from shardwright.errors import ConfigError
 from shardwright.untrusted import YAML_BYTES, parse_yaml, read_file, shown
 
 _FOLDER = Path(__file__).parent
+_FILES = (".yaml", ".yml")
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Efficiencies:
         memory: of the memory bandwidth.
         fused: the share of the bytes of memory-bound kernels that is left where blocks are compiled.
         launch_us: microseconds of the host for each kernel.
+        products: ``(floating-point operations, share of the dense peak)`` of products that were measured, the smallest
+            first; None: all are taken to reach ``matmul``.
     """
 
     matmul: float
@@ -34,6 +37,24 @@ class Efficiencies:
     memory: float
     fused: float
     launch_us: float
+    products: Sequence[Sequence[float]] | None = None
+
+    def of_product(self, flops: float) -> float:
+        """The share of the peak that a product of so many operations reaches.
+
+        Between two that were measured the logarithms count; beyond the largest all reach what it does.
+        """
+        if not self.products:
+            return self.matmul
+        sizes = [log(size) for size, _ in self.products]
+        shares = [log(share) for _, share in self.products]
+        at = log(flops)
+        above = next((place for place, size in enumerate(sizes) if size >= at), len(sizes))
+        if above in (0, len(sizes)):
+            return exp(shares[min(above, len(sizes) - 1)])
+        low, high = above - 1, above
+        part = (at - sizes[low]) / (sizes[high] - sizes[low])
+        return exp(shares[low] + part * (shares[high] - shares[low]))
 
 
 @dataclass(frozen=True)
@@ -108,6 +129,15 @@ def known_devices() -> list[str]:
     return sorted(path.stem for path in (_FOLDER / "devices").glob("*.yaml"))
 
 
+def known_machine(name: str) -> Machine | None:
+    """The machine with the device that torch calls ``name``; None where no file describes it."""
+    for device in known_devices():
+        machine = load_machine(device)
+        if machine.device.name.partition(" (")[0] == name:  # what stands in brackets is not the driver's
+            return machine
+    return None
+
+
 def load_machine(device: str, *, network: str = "ib-ndr", gpus_per_node: int | None = None) -> Machine:
     """A device by name, or by the path of a file of the same form.
 
@@ -122,8 +152,11 @@ def load_machine(device: str, *, network: str = "ib-ndr", gpus_per_node: int | N
     if gpus_per_node is not None:
         found = replace(found, gpus_per_node=gpus_per_node)
     own = found.efficiencies
+    inside = found.fabric
+    if inside.endswith(_FILES) and device.endswith(_FILES):  # a file beside that of the device
+        inside = str(Path(device).parent / inside)
     efficiencies = own if own is not None else _made(Efficiencies, _read(_FOLDER / "efficiencies.yaml"), "efficiencies")
-    return Machine(Path(device).stem, found, load_fabric(found.fabric), load_fabric(network), efficiencies)
+    return Machine(Path(device).stem, found, load_fabric(inside), load_fabric(network), efficiencies)
 
 
 def _device(name: str) -> Device:
@@ -143,7 +176,7 @@ def load_fabric(name: str) -> Fabric:
 
 
 def _path(kind: str, name: str) -> Path:
-    if name.endswith((".yaml", ".yml")):
+    if name.endswith(_FILES):
         if not Path(name).is_file():
             raise ConfigError(f"There is no file {name} (looked from {Path.cwd()}).")
         return Path(name)
@@ -187,6 +220,12 @@ def _require_kind(value: Any, kind: str, what: str) -> None:
             raise ConfigError(f"{what} is {shown(value)}; it must be a mapping of dtypes, float32 among them.")
         for key, number in value.items():
             _require_kind(number, "float", f"{shown(key)} of {what}")
+    elif kind == "Sequence[Sequence[float]] | None":
+        pairs = value if isinstance(value, list) else [value]
+        if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+            raise ConfigError(f"{what} is {shown(value)}; it must be a list of pairs: operations, share of the peak.")
+        for number in (number for pair in pairs for number in pair):
+            _require_kind(number, "float", what)
     elif kind == "str" and not isinstance(value, str):
         raise ConfigError(f"{what} is {shown(value)}; it must be text.")
     elif kind in ("int", "int | None", "float", "float | None") and not (value is None and "None" in kind):

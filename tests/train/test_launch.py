@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -40,11 +41,17 @@ def run(folder: Path, command: list[str], *overrides: str) -> subprocess.Complet
 
 
 def test_two_ranks_of_its_own(folder: Path) -> None:
-    done = run(folder, TRAIN, "sharding.dp_shard=2", "output.tensorboard=true")
+    done = run(
+        folder, TRAIN, "sharding.dp_shard=2", "output.tensorboard=true", "gpu=cpu", "steps=3", "output.log_every=1"
+    )
     assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(r"Estimated: \d+\.\d\d of 128\.00 GiB on each a CPU with 16 cores", done.stdout)
+    assert re.search(
+        r"Measured: [\d.]+ GiB resident.* \(estimated: [\d.]+ GiB of tensors\), [\d,]+ tokens/s", done.stdout
+    )
     assert "on 2 cpu ranks: dp_shard=2" in done.stdout
     assert "Training loss" in done.stdout
-    assert len((folder / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+    assert len((folder / "run" / "metrics.jsonl").read_text().splitlines()) == 3
     assert list((folder / "run" / "tensorboard").glob("events*"))
     AutoModelForCausalLM.from_pretrained(folder / "run" / "model")
     assert sorted(path.name for path in folder.iterdir()) == ["run", "run.yaml"]

@@ -48,6 +48,9 @@ class TrainConfig:
         device: ``"auto"`` takes GPUs where there are any.
         ranks: processes to start on this machine when not already under torchrun or srun. Null: as many as ``sharding``
             asks for, or one for every GPU where ``sharding.dp_shard`` is -1.
+        gpu: what the run's memory and speed are estimated for before it starts: a device that ``shardwright estimate``
+            knows, or a file that describes one. Null: the GPUs of this machine, where they are known.
+        require_fit: refuse a run whose estimated memory is more than a device has, before its ranks start.
         check_first_step: compare the first step (loss, every gradient, every updated weight) with the same step of the
             unsharded model in one process, and stop when they differ.
         not_finite: what a loss or gradient that is no number does to the run, before the weights are touched; the
@@ -77,6 +80,8 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     ranks: int | None = None
+    gpu: str | None = None
+    require_fit: bool = True
     check_first_step: bool = False
     not_finite: str = "raise"
     step_timeout: float = 1800.0

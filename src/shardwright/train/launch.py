@@ -17,6 +17,7 @@ from shardwright.distributed.mesh import make_mesh
 from shardwright.errors import ConfigError, PreemptedError, RunError, ShardwrightError, from_system
 from shardwright.scratch import scratch_folder
 from shardwright.train.config import JOB_CONFIG, TrainConfig, read_config
+from shardwright.train.forecast import forecast
 from shardwright.train.local_ranks import check_machine, local_ranks, start_ranks
 from shardwright.train.meeting import device_type, joined
 from shardwright.train.metrics import use_tensorboard
@@ -42,8 +43,11 @@ def run_on_local_ranks(config: TrainConfig) -> None:
     _check(config, ranks)
     check_machine(config.rank_settings, ranks)
     with scratch_folder() as job:
+        narrator = _narrator(quiet=False)
         with pulse(lambda: "preparing the data"):
-            prepare(config, job, _narrator(quiet=False))
+            prepare(config, job, narrator)
+        with pulse(lambda: "estimating a step"):
+            forecast(config, job, ranks, narrator)
         try:
             start_ranks(ranks, job, "shardwright.train.worker")
         except SignalException as error:

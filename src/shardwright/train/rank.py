@@ -27,7 +27,9 @@ from shardwright.train.check import checked_step, reference_step
 from shardwright.train.checkpointing import Checkpoints, first_not_finite, is_finite, require_equal_ranks
 from shardwright.train.config import TrainConfig
 from shardwright.train.dataset import Order, TokenRows
+from shardwright.train.forecast import Forecast, beside
 from shardwright.train.loop import Trainer
+from shardwright.train.metrics import peak_memory_gib
 from shardwright.train.model import build_model, model_config
 from shardwright.train.optim import make_optimizer
 from shardwright.train.output import MODEL, output_folder
@@ -98,7 +100,7 @@ def _train(config: TrainConfig, job: Path, mesh: DeviceMesh, watchdog: Watchdog)
         if config.data.validation_paths:
             there = TokenRows(job / VALIDATION)
             held_out = there, np.arange(len(there))
-        losses = _Steps(config, trainer, order, held_out, console, device, checkpoints, watchdog).take(done, first)
+        recorded = _Steps(config, trainer, order, held_out, console, device, checkpoints, watchdog).take(done, first)
         watchdog.begin("waiting for the last checkpoint")
 
     watchdog.begin("saving the model")
@@ -109,8 +111,10 @@ def _train(config: TrainConfig, job: Path, mesh: DeviceMesh, watchdog: Watchdog)
         seconds = config.rank_settings.seconds_per_phase
         save_pretrained(trainer.model, folder, tokenizer, overwrite=True, timeout=seconds)
     checkpoints.finished()
-    if losses:
-        show_curve(console, losses)
+    if recorded.losses:
+        show_curve(console, recorded.losses)
+    if (told := Forecast.read(job)) is not None:
+        say(console, beside(told, recorded.speeds, peak_memory_gib(device), on_gpu))
     reader = "PeftModel" if config.lora.r else "AutoModelForCausalLM"
     say(console, f"Saved [bold]{escape(str(folder))}[/] for {reader}.from_pretrained.")
 
@@ -161,10 +165,10 @@ class _Steps:
     checkpoints: Checkpoints
     watchdog: Watchdog
 
-    def take(self, done: int, first: tuple[Tensor, Tensor] | None) -> list[float]:
+    def take(self, done: int, first: tuple[Tensor, Tensor] | None) -> Recorder:
         """The steps after the first ``done``; ``first`` is the loss and gradient norm of step 0 where that was taken.
 
-        Returns the losses of all recorded steps.
+        Returns what was recorded of them.
         """
         self.watchdog.begin("writing to output.dir")
         self.checkpoints.set_aside(done)
@@ -183,7 +187,7 @@ class _Steps:
                 held_out = self._validate(step) if recorder.validates(step) else None
                 recorder.record(step, *taken, lr, held_out)
                 self._save(step, held_out)
-        return recorder.losses
+        return recorder
 
     def _step(self, step: int) -> tuple[Tensor, Tensor] | None:
         """Loss and gradient norm; None where one is no number, so that there was no update."""

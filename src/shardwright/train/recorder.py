@@ -23,6 +23,7 @@ class Recorder:
 
     Attributes:
         losses: the loss of every recorded step.
+        speeds: tokens a second on all ranks, of the recorded steps but the first, which may compile.
 
     Args:
         done: steps that a resumed run has behind it.
@@ -30,6 +31,7 @@ class Recorder:
 
     def __init__(self, config: TrainConfig, console: Console, device: torch.device, done: int = 0) -> None:
         self.losses: list[float] = []
+        self.speeds: list[float] = []
         self._config = config
         self._console = console
         self._device = device
@@ -73,6 +75,8 @@ class Recorder:
         speed = None  # a first step that was checked was taken before the clock started
         if step > 0 or not self._config.check_first_step:
             speed = (done - self._last_step) * self._tokens_per_step / (now - self._last_time)
+        if speed is not None and self._last_step > self._done:
+            self.speeds.append(speed)
         self._last_step, self._last_time = done, now
         memory = peak_memory_gib(self._device)
         self._show(Metrics(done, *values, lr, speed, memory, done * self._tokens_per_step, validation_loss))

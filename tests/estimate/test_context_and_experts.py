@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import pytest
@@ -38,9 +39,15 @@ KINDS = {"all_reduce": 1, "all_gather_into_tensor": 2, "reduce_scatter_tensor": 
 Calls = dict[tuple[str, bool], tuple[int, int]]
 
 
-def estimated(family: str, config: ParallelConfig, gpus: int = 2) -> Estimate:
-    reading = ModelReading(build_on_meta(config_of(family, LAYERS), dtype=torch.float32))
-    found = estimate(reading, config, WORK, load_machine("h100-80gb"), gpus=gpus)
+@cache
+def read(family: str) -> tuple[ModelReading, Tracer]:
+    """A model that several tests ask about is read and traced once."""
+    return ModelReading(build_on_meta(config_of(family, LAYERS), dtype=torch.float32)), Tracer()
+
+
+def estimated(family: str, config: ParallelConfig, gpus: int = 2, tracer: Tracer | None = None) -> Estimate:
+    reading, shared = read(family)
+    found = estimate(reading, config, WORK, load_machine("h100-80gb"), gpus=gpus, tracer=tracer or shared)
     assert not found.why_formula
     return found
 
@@ -93,14 +100,19 @@ def test_collectives_are_those_of_real_ranks(ranks2: RankPool) -> None:
                 sizes[sending.kind, part.segment.backward] += sending.bytes * count
         ranks = [{(NAMES[kind], backward): both for (kind, backward), both in rank[place].items()} for rank in real]
         assert {key: number for key, (number, _) in ranks[0].items()} == dict(calls), (family, config)
+        told: Counter[str] = Counter()
+        for axis in estimated(family, config).axes if place in (0, len(CASES) - 1) else ():
+            told.update(axis.calls if axis.axis in ("tp", "cp", "ep") else {})
+        kinds = {kind: calls[kind, False] + calls[kind, True] for kind, _ in calls}
+        assert dict(told) in ({}, kinds), "what a reader is told is what was traced"
         for key, size in sizes.items():
             # How many rows an expert gets depends on the router; together the ranks send what a balanced one does.
             assert sum(rank[key][1] for rank in ranks) == 2 * size, (family, config, key)
 
 
 def traced(family: str, config: ParallelConfig) -> Any:
-    reading = ModelReading(build_on_meta(config_of(family, LAYERS), dtype=torch.float32))
-    return Tracer().trace(Subject.of(reading, config, 2), WORK).parts
+    reading, tracer = read(family)
+    return tracer.trace(Subject.of(reading, config, 2), WORK).parts
 
 
 def test_the_peak_is_that_of_real_ranks_under_cp_and_ep(ranks2: RankPool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +123,7 @@ def test_the_peak_is_that_of_real_ranks_under_cp_and_ep(ranks2: RankPool, monkey
     errors = []
     for place, (family, config) in enumerate(cases):
         most = max(rank[place] for rank in real)
-        errors.append(estimated(family, config).peak.total / most - 1)
+        errors.append(estimated(family, config, tracer=Tracer()).peak.total / most - 1)
     print("errors of the peak under cp and ep:", ", ".join(f"{error:+.1%}" for error in errors))
     assert max(map(abs, errors)) < 0.05
 

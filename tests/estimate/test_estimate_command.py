@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -33,14 +34,18 @@ def call(*words: str) -> str:
 
 
 def data(*words: str) -> dict[str, Any]:
-    return json.loads(call(*words, "--json"))
+    return json.loads(CliRunner().invoke(main, ["estimate", *words, "--json"]).stdout)  # warnings are on the other one
 
 
 def test_the_answer_comes_first(llama: str) -> None:
-    text = call(llama, *MACHINE, "activation_checkpointing=full")
-    assert text.startswith("Fits: ")
-    assert "GiB free" in text.replace("\n", " ")
-    assert call(llama, *MACHINE, "--batch-size", "8").startswith("Does not fit: ")
+    text = " ".join(call(llama, *MACHINE, "activation_checkpointing=full").split())
+    assert text.startswith("Yes, it fits: ")
+    assert "GiB free. A step takes about" in text
+    assert "it waits for" in text
+    assert "To change: activation_checkpointing=selective is" in text, "there is room for it, and it is faster"
+    larger = " ".join(call(llama, *MACHINE, "--batch-size", "8").split())
+    assert larger.startswith("No, it does not fit: ")
+    assert "To change: it fits with activation_checkpointing=full" in larger
 
 
 def test_parts_add_up(llama: str) -> None:
@@ -106,11 +111,26 @@ def test_405_billion_parameters_on_16384_ranks(tmp_path: Path) -> None:
 
 def test_the_page_is_one_file_that_asks_nobody(llama: str, tmp_path: Path) -> None:
     path = tmp_path / "page.html"
-    call(llama, *MACHINE, "activation_checkpointing=full", "--html", str(path))
+    call(llama, *MACHINE, "tp=2", "sequence_parallel=true", "activation_checkpointing=full", "--html", str(path))
     text = path.read_text()
     assert len(text) < 2**20
     assert "http" not in text
     assert "<script" not in text
-    assert "<h1>Fits, with" in text
-    assert text.count("<svg") == 2
-    assert "backward model.layers.31" in text
+    assert '<h1 class="good">Yes, it fits: ' in text
+    assert text.count("<svg") == 4, "the mesh, memory, a step, a block"
+    assert "backward, model.layers.31" in text
+    assert "rank 7: tp 1, cp 0, shard 3, replica 0" in text
+    assert "2 reduce-scatter" in text
+    shown_in_a_browser(path)
+
+
+def shown_in_a_browser(page: Path) -> None:
+    """A screenshot, where there is a browser, has more than the colour of the paper."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        return
+    picture = page.with_suffix(".png")
+    words = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1000,1400", f"--screenshot={picture}"]
+    subprocess.run([browser, *words, page.as_uri()], check=True, capture_output=True, timeout=200)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert picture.stat().st_size > 40_000, "an empty page has a few kilobytes"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -40,10 +41,16 @@ LAYOUTS = (
 TOLERANCE = 0.05
 
 
+@cache
+def read(family: str, layers: int, dtype: torch.dtype = torch.float32) -> tuple[ModelReading, Tracer]:
+    """A model that many tests ask about is read and traced once."""
+    return ModelReading(build_on_meta(config_of(family, layers), dtype=dtype)), Tracer()
+
+
 def moments_of(family: str, config: ParallelConfig, work: Workload = WORK, layers: int = LAYERS) -> list[Moment]:
-    reading = ModelReading(build_on_meta(config_of(family, layers), dtype=torch.float32))
+    reading, tracer = read(family, layers)
     subject = Subject.of(reading, config, config.least_world_size)
-    traced = Tracer().trace(subject, work)
+    traced = tracer.trace(subject, work)
     assert not traced.why_not
     return step_moments(subject, work, traced.parts)
 
@@ -87,14 +94,14 @@ def test_streams_do_not_share_what_they_freed() -> None:
 def outside(config: ParallelConfig, **changes: Any) -> list[Moment]:
     """Of two micro-batches with a loss outside of the model, some decisions taken otherwise."""
     work = Workload(LENGTH, ROWS, accumulation=2, optimizer="adamw_loop", loss="logits")
-    reading = ModelReading(build_on_meta(config_of("llama", LAYERS), dtype=torch.bfloat16))
+    reading, tracer = read("llama", LAYERS, torch.bfloat16)
     subject = Subject.of(reading, config, config.least_world_size)
     subject = replace(subject, decided=replace(subject.decided, **changes))
-    return step_moments(subject, work, Tracer().trace(subject, work).parts)
+    return step_moments(subject, work, tracer.trace(subject, work).parts)
 
 
 def test_a_root_that_is_freed_after_forward_is_not_there_while_the_loss_is_computed() -> None:
-    kept = Subject.of(ModelReading(build_on_meta(config_of("llama", LAYERS), dtype=torch.bfloat16)), FSDP, 2).decided
+    kept = Subject.of(read("llama", LAYERS, torch.bfloat16)[0], FSDP, 2).decided
     assert kept.data is not None
     units = tuple(replace(unit, reshard_after_forward=True) for unit in kept.data.units)
     least = []

@@ -48,20 +48,33 @@ def test_the_best_comes_first_and_can_be_trained(llama: str, tmp_path: Path) -> 
     assert settings.sharding.precision == ParallelConfig(precision="bf16").precision  # type: ignore[arg-type]
 
 
-def test_long_sequences_are_split_and_experts_spread(tmp_path: Path) -> None:
+def test_more_ranks_than_sequences_split_them_and_experts_are_spread(tmp_path: Path) -> None:
     config_of("mixtral", 2).save_pretrained(tmp_path)
-    machine = ["--gpus", "4", "--gpu", "h100-80gb", "--seq-len", "16384", "--global-batch", "4"]
+    machine = ["--gpus", "2", "--gpu", "h100-80gb", "--seq-len", "16384", "--global-batch", "1"]
     found = json.loads(CliRunner().invoke(main, ["suggest", str(tmp_path), *machine, "--json"]).output)
-    degrees = {(made["sharding"]["cp"], made["sharding"]["ep"]) for made in found}
-    assert degrees == {(1, 1), (2, 1), (1, 2), (1, 4)}, "cp and ep do not go together; a part has 8192 tokens"
+    degrees = {(made["sharding"]["cp"], made["sharding"]["tp"], made["sharding"]["ep"]) for made in found}
+    assert degrees == {(2, 1, 1), (1, 2, 1), (1, 2, 2)}, "ep is searched without cp"
 
 
-def test_the_table_says_what_costs_a_place(llama: str) -> None:
-    text = CliRunner().invoke(main, ["suggest", llama, *MACHINE, "--global-batch", "8", "--objective", "memory"]).output
+def test_the_table_says_what_costs_a_place(llama: str, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    words = ["--global-batch", "8", "--objective", "memory", "--html", str(page)]
+    text = CliRunner().invoke(main, ["suggest", llama, *MACHINE, *words]).output
+    drawn = page.read_text()
+    assert drawn.count("<circle") > 10
+    assert "memory of the device" in drawn
     assert "the first" in text
     assert "layouts fit" in text
     assert "not possible: " in text
     assert "4 attention heads" in " ".join(text.split())
+
+
+def test_the_cheapest_layout_may_leave_gpus_unused(llama: str) -> None:
+    words = ["suggest", llama, "--gpus", "2", *MACHINE[2:], "--global-batch", "2", "--objective", "cost", "--json"]
+    found = json.loads(CliRunner().invoke(main, words).output)
+    costs = [made["ranks"] * made["speed"]["step_seconds"] for made in found]
+    assert costs == sorted(costs)
+    assert {made["ranks"] for made in found} == {1, 2}
 
 
 def test_a_batch_that_no_layout_can_have(llama: str) -> None:

@@ -17,7 +17,9 @@ from shardwright.estimate.predict import predict, to_dict
 from shardwright.estimate.report import print_report
 
 
-def run(model: str, config: ParallelConfig, *, weights: str, save: Path | None, as_json: bool) -> None:
+def run(
+    model: str, config: ParallelConfig, *, weights: str, save: Path | None, html: Path | None, as_json: bool
+) -> None:
     """Predict, save the plan where asked to, print.
 
     Raises:
@@ -26,6 +28,10 @@ def run(model: str, config: ParallelConfig, *, weights: str, save: Path | None, 
     prediction = predict(model, config, weights=weights)
     if save is not None:
         save_plan(prediction.plan, save)
+    if html is not None:
+        from shardwright.estimate.page.pages import plan_page
+
+        html.write_text(plan_page(prediction), encoding="utf-8")
     if as_json:
         click.echo(json.dumps(to_dict(prediction), indent=2))
         return

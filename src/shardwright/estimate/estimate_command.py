@@ -12,20 +12,12 @@ from rich.table import Table
 
 from shardwright.distributed.config import ParallelConfig
 from shardwright.estimate.asked import Asked
+from shardwright.estimate.changes import Change, best_change
 from shardwright.estimate.estimating import Estimate, estimate, largest_parts
 from shardwright.estimate.timeline import AXES
+from shardwright.estimate.trace.tracer import Tracer
+from shardwright.estimate.wording import NAMES, answer, gib, subject_line
 from shardwright.estimate.workload import Workload
-
-NAMES = {
-    "parameters": "parameters",
-    "optimizer": "optimizer state",
-    "gradients": "gradients",
-    "gathered": "gathered parameters (FSDP2)",
-    "buffers": "buffers of gathers and reductions",
-    "unreduced": "gradients not reduced yet",
-    "activations": "activations kept for backward",
-    "working": "of the code that runs at that moment",
-}
 
 
 def run(
@@ -43,31 +35,38 @@ def run(
     Raises:
         ShardwrightError: as :func:`shardwright.estimate.estimating.estimate`, or an unknown device.
     """
-    machine = asked.machine()
-    found = estimate(asked.reading(), config, workload, machine, gpus=asked.gpus)
+    machine, reading, tracer = asked.machine(), asked.reading(), Tracer()
+    found = estimate(reading, config, workload, machine, gpus=asked.gpus, tracer=tracer)
     found = replace(found, tokens_asked=tokens, price=price)
+    change = best_change(found, reading, tracer)
     if html is not None:
-        from shardwright.estimate.page import page
+        from shardwright.estimate.page.pages import estimate_page
 
-        html.write_text(page(found))
+        html.write_text(estimate_page(found, change), encoding="utf-8")
     if as_json:
-        click.echo(json.dumps(found.to_dict(), indent=2))
+        told = found.to_dict() | {"change": None if change is None else change.to_dict()}
+        click.echo(json.dumps(told, indent=2))
         return
-    print_estimate(found, Console())
+    print_estimate(found, change, Console())
 
 
-def print_estimate(found: Estimate, console: Console) -> None:
+def print_estimate(found: Estimate, change: Change | None, console: Console) -> None:
     """The answer first, then what it is made of."""
-    device, at = found.machine.device, found.peak
-    word = "[bold green]Fits[/]" if found.fits else "[bold red]Does not fit[/]"
-    left = f"{gib(found.free)} GiB free" if found.fits else f"{gib(-found.free)} GiB too much"
-    console.print(f"{word}: {gib(found.memory)} of {gib(device.memory)} GiB on each {device.name}, {left}.")
-    console.print(
-        f"{found.model}, {found.parameters / 1e9:.2f} billion parameters, on {found.config.least_world_size} ranks: "
-        f"{layout_of(found.config)}; {found.workload.batch_size} x {found.workload.seq_len} tokens a micro-batch"
-        + (f", {found.workload.accumulation} a step" if found.workload.accumulation > 1 else "")
-        + f"; {found.workload.optimizer}."
-    )
+    for line in answer(found, change):
+        console.print(line, highlight=False)
+    console.print(subject_line(found), style="dim", highlight=False)
+    print_memory(found, console)
+    print_speed(found, console)
+    if found.why_formula:
+        console.print(
+            "[yellow]The activations come from a formula, which is off by up to 60 %[/]: the model's code cannot be "
+            f"run on tensors without values ({found.why_formula})."
+        )
+
+
+def print_memory(found: Estimate, console: Console) -> None:
+    """What takes the memory at the peak."""
+    at = found.peak
     table = Table(title=f"Memory of a rank at its peak: {at.phase} of {at.where or 'what is outside of the blocks'}")
     table.add_column("part")
     table.add_column("GiB", justify="right")
@@ -78,21 +77,11 @@ def print_estimate(found: Estimate, console: Console) -> None:
     table.add_row("allowance: communicators", gib(found.overheads.communicators))
     table.add_row("allowance: fragmentation, 5 % of the tensors", gib(found.overheads.fragmentation))
     console.print(table)
-    print_speed(found, console)
-    if found.why_formula:
-        console.print(
-            "[yellow]The activations come from a formula, which is off by up to 60 %[/]: the model's code cannot be "
-            f"run on tensors without values ({found.why_formula})."
-        )
 
 
 def print_speed(found: Estimate, console: Console) -> None:
-    """How long a step takes, and what it waits for."""
+    """What the time of a step is spent on."""
     speed = found.speed
-    console.print(
-        f"A step takes about [bold]{speed.step:.3g} s[/]: {speed.tokens_per_second:,.0f} tokens/s on each GPU, "
-        f"MFU {speed.mfu:.1%}."
-    )
     table = Table(title="A step")
     table.add_column("part")
     table.add_column("seconds", justify="right")
@@ -107,26 +96,6 @@ def print_speed(found: Estimate, console: Console) -> None:
         table.add_row(name, f"{seconds:.4f}", f"{seconds / speed.step:.1%}")
     table.add_row("gathers and reductions beside computation", f"{speed.hidden:.4f}", "hidden", style="dim")
     console.print(table)
-    name, share = speed.waits_for
-    console.print(f"Beside computation it waits for {name} most: {share:.1%} of a step.")
     if found.days is not None:
         cost = "" if found.dollars is None else f" and about {found.dollars:,.0f} dollars"
         console.print(f"{found.tokens_asked:,.0f} tokens take about {found.days:,.1f} days{cost}.")
-
-
-_DEGREES = ("dp_replicate", "dp_shard", "cp", "tp", "ep")
-
-
-def layout_of(config: ParallelConfig) -> str:
-    """The degrees above one, and the settings that are not the usual ones."""
-    usual, values = ParallelConfig().to_dict(), config.to_dict()
-    degrees = [f"{name} {values[name]}" for name in _DEGREES if values[name] > 1]
-    others = [
-        f"{key}={value}" for key, value in values.items() if value != usual[key] and key not in (*_DEGREES, "precision")
-    ]
-    return ", ".join([*degrees, *others]) or "one rank"
-
-
-def gib(size: float) -> str:
-    """Bytes in GiB, as text."""
-    return f"{size / 2**30:.2f}"

@@ -22,6 +22,7 @@ from shardwright.estimate.speed import Speed, speed
 from shardwright.estimate.step_memory import step_moments, units_of
 from shardwright.estimate.subject import Subject
 from shardwright.estimate.trace.tracer import Traced, Tracer
+from shardwright.estimate.views import AxisView, BlockView, axis_views, block_view
 from shardwright.estimate.workload import Workload
 
 
@@ -38,6 +39,8 @@ class Estimate:
         speed: how long a step takes.
         tokens_asked: of a run, to say how long it takes.
         price: dollars of one GPU for an hour; None: what the device's file says.
+        axes: what is sent over each axis of the mesh.
+        block: one block, with its styles and collectives; None where the model has none.
         why_formula: why the activations come from a formula rather than from a trace; empty where they do not.
     """
 
@@ -49,6 +52,8 @@ class Estimate:
     moments: tuple[Moment, ...]
     overheads: Overheads
     speed: Speed
+    axes: tuple[AxisView, ...] = ()
+    block: BlockView | None = None
     why_formula: str = ""
     tokens_asked: float | None = None
     price: float | None = None
@@ -118,6 +123,7 @@ class Estimate:
                 "fragmentation": self.overheads.fragmentation,
             },
             "speed": self.speed.to_dict(),
+            "collectives": [axis.to_dict() for axis in self.axes],
             "days": self.days,
             "dollars": self.dollars,
             "activations_from": self.why_formula or "trace",
@@ -183,7 +189,7 @@ def estimate(
 
 def assembled(subject: Subject, workload: Workload, machine: Machine, traced: Traced) -> Estimate:
     """The estimate of a model that is decided about, and traced."""
-    found = step_moments(subject, workload, traced.parts)
+    found, units = step_moments(subject, workload, traced.parts), units_of(subject)
     return Estimate(
         model=type(subject.reading.model).__name__,
         config=subject.config,
@@ -192,7 +198,9 @@ def assembled(subject: Subject, workload: Workload, machine: Machine, traced: Tr
         parameters=sum(layout.numel for layout in subject.layouts),
         moments=tuple(found),
         overheads=overheads(subject.config, peak(found).total),
-        speed=speed(subject, workload, machine, traced.parts, units_of(subject)),
+        speed=speed(subject, workload, machine, traced.parts, units),
+        axes=axis_views(subject, workload, machine, traced.parts, units),
+        block=block_view(subject, traced.parts),
         why_formula=traced.why_not,
     )
 

@@ -117,6 +117,7 @@ class _Rank:
         self.reshards = {unit.modules[0]: unit.reshard_after_forward for unit in data.units} if data else {}
         self.unit_of = {name: unit.modules[0] for unit in data.units for name in unit.modules} if data else {}
         self.prefetch = data.prefetch if data else {}
+        self.inside: dict[str, list[str]] = {}  # block -> its units, once they have been looked for
 
     def look(self, phase: str, where: str, working: int = 0) -> None:
         values = (
@@ -130,8 +131,10 @@ class _Rank:
     def units_of(self, where: str, outside: str | None) -> list[str]:
         """The units that run in a part: those of its block, or the embedding or head that is one by itself."""
         if where:
-            inside = {unit for name, unit in self.unit_of.items() if name == where or name.startswith(f"{where}.")}
-            return [unit for unit in self.units if unit in inside]
+            if where not in self.inside:
+                found = {unit for name, unit in self.unit_of.items() if f"{name}.".startswith(f"{where}.")}
+                self.inside[where] = [unit for unit in self.units if unit in found]
+            return self.inside[where]
         return [outside] if outside and outside in self.units else []
 
     def ends(self, parts: Sequence[Part]) -> dict[int, str]:

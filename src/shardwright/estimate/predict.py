@@ -17,7 +17,7 @@ from shardwright.distributed.models.blocks import numbers_to_globs
 from shardwright.distributed.models.build import build_on_meta, load_config
 from shardwright.distributed.plan import ParallelPlan
 from shardwright.distributed.planning.data import wants_fsdp2
-from shardwright.distributed.planning.decide import decide
+from shardwright.distributed.planning.decide import Split, decide, decide_around
 from shardwright.distributed.planning.decided import DecidedPlan
 from shardwright.distributed.planning.layout import ParameterLayout, parameter_layouts
 from shardwright.distributed.planning.resolved import ResolvedPlan
@@ -199,16 +199,21 @@ def _compute_dtype(layouts: Iterable[ParameterLayout], config: ParallelConfig) -
     return getattr(torch, dtypes_of(layouts)[0] if config.precision == Precision() else config.precision.param)
 
 
-def decided_plan(reading: ModelReading, config: ParallelConfig, *, always_plan: bool = False) -> DecidedPlan:
+def decided_plan(
+    reading: ModelReading, config: ParallelConfig, *, always_plan: bool = False, split: Split | None = None
+) -> DecidedPlan:
     """What :func:`shardwright.parallelize` would decide on so many ranks.
 
     Args:
         config: with all degrees and the precision settled.
         always_plan: choose a tensor-parallel plan with one rank, too, for a report.
+        split: what is decided about the ranks of one model already.
     """
     fsdp2 = wants_fsdp2(config, config.dp_replicate * config.dp_shard * config.cp)
     dtype = None if config.precision == Precision() else getattr(torch, config.precision.param)
     own = unit_names(reading) if config.engine == "megatron_fsdp" else []
+    if split is not None:
+        return decide_around(reading, config, split, fsdp2=fsdp2, compute_dtype=dtype, own_units=own)
     return decide(
         reading,
         config,

@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 
 from shardwright.distributed.config import ParallelConfig, Precision
+from shardwright.distributed.planning.decide import Split
 from shardwright.distributed.planning.decided import DecidedPlan
 from shardwright.distributed.planning.layout import ParameterLayout, parameter_layouts
 from shardwright.distributed.replay.reading import ModelReading
@@ -30,8 +31,12 @@ class Subject:
     layouts: tuple[ParameterLayout, ...] = field(repr=False)
 
     @classmethod
-    def of(cls, reading: ModelReading, config: ParallelConfig, ranks: int) -> Subject:
+    def of(cls, reading: ModelReading, config: ParallelConfig, ranks: int, alike: Subject | None = None) -> Subject:
         """The model on so many ranks.
+
+        Args:
+            alike: the same model under a config with the same tp, cp and ep and the same plan: how its ranks share the
+                work of a model is not decided again.
 
         Raises:
             ConfigError, PlanError, UnsupportedError: as :func:`shardwright.parallelize`.
@@ -39,10 +44,9 @@ class Subject:
         degrees = config.degrees(ranks)
         whole = parameter_layouts(reading, None).values()
         settled = config.with_(dp_shard=degrees.dp_shard, precision=config.precision.settled(dtypes_of(whole)))
-        decided = decided_plan(reading, settled)
-        return cls(
-            reading, settled, decided, tuple(parameter_layouts(reading, decided.tensor, decided.experts).values())
-        )
+        decided = decided_plan(reading, settled, split=None if alike is None else Split.of(alike.decided))
+        layouts = parameter_layouts(reading, decided.tensor, decided.experts)
+        return cls(reading, settled, decided, tuple(layouts.values()))
 
     @cached_property
     def compute(self) -> torch.dtype:

@@ -14,9 +14,9 @@ from rich.table import Table
 from shardwright.distributed.config import ParallelConfig
 from shardwright.errors import ConfigError
 from shardwright.estimate.asked import Asked
-from shardwright.estimate.estimate_command import gib, layout_of
 from shardwright.estimate.estimating import Estimate
 from shardwright.estimate.search import Search, search
+from shardwright.estimate.wording import gib, layout_of, next_better, table_rows
 from shardwright.estimate.workload import Workload
 
 SHOWN = 10
@@ -30,6 +30,7 @@ def run(
     global_batch: int,
     objective: str,
     save: Path | None,
+    html: Path | None,
     as_json: bool,
 ) -> None:
     """Search, print, and save the best.
@@ -43,6 +44,10 @@ def run(
     found = search(
         reading, workload, machine, gpus=asked.gpus, global_batch=global_batch, objective=objective, base=base
     )
+    if html is not None:
+        from shardwright.estimate.page.pages import suggest_page
+
+        html.write_text(suggest_page(found), encoding="utf-8")
     if as_json:
         click.echo(json.dumps([made.to_dict() for made in found.fitting], indent=2))
     else:
@@ -71,7 +76,7 @@ def training_file(model: str, best: Estimate, global_batch: int) -> str:
 
 
 def print_search(found: Search, console: Console) -> None:
-    """The best layouts, why each is where it is, and what was left out."""
+    """The best layouts, why each is where it is, what the next better one lacks, and what was left out."""
     if not found.fitting:
         nearest = found.nearest
         console.print("[bold red]No layout fits.[/]")
@@ -79,27 +84,33 @@ def print_search(found: Search, console: Console) -> None:
             console.print(
                 f"The nearest, {layout_of(nearest.config)}, needs {gib(nearest.memory)} GiB of "
                 f"{gib(nearest.machine.device.memory)}. Take more GPUs, shorter sequences, loss_tiles=8, or another "
-                "optimizer."
-            )
+                "optimizer.", highlight=False,
+            )  # fmt: skip
     else:
-        best = found.fitting[0]
-        waits, share = best.speed.waits_for
-        console.print(
-            f"[bold green]{layout_of(best.config)}[/], {best.workload.batch_size} sequences a micro-batch, "
-            f"{best.workload.accumulation} a step: {best.speed.tokens_per_second:,.0f} tokens/s on each GPU, "
-            f"{gib(best.memory)} of {gib(best.machine.device.memory)} GiB. Beside computation it waits for "
-            f"{waits} most: {share:.1%} of a step."
-        )
-        console.print(_table(found.fitting[:SHOWN]))
-    console.print(f"{len(found.fitting)} layouts fit, {found.too_large} do not.")
+        for line in _first(found.fitting[0]):
+            console.print(line, highlight=False)
+        if found.next_better is not None:
+            console.print(next_better(found.next_better, found.fitting[0], found.objective), highlight=False)
+        console.print(_table(found.fitting[:SHOWN], found.objective))
+    left = f", and {found.left_out} were not looked at, since they need more" if found.left_out else ""
+    console.print(f"{len(found.fitting)} layouts fit, {len(found.too_large)} do not{left}.", highlight=False)
     for reason, count in found.refused.items():
-        console.print(f"{count} not possible: {reason}.")
+        console.print(f"{count} not possible: {reason}.", highlight=False)
 
 
-_SHORT = {"dp_replicate": "replicas", "dp_shard": "shards", "cp": "cp", "tp": "tp", "ep": "ep"}
+def _first(best: Estimate) -> list[str]:
+    waits, share = best.speed.waits_for
+    device = best.machine.device
+    return [
+        f"[bold green]Yes, {layout_of(best.config)} fits[/]: {gib(best.memory)} of {gib(device.memory)} GiB on each of "
+        f"{best.config.least_world_size} {device.name}, {gib(best.free)} GiB free.",
+        f"{best.workload.batch_size} sequences a micro-batch, {best.workload.accumulation} a step: "
+        f"{best.speed.step:.3g} s, {best.speed.tokens_per_second:,.0f} tokens/s on each GPU, MFU {best.speed.mfu:.1%}. "
+        f"Beside computation it waits for {waits} most: {share:.1%} of a step.",
+    ]
 
 
-def _table(fitting: list[Estimate]) -> Table:
+def _table(fitting: list[Estimate], objective: str) -> Table:
     """Readable in 80 columns."""
     table = Table(
         title="Layouts that fit; batch: sequences a micro-batch x accumulation",
@@ -107,39 +118,16 @@ def _table(fitting: list[Estimate]) -> Table:
         padding=(0, 1, 0, 0),
         pad_edge=False,
     )
+    cost = objective == "cost"
     table.add_column("ranks", min_width=14, overflow="fold")
     for name in ("recomputed", "batch"):
         table.add_column(name, no_wrap=True)
-    for name in ("tokens/s", "MFU", "GiB"):
-        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("tokens/s", "GPU hours" if cost else "MFU", "GiB"):
+        table.add_column(name, justify="right", no_wrap=not cost)
     table.add_column("against the first", min_width=18, overflow="fold")
-    best = fitting[0]
-    for made in fitting:
-        config, work = made.config, made.workload
-        table.add_row(
-            _ranks(config), config.activation_checkpointing,
-            f"{work.batch_size} x {work.accumulation}", f"{made.speed.tokens_per_second:,.0f}",
-            f"{made.speed.mfu:.1%}", f"{made.memory / 2**30:.1f}", against(made, best),
-        )  # fmt: skip
+    for made, (ranks, recomputed, batch, place, tokens, mfu, size) in zip(fitting, table_rows(fitting), strict=True):
+        hours = f"{1e9 / made.speed.tokens_per_second / 3600:.3g}"
+        table.add_row(ranks, recomputed, batch, tokens, hours if cost else mfu, size, place)
+    if cost:
+        table.caption = "GPU hours: of a billion tokens"
     return table
-
-
-def _ranks(config: ParallelConfig) -> str:
-    degrees = config.to_dict()
-    return ", ".join(f"{short} {degrees[name]}" for name, short in _SHORT.items() if degrees[name] > 1) or "one"
-
-
-def against(made: Estimate, best: Estimate) -> str:
-    """What costs a layout its place: the part of a step that is longer by most."""
-    if made is best:
-        return "the first"
-    parts = {
-        "compute": made.speed.compute - best.speed.compute,
-        "collectives": sum(made.speed.collectives.values()) - sum(best.speed.collectives.values()),
-        "FSDP2": made.speed.exposed - best.speed.exposed,
-        "optimizer": made.speed.optimizer - best.speed.optimizer,
-    }
-    name = max(parts, key=lambda key: parts[key])
-    if parts[name] <= 0:
-        return f"{made.speed.step - best.speed.step:+.2g} s"
-    return f"+{parts[name]:.2g} s {name}"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from shardwright.distributed.config import ParallelConfig
 from shardwright.distributed.models.blocks import by_list, every_nth
+from shardwright.distributed.plan import ParallelPlan
 from shardwright.distributed.planning.context import plan_context
 from shardwright.distributed.planning.context_method import ContextMethod
 from shardwright.distributed.planning.context_plan import ContextPlan
@@ -53,19 +55,53 @@ def decide(
         PlanError: a plan that does not fit the model or ``tp``, or is not exact; units that FSDP2 cannot make.
         ConfigError: settings that would do nothing.
     """
-    plan = resolved = None
     experts = decide_experts(reading, ep)
     context = plan_context(reading, ContextMethod(config.context_method, cp, tp)) if cp > 1 else None
+    split = Split(None, None, context, experts)
     if tp > 1 or always_plan:
-        custom = custom if custom is not None else config.plan
         plan, resolved = plan_and_resolve(
             reading,
-            custom,
+            custom if custom is not None else config.plan,
             tp,
             sequence_parallel=config.sequence_parallel,
             experts=experts,
             gathered=() if context is None else context.regions,
         )
+        split = Split(plan, resolved, context, experts)
+    return decide_around(reading, config, split, fsdp2=fsdp2, compute_dtype=compute_dtype, own_units=own_units)
+
+
+@dataclass(frozen=True)
+class Split:
+    """How the ranks of one model share its work: what a plan says of tensors, sequences and experts.
+
+    Attributes: as those of :class:`shardwright.distributed.planning.decided.DecidedPlan`.
+    """
+
+    plan: ParallelPlan | None
+    tensor: ResolvedPlan | None
+    context: ContextPlan | None
+    experts: ExpertPlan | None
+
+    @classmethod
+    def of(cls, decided: DecidedPlan) -> Split:
+        return cls(decided.plan, decided.tensor, decided.context, decided.experts)
+
+
+def decide_around(
+    reading: ModelReading,
+    config: ParallelConfig,
+    split: Split,
+    *,
+    fsdp2: bool,
+    compute_dtype: torch.dtype | None = None,
+    own_units: Sequence[str] = (),
+) -> DecidedPlan:
+    """All decisions but those of ``split``: units, recomputed and compiled blocks, tiles.
+
+    Args and errors: as those of :func:`decide`.
+    """
+    resolved, context, experts = split.tensor, split.context, split.experts
     one_by_one = config.activation_checkpointing != "none" or config.compile_backend is not None
     blocks = unit_names(reading) if fsdp2 or own_units or one_by_one else []
     recomputed = _recomputed(reading, blocks, config)
@@ -75,7 +111,7 @@ def decide(
         data = decide_data(reading, blocks, layouts, config, compute_dtype=compute_dtype, experts=experts)
     tiles = _tiles(reading, config, context)
     return DecidedPlan(
-        plan=plan,
+        plan=split.plan,
         tensor=resolved,
         context=context,
         data=data,

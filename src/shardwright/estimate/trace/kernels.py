@@ -49,6 +49,15 @@ class Kernel:
     dtype: str = ""
     causal: bool = False
 
+    @property
+    def written(self) -> int:
+        """Bytes of the result of a matrix product or an attention; 0 for others, and where the shape is not known."""
+        if self.kind not in ("matmul", "attention") or not self.shape:
+            return 0
+        batch, rows, columns, last = self.shape
+        itemsize: int = getattr(torch, self.dtype).itemsize
+        return batch * rows * columns * (last if self.kind == "attention" else 1) * itemsize
+
 
 @dataclass(frozen=True)
 class Sending:

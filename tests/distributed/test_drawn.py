@@ -24,6 +24,7 @@ OF_FOUR = (FSDP.with_(tp=2, sequence_parallel=True), FSDP.with_(dp_replicate=2))
 DRAWN: dict[str, Callable[[Any], Any]] = {
     "set anew": nn.init.normal_,
     "set anew by its sizes": lambda p: nn.init.xavier_uniform_(p) if p.ndim > 1 else nn.init.uniform_(p),
+    "cut off, near the mean and far from it": lambda p: nn.init.trunc_normal_(p, a=-2.0 if p.ndim > 1 else 1.5, b=2.5),
     "uniform": lambda p: p.uniform_(-1, 1),
     "noise": lambda p: p.add_(torch.randn_like(p), alpha=0.1),
     "a mask": lambda p: p.mul_(torch.empty_like(p).bernoulli_(0.5)),

@@ -58,6 +58,8 @@ class CheckedDTensor(DTensor):
             return NotImplemented  # that class is asked next
         kwargs = kwargs or {}
         if func in _NUMBERS and not (func is Tensor.__format__ and args[0].ndim):  # torch shows that as what it is
+            if args[0].dtype is torch.bool and not args[0].ndim:  # of any() or all(); nn.init.trunc_normal_ asks for it
+                return func(joined(args[0]), *args[1:], **kwargs)
             _refuse_part(args[0])
             return func(args[0].to_local(), *args[1:], **kwargs)
         refuse_lost_write(func, args)

@@ -18,9 +18,11 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 from shardwright import ParallelConfig, parallelize
 from shardwright.distributed.parallelizer import fsdp2_strategy_parallelize, get_hf_tp_shard_plan
+from shardwright.errors import UnsupportedError
 from shardwright.verify.ranks import RankPool, shared_mesh
 from shardwright.verify.step import full
 
@@ -382,3 +384,59 @@ def test_every_rank_keeps_its_random_state(family: str, ranks4: RankPool) -> Non
     """Else the data-parallel ranks, seeded apart, would all drop the same; gpt2's plan is read off its code."""
     for config in LAYOUTS_OF_FOUR:
         ranks4.run(_random_state_after, config.with_(activation_checkpointing="full"), family)
+
+
+# Averaged weights in torch's own class
+
+AVERAGES: dict[str, dict[str, Any]] = {
+    "equal": {},
+    "exponential": {"multi_avg_fn": get_ema_multi_avg_fn(0.7)},
+    "exponential, one by one": {"avg_fn": get_ema_avg_fn(0.7), "use_buffers": True},
+    "a function of one's own": {"avg_fn": lambda mean, now, count: mean + (now - mean) / (count + 2)},
+}
+
+
+def _averaged_models() -> None:
+    for turn, (name, how) in enumerate(AVERAGES.items()):
+        for config in _layouts() if not turn else _layouts()[turn % 3 :][:1]:
+            reference = build("llama", tie_word_embeddings=bool(turn % 2))
+            expected = AveragedModel(reference, **how)
+            model = copy.deepcopy(reference)
+            averaged = AveragedModel(model, **how)
+            for each in (model, averaged.module):
+                _parallel(each, config)
+            optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (model, reference)]
+            for step in range(3):
+                mine, everyone = _batches(config, step, 1)
+                _backward(model, mine, 1)
+                _backward(reference, everyone, len(everyone))
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
+                averaged.update_parameters(model)
+                expected.update_parameters(reference)
+                with torch.no_grad():
+                    assert_same(averaged(**mine[0]).loss, expected(**mine[0]).loss, f"{name}, {config}, step {step}")
+            assert_same_parameters(averaged, expected, f"{name}, {config}")
+
+
+@pytest.mark.parametrize("pool", ["ranks2", "ranks4"])
+def test_averaged_models(pool: str, request: pytest.FixtureRequest) -> None:
+    request.getfixturevalue(pool).run(_averaged_models)
+
+
+def _copies() -> str:
+    model = _parallel(build("llama"), ParallelConfig(tp=2))
+    averaged = AveragedModel(model)
+    averaged.update_parameters(model)
+    assert_same(averaged(**batch(0)).loss, build("llama")(**batch(0)).loss, "a copy of a tensor-parallel model")
+    try:
+        AveragedModel(_parallel(build("llama"), ParallelConfig(dp_shard=2)))
+    except UnsupportedError as error:
+        return str(error)
+    return ""
+
+
+def test_a_copy_is_a_model_or_refused(ranks2: RankPool) -> None:
+    for error in ranks2.run(_copies):
+        assert "parallelize(averaged.module, config, mesh)" in error

@@ -25,11 +25,13 @@ from shardwright.distributed.apply.fsdp2 import apply_fsdp2
 from shardwright.distributed.apply.fused_kernels import check_fused_kernels
 from shardwright.distributed.apply.generation import generate_together
 from shardwright.distributed.apply.guards.agreement import check_agreement
+from shardwright.distributed.apply.guards.copies import refuse_copies
 from shardwright.distributed.apply.guards.fresh import Parallelized, check_fresh, mark_parallelized
 from shardwright.distributed.apply.guards.later_changes import look_for_changes, refuse_later_changes
 from shardwright.distributed.apply.guards.optimizers import Replaced, check_no_optimizer
 from shardwright.distributed.apply.guards.parameters import check_gradient_hooks, check_scalars
 from shardwright.distributed.apply.guards.same_calls import compare_first_calls
+from shardwright.distributed.apply.guards.unit_order import UnitOrder
 from shardwright.distributed.apply.loss_tiles import apply_loss_tiles
 from shardwright.distributed.apply.megatron_fsdp import Options as MegatronOptions
 from shardwright.distributed.apply.mlp_tiles import apply_mlp_tiles
@@ -118,11 +120,13 @@ def parallelize_with_fsdp2(
         apply_fsdp2(model, decided.data, dp_mesh, mp_policy, offload_policy, expert_mesh)
         if decided.experts is not None:
             let_mix(model, decided.experts)
-        watch_passes(model, before=_before_forward)
+        shared = UnitOrder.watching(model, dp_mesh)
+        watch_passes(model, _before_forward, shared.explaining)
         let_drop(model)
+        refuse_copies(model)
     open_to_losses(model, decided.readable, axes.tp, fsdp2=decided.data is not None)
     if decided.data is not None and dp_mesh.size() > 1:
-        pass_skipped_units(model, decided.data.order, without=PART)
+        pass_skipped_units(model, shared, decided.data.order, without=PART)
     check_parameters(model)
     replaced.raise_for_gradients(model)
     connect_trainers(on)

@@ -20,7 +20,7 @@ its reduction wants the same ones on every rank: the others get zeros before it,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -29,21 +29,24 @@ from torch.distributed.tensor import DTensor
 
 from shardwright import _torch
 
+Explaining = Callable[[], AbstractContextManager[None]]
 
-def watch_passes(model: nn.Module, before: Callable[[nn.Module], None]) -> None:
+
+def watch_passes(model: nn.Module, before: Callable[[nn.Module], None], explaining: Explaining) -> None:
     """Keep these promises for ``model``, the root of FSDP2's units, in place.
 
     Args:
         before: called with the model when a forward begins, while all parameters are shards.
+        explaining: put around FSDP2's collectives.
     """
-    _Passes(model, before)
+    _Passes(model, before, explaining)
 
 
 class _Passes:
     """The forwards and backwards of one model."""
 
-    def __init__(self, model: nn.Module, before: Callable[[nn.Module], None]) -> None:
-        self._before = before
+    def __init__(self, model: nn.Module, before: Callable[[nn.Module], None], explaining: Explaining) -> None:
+        self._before, self.explaining = before, explaining
         self._states = _torch.states_of(model)
         self._groups: list[_Group] = [group for state in self._states for group in _torch.groups_of(state)]
         self._depth = 0  # of forwards of the model, one inside the other
@@ -146,12 +149,12 @@ class _Group(_torch.FSDPParamGroup):
         self.reshard()
 
     def unshard(self, async_op: bool = False) -> None:
-        with _normal_tensors():
+        with self.passes.explaining(), _normal_tensors():
             super().unshard(async_op)
 
     def wait_for_unshard(self) -> None:
         gathers = _torch.is_gathering(self)
-        with _normal_tensors():
+        with self.passes.explaining(), _normal_tensors():
             super().wait_for_unshard()
         if gathers and not self.reshard_after_backward:
             self._versions = _torch.written_versions(self)
@@ -164,7 +167,8 @@ class _Group(_torch.FSDPParamGroup):
         if self.reduce_grads and _torch.runs_backward(self):
             # Ranks may have used different parameters, and the reduction wants the same ones on all.
             self._filled += tuple(shard for shard in _torch.fill_in_gradients(self) if shard.grad is None)
-        super().post_backward(*unused)
+        with self.passes.explaining():
+            super().post_backward(*unused)
 
     def forget_zeros(self) -> None:
         """Take away the gradients of parameters that no rank has used, as one process has none."""

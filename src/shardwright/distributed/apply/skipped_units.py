@@ -11,6 +11,10 @@ so: its inputs have no gradients (a tower's first block), or its output is not u
 earlier one's features are taken). So gradients are the averages that one process has. A parameter that no rank has used
 gets None back, as in one process, so that optimizers leave it alone (:mod:`.passes`).
 
+A rank that runs a unit again, or one that stands in front of the last, asks the others before
+(:mod:`.guards.unit_order`). Where all do the same, the unit stands in the order at this place from then on, and may be
+passed there, too.
+
 Frozen units are not reduced. A rank that passes one gathers it in backward where a gradient goes through it on the
 ranks that run it: where something that is trained stands in front of it, in the module that holds its list.
 """
@@ -25,24 +29,26 @@ import torch
 from torch import Tensor, nn
 
 from shardwright import _torch
+from shardwright.distributed.apply.guards.unit_order import UnitOrder
 from shardwright.distributed.runtime.forward import Around, Forward, wrap_forward
 
+_LEARNED = 256  # calls that are taken into the order of the units inside of one module; others meet every time
 
-def pass_skipped_units(model: nn.Module, order: Sequence[str], without: str) -> None:
+
+def pass_skipped_units(model: nn.Module, shared: UnitOrder, order: Sequence[str], without: str) -> None:
     """Let ranks run different units of ``model``, the root of FSDP2's units, in place.
 
     Args:
+        shared: for the data-parallel ranks.
         order: the names of lists of blocks in the order in which they run; others keep the order of the model.
         without: an argument of the model's forward; calls that have it are left as they are.
     """
-    units = _tree(model, order)
-    for unit in units:
+    for unit in _tree(model, order):
         if unit.parts:
-            wrap_forward(
-                unit.module, _Passing(unit, without if unit.module is model else "", root=unit.module is model)
-            )
-        for part in unit.parts:
-            part.module.register_forward_pre_hook(_Arrival(unit, part), prepend=True, with_kwargs=True)
+            root = unit.module is model
+            wrap_forward(unit.module, _Passing(unit, without if root else "", shared if root else None))
+        for part in dict.fromkeys(unit.parts):
+            part.module.register_forward_pre_hook(_Arrival(unit, part, shared), prepend=True, with_kwargs=True)
 
 
 def let_drop(model: nn.Module) -> None:
@@ -57,27 +63,42 @@ def let_drop(model: nn.Module) -> None:
 
 
 class _Unit:
-    """A unit and the units inside it, in the order in which they run.
+    """A unit and the units inside it.
 
     Attributes:
         holder: the module that holds the list that the unit is in.
+        parts: the units inside, in the order in which they run; more than once where all ranks have run them again.
         left: the units inside that have not run in the forward that runs; None where none runs.
         token: where backward finishes those that have; it goes into what the next one gets.
     """
 
-    def __init__(self, module: nn.Module, holder: nn.Module) -> None:
-        self.module, self.holder = module, holder
+    def __init__(self, name: str, module: nn.Module, holder: nn.Module) -> None:
+        self.name, self.module, self.holder = name, module, holder
         self.parts: list[_Unit] = []
         self.left: list[_Unit] | None = None
         self.token: Tensor | None = None
 
-    def arrives(self, part: _Unit) -> list[_Unit]:
-        """The units to pass before ``part`` runs."""
-        if self.left is None or part not in self.left:
-            return []  # it runs again
-        place = self.left.index(part)
-        passed, self.left = self.left[:place], self.left[place + 1 :]
+    def arrives(self, part: _Unit, shared: UnitOrder) -> list[_Unit]:
+        """The units to pass before ``part`` runs.
+
+        Raises:
+            PlanError: it has run or was passed, and other ranks do not run it now.
+        """
+        assert self.left is not None
+        if part not in self.left:
+            shared.leaves(part.name)
+            if len(self.parts) < _LEARNED:
+                self.parts.insert(len(self.parts) - len(self.left), part)
+            passed = []
+        else:
+            place = self.left.index(part)
+            passed, self.left = self.left[:place], self.left[place + 1 :]
+        shared.comes_to(part.name, sum(unit.size() for unit in passed))
         return passed
+
+    def size(self) -> int:
+        """The units that are passed with this one, itself among them."""
+        return 1 + sum(part.size() for part in self.parts)
 
     def is_trained(self) -> bool:
         return any(param.requires_grad for param in self.module.parameters())
@@ -143,15 +164,15 @@ class _Through(torch.autograd.Function):
 class _Arrival:
     """Before a unit runs, those in front of it that did not run are passed."""
 
-    def __init__(self, around: _Unit, unit: _Unit) -> None:
-        self.around, self.unit = around, unit
+    def __init__(self, around: _Unit, unit: _Unit, shared: UnitOrder) -> None:
+        self.around, self.unit, self.shared = around, unit, shared
 
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         around = self.around
         if around.left is None or _torch.in_backward():
             return None  # called outside of the forward around it; or a checkpoint repeats it
-        token = _pass(around.token, around.arrives(self.unit), module)
+        token = _pass(around.token, around.arrives(self.unit, self.shared), module)
         if not self.unit.is_in_backward():
             around.token = token
             return None
@@ -170,23 +191,27 @@ class _Passing(Around):
 
     eager = True
 
-    def __init__(self, unit: _Unit, without: str, *, root: bool) -> None:
-        self.unit, self.without, self.root = unit, without, root
+    def __init__(self, unit: _Unit, without: str, of_root: UnitOrder | None) -> None:
+        self.unit, self.without, self.of_root = unit, without, of_root
 
     @torch.compiler.disable
     def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         unit = self.unit
         if unit.left is not None or _torch.in_backward() or (self.without and self.without in kwargs):
             return forward(*args, **kwargs)
+        if self.of_root is not None:
+            self.of_root.check()
         unit.left = list(unit.parts)
         try:
             output = forward(*args, **kwargs)
-            if self.root and not unit.left:
+            if self.of_root is not None and not unit.left:
                 return output  # what the last one made is what the model returns
             token = _pass(unit.token, unit.left, module)
             return output if token is None or not token.requires_grad else _with_token(output, token)
         finally:
             unit.left = unit.token = None
+            if self.of_root is not None:
+                self.of_root.ends()
 
 
 def _token(module: nn.Module) -> Tensor:
@@ -217,11 +242,11 @@ def _with_token(output: Any, token: Tensor) -> Any:
 def _tree(model: nn.Module, order: Sequence[str]) -> list[_Unit]:
     """The units, each before those inside it."""
     modules = dict(model.named_modules())
-    units = {"": _Unit(model, model)}
+    units = {"": _Unit("", model, model)}
     for name, module in modules.items():
         if module is model or not _torch.is_unit(module):
             continue
-        units[name] = _Unit(module, _holder(name, modules))
+        units[name] = _Unit(name, module, _holder(name, modules))
         around = max(
             (other for other in units if other != name and (not other or name.startswith(f"{other}."))), key=len
         )

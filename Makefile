@@ -24,7 +24,7 @@ test-oldest:
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
 test-faults: install
-	$(BIN)/python -m pytest -m fault
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m fault
 
 # Two hours on two cores; writes its tables into docs/checkpoints.md.
 matrix: install

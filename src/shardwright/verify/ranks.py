@@ -269,12 +269,13 @@ def _serve(rank: int, world_size: int, kind: str, store: str, stacks: str, conne
         timeout=limit,
         device_id=torch.device("cuda", rank) if kind == "cuda" else None,
     )
-    gc.freeze()  # what was imported stays: collecting between calls need not look at it again
+    gc.freeze()  # what was imported stays
     while True:
         answer = _call(rank, tasks.get())
         connection.send_bytes(pickle.dumps((groups_of_ranks(), answer)))
         del answer
         gc.collect()
+        gc.freeze()  # as most of what is left: collecting after the next call need not look at it again
 
 
 def _read_tasks(connection: Connection, tasks: queue.Queue[bytes]) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from shardwright.estimate.overheads import Overheads, overheads
 from shardwright.estimate.peak import Moment, peak, reserved
 from shardwright.estimate.predict import Model
 from shardwright.estimate.speed import Speed, speed
-from shardwright.estimate.step_memory import step_moments, units_of
+from shardwright.estimate.step_memory import step_moments
 from shardwright.estimate.subject import Subject
 from shardwright.estimate.trace.tracer import Traced, Tracer
 from shardwright.estimate.views import AxisView, BlockView, axis_views, block_view
@@ -31,32 +32,54 @@ class Estimate:
     """What a step of one layout takes on one rank: the first, which has the most where parts are uneven.
 
     Attributes:
-        model: the model's class name.
-        config: the layout, all degrees filled in.
+        subject: the model, the layout with all degrees filled in, and what is decided about it.
         moments: of a step, with their bytes.
         overheads: what the device holds beside tensors.
-        parameters: of the whole model.
+        traced: a forward and backward of a micro-batch.
         speed: how long a step takes.
         tokens_asked: of a run, to say how long it takes.
         price: dollars of one GPU for an hour; None: what the device's file says.
-        axes: what is sent over each axis of the mesh.
-        block: one block, with its styles and collectives; None where the model has none.
-        why_formula: why the activations come from a formula rather than from a trace; empty where they do not.
     """
 
-    model: str
-    config: ParallelConfig
+    subject: Subject = field(repr=False)
     workload: Workload
     machine: Machine
-    parameters: int
+    traced: Traced = field(repr=False)
     moments: tuple[Moment, ...]
     overheads: Overheads
     speed: Speed
-    axes: tuple[AxisView, ...] = ()
-    block: BlockView | None = None
-    why_formula: str = ""
     tokens_asked: float | None = None
     price: float | None = None
+
+    @property
+    def model(self) -> str:
+        """The model's class name."""
+        return type(self.subject.reading.model).__name__
+
+    @property
+    def config(self) -> ParallelConfig:
+        """The layout, all degrees filled in."""
+        return self.subject.config
+
+    @property
+    def parameters(self) -> int:
+        """Of the whole model."""
+        return sum(layout.numel for layout in self.subject.layouts)
+
+    @property
+    def why_formula(self) -> str:
+        """Why the activations come from a formula rather than from a trace; empty where they do not."""
+        return self.traced.why_not
+
+    @cached_property
+    def axes(self) -> tuple[AxisView, ...]:
+        """What is sent over each axis of the mesh."""
+        return axis_views(self.subject, self.workload, self.machine, self.traced.parts)
+
+    @cached_property
+    def block(self) -> BlockView | None:
+        """One block, with its styles and collectives; None where the model has none."""
+        return block_view(self.subject, self.traced.parts)
 
     @property
     def days(self) -> float | None:
@@ -189,19 +212,15 @@ def estimate(
 
 def assembled(subject: Subject, workload: Workload, machine: Machine, traced: Traced) -> Estimate:
     """The estimate of a model that is decided about, and traced."""
-    found, units = step_moments(subject, workload, traced.parts), units_of(subject)
+    found = step_moments(subject, workload, traced.parts)
     return Estimate(
-        model=type(subject.reading.model).__name__,
-        config=subject.config,
+        subject=subject,
         workload=workload,
         machine=machine,
-        parameters=sum(layout.numel for layout in subject.layouts),
+        traced=traced,
         moments=tuple(found),
         overheads=overheads(subject.config, peak(found).total),
-        speed=speed(subject, workload, machine, traced.parts, units),
-        axes=axis_views(subject, workload, machine, traced.parts, units),
-        block=block_view(subject, traced.parts),
-        why_formula=traced.why_not,
+        speed=speed(subject, workload, machine, traced.parts),
     )
 
 

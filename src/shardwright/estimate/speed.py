@@ -10,7 +10,6 @@ from shardwright.estimate.hardware import Machine
 from shardwright.estimate.subject import Subject
 from shardwright.estimate.timeline import AXES, COMPUTE, Timeline, timeline
 from shardwright.estimate.trace.whole import Part
-from shardwright.estimate.units import UnitBytes
 from shardwright.estimate.workload import Workload
 
 # Passes over the parameters: how often an optimizer reads or writes all of them, its state and gradients.
@@ -70,13 +69,11 @@ class Speed:
         }
 
 
-def speed(
-    subject: Subject, workload: Workload, machine: Machine, parts: Sequence[Part], units: Mapping[str, UnitBytes]
-) -> Speed:
+def speed(subject: Subject, workload: Workload, machine: Machine, parts: Sequence[Part]) -> Speed:
     """The time of a step on every rank alike."""
-    last = timeline(subject, workload, machine, parts, units)
+    last = timeline(subject, workload, machine, parts)
     others = workload.accumulation - 1
-    first = timeline(subject, workload, machine, parts, units, reduces=False) if workload.reduce_last_only else last
+    first = timeline(subject, workload, machine, parts, reduces=False) if workload.reduce_last_only else last
     lines = [(last, 1), (first, others)]
     optimizer = _optimizer_seconds(subject, workload, machine)
     step = sum(line.end * count for line, count in lines) + optimizer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -12,28 +12,18 @@ from shardwright.estimate.optimizers import optimizer_bytes
 from shardwright.estimate.peak import Kept, Moment, moments
 from shardwright.estimate.subject import Subject
 from shardwright.estimate.trace.whole import Part
-from shardwright.estimate.units import UnitBytes, unit_bytes
 from shardwright.estimate.workload import Workload
 
 
 def step_moments(subject: Subject, workload: Workload, parts: Sequence[Part]) -> list[Moment]:
     """Every moment of a step on the first rank, with its bytes."""
-    units = units_of(subject)
     host = _on_host(subject.decided, parts)
-    return moments(parts, subject.decided, kept_bytes(subject, workload, units), units, host)
+    return moments(parts, subject.decided, kept_bytes(subject, workload), subject.units, host)
 
 
-def units_of(subject: Subject) -> dict[str, UnitBytes]:
-    """FSDP2's units that hold parameters; none without FSDP2."""
-    data = subject.decided.data
-    if data is None:
-        return {}
-    return {name: unit for name, unit in unit_bytes(subject.layouts, data, subject.config).items() if unit.gathered}
-
-
-def kept_bytes(subject: Subject, workload: Workload, units: Mapping[str, UnitBytes]) -> Kept:
+def kept_bytes(subject: Subject, workload: Workload) -> Kept:
     """What stays between steps, and between the micro-batches of one."""
-    config = subject.config
+    config, units = subject.config, subject.units
     memory = memory_per_rank(subject.layouts, config)
     dtype = None if workload.optimizer_dtype is None else getattr(torch, workload.optimizer_dtype)
     optimizer = optimizer_bytes(

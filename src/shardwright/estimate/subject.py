@@ -13,6 +13,7 @@ from shardwright.distributed.planning.decided import DecidedPlan
 from shardwright.distributed.planning.layout import ParameterLayout, parameter_layouts
 from shardwright.distributed.replay.reading import ModelReading
 from shardwright.estimate.predict import decided_plan, dtypes_of
+from shardwright.estimate.units import UnitBytes, unit_bytes
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,14 @@ class Subject:
         decided = decided_plan(reading, settled, split=None if alike is None else Split.of(alike.decided))
         layouts = parameter_layouts(reading, decided.tensor, decided.experts)
         return cls(reading, settled, decided, tuple(layouts.values()))
+
+    @cached_property
+    def units(self) -> dict[str, UnitBytes]:
+        """FSDP2's units that hold parameters; none without FSDP2."""
+        data = self.decided.data
+        if data is None:
+            return {}
+        return {name: unit for name, unit in unit_bytes(self.layouts, data, self.config).items() if unit.gathered}
 
     @cached_property
     def compute(self) -> torch.dtype:

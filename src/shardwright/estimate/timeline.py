@@ -7,15 +7,14 @@ tensor, context and expert parallelism are in the first queue, because the next 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from shardwright.distributed.planning.decided import ROOT
+from shardwright.distributed.planning.decided import ROOT, innermost
 from shardwright.estimate.hardware import Machine
 from shardwright.estimate.kernel_time import Links, segment_seconds
 from shardwright.estimate.subject import Subject
 from shardwright.estimate.trace.whole import Part
-from shardwright.estimate.units import UnitBytes
 from shardwright.estimate.workload import Workload
 
 COMPUTE, DATA = "compute", "FSDP2"
@@ -82,13 +81,7 @@ class Timeline:
 
 
 def timeline(
-    subject: Subject,
-    workload: Workload,
-    machine: Machine,
-    parts: Sequence[Part],
-    units: Mapping[str, UnitBytes],
-    *,
-    reduces: bool = True,
+    subject: Subject, workload: Workload, machine: Machine, parts: Sequence[Part], *, reduces: bool = True
 ) -> Timeline:
     """One micro-batch.
 
@@ -96,26 +89,23 @@ def timeline(
         reduces: its gradients are summed over the data-parallel ranks.
     """
     accumulates = workload.reduce_last_only and workload.accumulation > 1
-    return _Rank(subject, machine, units, reduces=reduces, accumulates=accumulates).run(parts)
+    return _Rank(subject, machine, reduces=reduces, accumulates=accumulates).run(parts)
 
 
 class _Rank:
-    def __init__(
-        self, subject: Subject, machine: Machine, units: Mapping[str, UnitBytes], *, reduces: bool, accumulates: bool
-    ) -> None:
-        self.subject, self.machine, self.units = subject, machine, units
+    def __init__(self, subject: Subject, machine: Machine, *, reduces: bool, accumulates: bool) -> None:
+        self.subject, self.machine, self.units = subject, machine, subject.units
         self.reduces, self.accumulates = reduces, accumulates
         self.links = Links(machine, subject.config)
         self.line = Timeline()
-        data = subject.decided.data
+        data, blocks = subject.decided.data, set(subject.reading.blocks)
         self.of_block: dict[str, list[str]] = {}
         self.reshards = {unit.modules[0]: unit.reshard_after_forward for unit in data.units} if data else {}
         for unit in data.units if data else ():
             for name in unit.modules:
-                for block in subject.reading.blocks:
-                    if f"{name}.".startswith(f"{block}."):
-                        self.of_block.setdefault(block, []).append(unit.modules[0])
-        self.compiled = {block for block in subject.reading.blocks if _is_in(block, subject.decided.compiled)}
+                self.of_block.setdefault(innermost(name, blocks), []).append(unit.modules[0])
+        self.of_block.pop(ROOT, None)
+        self.compiled = {innermost(name, blocks) for name in subject.decided.compiled} - {ROOT}
         if subject.decided.compiled_whole:
             self.compiled = {ROOT, *subject.reading.blocks}
         self.ready: dict[str, float] = {}
@@ -192,7 +182,3 @@ class _Rank:
         seconds = self.links.seconds(size.axis, "reduce_scatter", size.reduce)
         seconds += self.links.seconds("dp_replicate", "all_reduce", size.output)
         self.line.send(f"reduce {unit or 'outside of the blocks'}", seconds, self.line.computed)
-
-
-def _is_in(block: str, names: Sequence[str]) -> bool:
-    return any(f"{name}.".startswith(f"{block}.") for name in names)

@@ -13,7 +13,6 @@ from shardwright.estimate.hardware import Machine
 from shardwright.estimate.kernel_time import Links
 from shardwright.estimate.subject import Subject
 from shardwright.estimate.trace.whole import Part
-from shardwright.estimate.units import UnitBytes
 from shardwright.estimate.workload import Workload
 
 
@@ -70,14 +69,12 @@ class BlockView:
     calls: tuple[Call, ...]
 
 
-def axis_views(
-    subject: Subject, workload: Workload, machine: Machine, parts: Sequence[Part], units: Mapping[str, UnitBytes]
-) -> tuple[AxisView, ...]:
+def axis_views(subject: Subject, workload: Workload, machine: Machine, parts: Sequence[Part]) -> tuple[AxisView, ...]:
     """The axes with more than one rank, and what a rank sends over each in a step."""
     links = Links(machine, subject.config)
     calls: dict[str, Counter[str]] = {}
     sent: Counter[str] = Counter()
-    for axis, kind, times, size in _all(subject, workload, parts, units):
+    for axis, kind, times, size in _all(subject, workload, parts):
         ranks = links.sizes[axis]
         calls.setdefault(axis, Counter())[kind] += times
         sent[axis] += int(times * size * (ranks - 1) / ranks * (2 if kind == "all_reduce" else 1))
@@ -88,9 +85,7 @@ def axis_views(
     )
 
 
-def _all(
-    subject: Subject, workload: Workload, parts: Sequence[Part], units: Mapping[str, UnitBytes]
-) -> Iterator[tuple[str, str, int, int]]:
+def _all(subject: Subject, workload: Workload, parts: Sequence[Part]) -> Iterator[tuple[str, str, int, int]]:
     """``(axis, kind, how often, bytes of the whole tensor)`` of a step."""
     for part in parts:
         for sending, count in part.segment.sent.items():
@@ -98,7 +93,7 @@ def _all(
     data = subject.decided.data
     stay = {unit.modules[0] for unit in data.units if not unit.reshard_after_forward} if data is not None else set()
     reduced = 1 if workload.reduce_last_only else workload.accumulation
-    for name, unit in units.items():
+    for name, unit in subject.units.items():
         yield unit.axis, "all_gather", workload.accumulation * (1 if name in stay else 2), unit.gather
         if unit.reduce:
             yield unit.axis, "reduce_scatter", reduced, unit.reduce

@@ -6,7 +6,7 @@ cut; the estimate, ``verify`` and reports read it. None of them decides anything
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -129,9 +129,11 @@ class Tiles:
     mlp: int = 1
 
 
-def innermost(name: str, units: Iterable[str]) -> str:
+def innermost(name: str, units: Container[str]) -> str:
     """The innermost of ``units`` that the module called ``name`` is in or is; :data:`ROOT` where it is in none."""
-    return max((unit for unit in units if name == unit or name.startswith(f"{unit}.")), key=len, default=ROOT)
+    while name != ROOT and name not in units:
+        name = name.rpartition(".")[0]
+    return name
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ def scatter(fitting: Sequence[Estimate], others: Sequence[Estimate]) -> str:
     x = x0 + limit / right * wide
     shapes.append(
         f'<line class="limit" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{high}"/><text x="{x - 6:.1f}" y="12" '
-        f'text-anchor="end">memory of the device</text><text x="0" y="-6">tokens/s of a GPU</text>'
+        f'text-anchor="end">memory of the device</text><text x="0" y="-10">tokens/s of a GPU</text>'
     )
     for made in reversed(shown):
         best = bool(fitting) and made is fitting[0]
@@ -157,7 +157,7 @@ def scatter(fitting: Sequence[Estimate], others: Sequence[Estimate]) -> str:
             f'pointer-events="all"/></g>'
         )
     keys = legend([("the first", QUEUES["tp"]), ("fits", QUEUES["compute"])])
-    return keys + drawing(_WIDTH, high + 26, ['<g transform="translate(0 14)">', *shapes, "</g>"], label="Layouts")
+    return keys + drawing(_WIDTH, high + 52, ['<g transform="translate(0 24)">', *shapes, "</g>"], label="Layouts")
 
 
 def _told(made: Estimate) -> str:

@@ -47,12 +47,13 @@ def _another_parameter(model: Any) -> nn.Module:
     return model
 
 
+ADAPTER = "An adapter would be put on a LlamaForCausalLM"
 CHANGES: dict[str, tuple[Callable[[Any], nn.Module], str]] = {
-    "columns": (_lora("q_proj", "v_proj"), r"layers\.0\.self_attn\.q_proj\.lora_A\.default\.weight \(2, 32\)"),
-    "rows": (_lora("o_proj"), r"layers\.0\.self_attn\.o_proj\.lora_A"),
-    "embedding": (_lora("embed_tokens"), r"embed_tokens\.lora_embedding_A"),
-    "head": (_lora("lm_head"), r"lm_head\.lora_A"),
-    "scales": (_ia3, r"k_proj\.ia3_l"),
+    "columns": (_lora("q_proj", "v_proj"), ADAPTER),
+    "rows": (_lora("o_proj"), ADAPTER),
+    "embedding": (_lora("embed_tokens"), ADAPTER),
+    "head": (_lora("lm_head"), ADAPTER),
+    "scales": (_ia3, ADAPTER),
     "new head": (_new_head, r"lm_head\.weight \(99, 32\)"),
     "another module": (_another_module, r"layers\.1\.mlp\.1\.weight"),
     "another parameter": (_another_parameter, r"model\.norm\.weight \(32,\)"),
@@ -68,11 +69,10 @@ def _refused(configs: tuple[ParallelConfig, ...]) -> None:
         model = _parallel(configs[turn % len(configs)])
         if turn % 2:
             evaluate(model)  # not only where the first forward finds it
-        changed = change(model)
         with CommDebugMode() as sent, pytest.raises(PlanError, match=name) as refusal:
-            loss(changed)
+            loss(change(model))
         assert sent.get_total_counts() == 0
-        assert "get_peft_model(model, ...)" in str(refusal.value)
+        assert "get_peft_model(model, " in str(refusal.value)
 
 
 @pytest.mark.parametrize("pool", ["ranks2", "ranks4"])

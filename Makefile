@@ -7,7 +7,7 @@ CONSTRAINTS ?= constraints.txt
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install test test-oldest test-faults test-launchers matrix fuzz test-gpu lint docs dist zoo zoo-experts demo bench bench-peers bench-zoo bench-gpu clean
+.PHONY: install test test-sweeps test-oldest test-faults test-launchers matrix fuzz test-gpu lint docs dist zoo zoo-experts demo bench bench-peers bench-zoo bench-gpu clean
 
 install: $(READY)
 
@@ -18,7 +18,11 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 
 # Two at a time: ranks wait for each other, and many tests have none.
 test: install
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not fault and not launcher"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not fault and not launcher and not sweep"
+
+# More cases of what make test covers, ten minutes of them.
+test-sweeps: install
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "sweep and not gpu"
 
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt

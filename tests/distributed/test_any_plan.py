@@ -30,7 +30,7 @@ def _state(model: nn.Module) -> list[Any]:
     ]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(st.sampled_from(NAMES), st.sampled_from(STYLES), max_size=8), st.booleans())
 def test_any_plan_is_applied_or_refused(
     fake_world: Callable[..., None], plan: dict[str, str], sequence_parallel: bool

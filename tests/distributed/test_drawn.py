@@ -70,7 +70,7 @@ def _assert_same(here: Tensor, there: Tensor, what: str) -> None:
             assert torch.equal(local, first), what
 
 
-@pytest.mark.parametrize("pool", ["ranks2", "ranks4"])
+@pytest.mark.parametrize("pool", ["ranks2", pytest.param("ranks4", marks=pytest.mark.sweep)])
 def test_drawn_as_in_one_process(pool: str, request: pytest.FixtureRequest) -> None:
     request.getfixturevalue(pool).run(_drawn, OF_TWO if pool == "ranks2" else OF_FOUR)
 

@@ -94,7 +94,7 @@ def test_what_a_cut_table_cannot_do_is_refused(style: str, option: str) -> None:
         make_style(style).check(table, "words", 2)
 
 
-@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("sequence_parallel", [pytest.param(False, marks=pytest.mark.sweep), True])
 def test_a_table_for_every_layer_is_cut_too(ranks4: RankPool, sequence_parallel: bool) -> None:
     config = ParallelConfig(tp=2, dp_shard=2, sequence_parallel=sequence_parallel)
     case = case_of("gemma3n_text", config)

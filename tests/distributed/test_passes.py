@@ -47,8 +47,11 @@ def test_two_ranks(config: ParallelConfig, ranks2: RankPool) -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [TP_FSDP, TP_FSDP.with_(sequence_parallel=True, **RECOMPUTED), FSDP.with_(dp_replicate=2)],
-    ids=["tp", "tp+sp never, recomputed", "hsdp"],
+    [
+        pytest.param(TP_FSDP, id="tp", marks=pytest.mark.sweep),
+        pytest.param(TP_FSDP.with_(sequence_parallel=True, **RECOMPUTED), id="tp+sp never, recomputed"),
+        pytest.param(FSDP.with_(dp_replicate=2), id="hsdp"),
+    ],
 )
 def test_four_ranks(config: ParallelConfig, ranks4: RankPool) -> None:
     ranks4.run(_same_numbers, LOOPS, config)

@@ -103,7 +103,7 @@ OF_TWO = (
 OF_FOUR = (FSDP.with_(tp=2), FSDP.with_(tp=2, sequence_parallel=True))
 
 
-@pytest.mark.parametrize("pool", ["ranks2", "ranks4"])
+@pytest.mark.parametrize("pool", ["ranks2", pytest.param("ranks4", marks=pytest.mark.sweep)])
 def test_ranks_that_drop_different_layers(pool: str, request: pytest.FixtureRequest) -> None:
     request.getfixturevalue(pool).run(_layerdrop, OF_TWO if pool == "ranks2" else OF_FOUR)
 

@@ -93,7 +93,7 @@ def _stock_optimizers_and_clipping() -> None:
             assert_same_parameters(model, reference, f"{name}, step {step}")
 
 
-@pytest.mark.parametrize("pool", ["ranks2", "ranks4"])
+@pytest.mark.parametrize("pool", ["ranks2", pytest.param("ranks4", marks=pytest.mark.sweep)])
 def test_stock_optimizers_and_clipping(request: pytest.FixtureRequest, pool: str) -> None:
     request.getfixturevalue(pool).run(_stock_optimizers_and_clipping)
 
@@ -151,7 +151,7 @@ def _frozen_parameters() -> None:
         assert_same(norm, nn.utils.clip_grad_norm_(reference.parameters(), 1e9), f"{name}: norm")
 
 
-@pytest.mark.parametrize("pool", ["ranks2", "ranks4"])
+@pytest.mark.parametrize("pool", ["ranks2", pytest.param("ranks4", marks=pytest.mark.sweep)])
 def test_frozen_parameters(request: pytest.FixtureRequest, pool: str) -> None:
     request.getfixturevalue(pool).run(_frozen_parameters)
 
@@ -420,7 +420,7 @@ def _averaged_models() -> None:
             assert_same_parameters(averaged, expected, f"{name}, {config}")
 
 
-@pytest.mark.parametrize("pool", ["ranks2", "ranks4"])
+@pytest.mark.parametrize("pool", ["ranks2", pytest.param("ranks4", marks=pytest.mark.sweep)])
 def test_averaged_models(pool: str, request: pytest.FixtureRequest) -> None:
     request.getfixturevalue(pool).run(_averaged_models)
 

@@ -92,7 +92,7 @@ def _written(configs: tuple[ParallelConfig, ...]) -> int:
     return refused
 
 
-@pytest.mark.parametrize("pool", ["ranks2", "ranks4"])
+@pytest.mark.parametrize("pool", ["ranks2", pytest.param("ranks4", marks=pytest.mark.sweep)])
 def test_written_by_hand(pool: str, request: pytest.FixtureRequest) -> None:
     refused = request.getfixturevalue(pool).run(_written, OF_TWO if pool == "ranks2" else OF_FOUR)
     assert len(set(refused)) == 1, "the same on every rank"

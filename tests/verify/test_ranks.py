@@ -120,8 +120,8 @@ def make_groups(number: int) -> int:
 
 def test_ranks_that_hold_many_groups_are_replaced() -> None:
     with RankPool(2) as pool:
-        first = pool.run(make_groups, 20)
-        assert pool.run(make_groups, 20) == first
+        first = pool.run(make_groups, 10)
+        assert pool.run(make_groups, 10) == first
         third = pool.run(total, 1), pool.run(pid)
     assert third[0] == [(0, 3.0), (1, 3.0)]
     assert not set(third[1]) & set(first)

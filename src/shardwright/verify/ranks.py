@@ -53,7 +53,7 @@ _PRELOADED = (
     "shardwright.verify.ranks",
 )
 _BACKENDS = {"cpu": "cpu:gloo", "cuda": "cpu:gloo,cuda:nccl", shared_gpu.BACKEND: shared_gpu.BACKEND}
-_GROUPS = 32  # that a rank may hold when the next call begins
+_GROUPS = 16  # that a rank may hold when the next call begins
 _GRACE = 5.0  # seconds that the other ranks get to answer once one has failed
 _NO_GUARD = 64  # exit code of a rank that was to start ranks while it imported the script that starts it
 

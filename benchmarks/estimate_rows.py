@@ -23,7 +23,6 @@ from shardwright.distributed.config import Precision
 from shardwright.estimate.estimating import Estimate, assembled, read_model
 from shardwright.estimate.hardware import Efficiencies, load_machine
 from shardwright.estimate.speed import speed
-from shardwright.estimate.step_memory import units_of
 from shardwright.estimate.subject import Subject
 from shardwright.estimate.trace.tracer import Tracer
 from shardwright.estimate.workload import Workload
@@ -129,7 +128,7 @@ def fit(rows: list[Row]) -> Efficiencies:
         total = 0.0
         for row, subject, parts in zip(rows, subjects, traces, strict=True):
             machine = replace(row.machine, efficiencies=values)
-            made = speed(subject, row.workload, machine, parts, units_of(subject))
+            made = speed(subject, row.workload, machine, parts)
             total += (row.tokens / made.tokens_per_second - 1) ** 2
         return (total / len(rows)) ** 0.5
 

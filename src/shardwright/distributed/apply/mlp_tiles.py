@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -14,9 +13,9 @@ from torch.nn.functional import pad
 from shardwright.distributed.runtime.forward import (
     Around,
     Forward,
+    all_local_parameters,
+    all_parameters_as,
     arounds,
-    local_parameters,
-    parameters_as,
     wrap_forward,
 )
 from shardwright.distributed.runtime.regions import SEQUENCE_DIM, SequenceRegion
@@ -50,7 +49,7 @@ class _Tiled(Around):
         compute = partial(_compute, module, forward)
         if region is not None:
             return self._in_region(module, compute, x, region)
-        return torch.cat(in_tiles(compute, [x], _weights(module), self.tiles, dim=x.ndim - 2), -2)
+        return torch.cat(in_tiles(compute, [x], all_local_parameters(module), self.tiles, dim=x.ndim - 2), -2)
 
     def _in_region(self, module: nn.Module, compute: Any, x: Tensor, region: SequenceRegion) -> Tensor:
         """This rank's chunk of the sequence, in tiles that are equally long on every rank: chunks may be uneven."""
@@ -65,26 +64,11 @@ class _Tiled(Around):
                 region.length.value = length
 
         x = pad(x, (0, 0, 0, chunk - own)) if own < chunk else x
-        return torch.cat(in_tiles(tile, [x], _weights(module), self.tiles, dim=SEQUENCE_DIM), SEQUENCE_DIM).narrow(
-            SEQUENCE_DIM, 0, own
-        )
-
-
-def _weights(module: nn.Module) -> dict[str, Tensor]:
-    """All parameters of ``module`` as this rank's local tensors, by name."""
-    return {
-        f"{name}.{key}" if name else key: tensor
-        for name, part in module.named_modules()
-        for key, tensor in local_parameters(part).items()
-    }
+        return torch.cat(
+            in_tiles(tile, [x], all_local_parameters(module), self.tiles, dim=SEQUENCE_DIM), SEQUENCE_DIM
+        ).narrow(SEQUENCE_DIM, 0, own)
 
 
 def _compute(module: nn.Module, forward: Forward, pieces: Sequence[Tensor], weights: Weights) -> Tensor:
-    own: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in weights.items():
-        owner, _, key = name.rpartition(".")
-        own.setdefault(owner, {})[key] = tensor
-    with ExitStack() as stack:
-        for owner, tensors in own.items():
-            stack.enter_context(parameters_as(module.get_submodule(owner), tensors))
+    with all_parameters_as(module, weights):
         return forward(*pieces)

@@ -8,8 +8,8 @@ outside. An ``Around`` refers to no module, so a deep copy of the model is a mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import cache, wraps
 from typing import Any, cast
 
@@ -166,6 +166,28 @@ def local_parameters(module: nn.Module) -> dict[str, Tensor]:
         elif param is not None:
             local[name] = param  # its unit has made it local
     return local
+
+
+def all_local_parameters(module: nn.Module) -> dict[str, Tensor]:
+    """The same of ``module`` and all modules inside of it, by the names that ``named_parameters`` gives them."""
+    return {
+        f"{name}.{own}" if name else own: tensor
+        for name, part in module.named_modules()
+        for own, tensor in local_parameters(part).items()
+    }
+
+
+@contextmanager
+def all_parameters_as(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Parameters of ``module`` and of modules inside of it, by such names, are these inside."""
+    owners: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        owner, _, own = name.rpartition(".")
+        owners.setdefault(owner, {})[own] = tensor
+    with ExitStack() as inside:
+        for owner, its in owners.items():
+            inside.enter_context(parameters_as(module.get_submodule(owner), its))
+        yield
 
 
 @contextmanager

@@ -8,8 +8,7 @@ called with, one of results. Backward: the transposes of all but the first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -23,7 +22,7 @@ from shardwright.distributed.runtime.expert_calls import Called, ExpertCall
 from shardwright.distributed.runtime.expert_delivery import Delivery, Weight, delivered
 from shardwright.distributed.runtime.expert_exchange import Ranks
 from shardwright.distributed.runtime.expert_loop import Loop, run_together
-from shardwright.distributed.runtime.forward import Around, Forward, local_parameters, parameters_as
+from shardwright.distributed.runtime.forward import Around, Forward, all_local_parameters, all_parameters_as
 from shardwright.distributed.runtime.gradients import with_others_in_graph
 from shardwright.errors import UnsupportedError
 
@@ -93,7 +92,7 @@ class ListedExchange(Around):
         state = state_of(experts[0])
         trained = torch.is_grad_enabled() and any(p.requires_grad for expert in experts for p in expert.parameters())
         token = begin_forward(state, experts[0], torch.zeros((), device=first.device, requires_grad=trained))
-        slices = [_slices(expert) for expert in experts]
+        slices = [all_local_parameters(expert) for expert in experts]
         ends: list[Tensor] = []
         forms: list[Tensor] = []
 
@@ -118,7 +117,7 @@ class ListedExchange(Around):
         """What an expert makes of no rows: the shape and the dtype of results, which depends on autocast, too."""
         weights = {name: slices[name].new_empty(()).expand(shape) for name, shape in self.shapes.items()}
         args, kwargs = self.called.form.arguments([x.detach()[:0] for x in rows])
-        with torch.no_grad(), _weights_as(expert, weights):
+        with torch.no_grad(), all_parameters_as(expert, weights):
             result: Tensor = expert(*args, **kwargs)
         return result
 
@@ -208,7 +207,7 @@ class ListedExchange(Around):
                 results = self._result(experts[expert], slices[expert], inputs)
             else:
                 args, kwargs = self.called.form.arguments(inputs)
-                with _weights_as(experts[expert], own):
+                with all_parameters_as(experts[expert], own):
                     results = experts[expert](*args, **kwargs)
             for n, piece in zip(places, results.split([len(by_rank[0][n]) for n in places]), strict=True):
                 parts[n] = piece
@@ -221,25 +220,3 @@ def _part(counts: list[int], start: int, end: int) -> list[int]:
     """How many of the rows from ``start`` to ``end`` each expert has, where all together have ``counts``."""
     ends = [min(max(total, start), end) for total in accumulate(counts)]
     return [end - begin for begin, end in zip([start, *ends], ends, strict=False)]
-
-
-def _slices(expert: nn.Module) -> dict[str, Tensor]:
-    """This rank's slices of the parameters of ``expert``, differentiable."""
-    return {
-        f"{name}.{own}" if name else own: tensor
-        for name, part in expert.named_modules()
-        for own, tensor in local_parameters(part).items()
-    }
-
-
-@contextmanager
-def _weights_as(expert: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """``expert`` has these parameters inside."""
-    owners: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in weights.items():
-        owner, _, own = name.rpartition(".")
-        owners.setdefault(owner, {})[own] = tensor
-    with ExitStack() as inside:
-        for owner, tensors in owners.items():
-            inside.enter_context(parameters_as(expert.get_submodule(owner), tensors))
-        yield

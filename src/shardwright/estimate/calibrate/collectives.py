@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ from statistics import median
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from shardwright.timing import timed
 
 KINDS = ("all_gather", "reduce_scatter", "all_reduce")
 SMALL = 2**12  # bytes of the whole tensor: latency
@@ -68,15 +69,7 @@ def _timed(kind: str, size: int, device: torch.device, group: dist.ProcessGroup 
         "reduce_scatter": lambda: dist.reduce_scatter_tensor(part, whole, group=group),
         "all_reduce": lambda: dist.all_reduce(whole, group=group),
     }
-    times = []
-    for place in range(_REPEATS + 2):
-        dist.barrier(group=group)
-        start = time.perf_counter()
-        run[kind]()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        if place >= 2:
-            times.append(time.perf_counter() - start)
+    times = timed(run[kind], device, _REPEATS, uncounted=2, before=lambda: dist.barrier(group=group))
     slowest = torch.tensor(median(times), device=device, dtype=torch.float64)
     dist.all_reduce(slowest, dist.ReduceOp.MAX, group=group)
     return float(slowest)

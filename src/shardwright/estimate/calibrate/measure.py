@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
@@ -10,6 +9,8 @@ from statistics import median
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from shardwright.timing import timed
 
 _MOVED_BY_COPY = 2  # a copy reads and writes
 _LAUNCHES = 200
@@ -108,21 +109,7 @@ def measure(device: torch.device, sizes: Sizes) -> Measured:
 
 
 def _seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """The median time of ``run``, after two that do not count."""
-    times = []
-    for place in range(repeats + 2):
-        _wait(device)
-        start = time.perf_counter()
-        run()
-        _wait(device)
-        if place >= 2:
-            times.append(time.perf_counter() - start)
-    return median(times)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return median(timed(run, device, repeats, uncounted=2))
 
 
 def _product(device: torch.device, dtype: str, shape: tuple[int, int, int], repeats: int) -> Product:

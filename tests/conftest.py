@@ -5,6 +5,7 @@ Idle ranks cost time: each of their process groups has a thread that wakes a hun
 
 from __future__ import annotations
 
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,10 +17,14 @@ from shardwright.verify.ranks import RankPool
 
 
 def pytest_configure() -> None:
-    """Folders of tests are no packages, so Python would import the first of two files of one name for both."""
+    """File names are compared: folders of tests are no packages, so Python would import one of two that are alike."""
     names = Counter(path.name for path in Path(__file__).parent.rglob("*.py") if path.name != "conftest.py")
     if twice := sorted(name for name, count in names.items() if count > 1):
         raise pytest.UsageError(f"Files of tests need names of their own; more than one is called {', '.join(twice)}.")
+    # Tests send signals to commands, which leave ignored what they were started to ignore: a CI may run under nohup.
+    for number, handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")

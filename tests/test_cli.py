@@ -183,6 +183,25 @@ def test_compiled_code_that_swallows_a_signal_does_not_hide_it(
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_signal_that_is_swallowed_comes_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is raised inside a destructor or a callback is printed and forgotten."""
+
+    def swallows(*_: object) -> None:
+        with contextlib.suppress(BaseException):
+            signal.raise_signal(signal.SIGTERM)
+        for _ in range(1000):
+            time.sleep(0.01)
+
+    monkeypatch.setattr("shardwright.checkpoint.run_info.find_checkpoint", swallows)
+    began = time.monotonic()
+    with pytest.raises(SystemExit):
+        main(["inspect", "run"])
+    assert time.monotonic() - began < 5
+    assert capsys.readouterr().err == "Error: Stopped by SIGTERM.\n"
+
+
 def test_what_nohup_ignores_stays_ignored(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(CONFIG)
     command = [sys.executable, "-m", "shardwright.cli", "train", "run.yaml", "steps=10"]

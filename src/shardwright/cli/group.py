@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +20,7 @@ from shardwright.untrusted import printable
 _SECONDS_FOR_RANK_0 = 3
 _LEAST_FILES = 64
 _LEAST_MEMORY = 2**30
+_SECONDS_TO_UNWIND = 0.5
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -72,10 +75,28 @@ def _listening() -> Iterator[list[str]]:
         names of the signals that have come.
     """
     received: list[str] = []
+    unwinding: list[weakref.ref[_SignalError]] = []
+    ended, sending = threading.Event(), threading.Lock()
 
     def stop(number: int, _: Any) -> None:
+        if ended.is_set():
+            return
+        if not received:
+            threading.Thread(target=again, args=(number,), daemon=True).start()
         received.append(signal.Signals(number).name)
-        raise _SignalError
+        error = _SignalError()
+        unwinding[:] = [weakref.ref(error)]
+        try:
+            raise error
+        finally:
+            del error  # the frame that its traceback holds would keep it alive
+
+    def again(number: int) -> None:
+        """Destructors, callbacks and compiled code may swallow what was raised in them: then it is gone."""
+        while not ended.wait(_SECONDS_TO_UNWIND):
+            with sending:
+                if unwinding[0]() is None and not ended.is_set():
+                    os.kill(os.getpid(), number)
 
     started = not {"RANK", "SLURM_STEP_NUM_TASKS"} & os.environ.keys()
     before = {number: signal.getsignal(number) for number in _SIGNALS} if started else {}
@@ -85,8 +106,10 @@ def _listening() -> Iterator[list[str]]:
     try:
         yield received
     finally:
-        for number, handler in heard.items():
-            signal.signal(number, handler)
+        ended.set()
+        with sending:  # no signal comes after the handlers that were here before are back
+            for number, handler in heard.items():
+                signal.signal(number, handler)
 
 
 def tell(error: ShardwrightError) -> None:

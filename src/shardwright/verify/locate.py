@@ -10,10 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import set_seed
 
 from shardwright.verify.compare import EXACT, relative_error
-from shardwright.verify.step import full
+from shardwright.verify.step import full, seed_all
 
 
 def first_module_that_differs(
@@ -54,7 +53,7 @@ def _outputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, torch.Tens
 
         return hook
 
-    set_seed(0)  # LayerDrop draws the same layers in both
+    seed_all(0)  # LayerDrop draws the same layers in both
     handles = [module.register_forward_hook(hook_for(name)) for name, module in model.named_modules() if name]
     model(**batch)
     for handle in handles:

@@ -50,6 +50,7 @@ _PRELOADED = (
     "transformers.modeling_utils",
     "transformers.models.auto.modeling_auto",
     "transformers.models.llama.modeling_llama",
+    "shardwright.distributed.parallelizer",
     "shardwright.verify.ranks",
 )
 _BACKENDS = {"cpu": "cpu:gloo", "cuda": "cpu:gloo,cuda:nccl", shared_gpu.BACKEND: shared_gpu.BACKEND}

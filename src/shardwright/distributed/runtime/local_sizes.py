@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from functools import cache
+from operator import itemgetter
 from typing import Any
 
 from torch import nn
@@ -27,9 +29,9 @@ class LocalSizes(Around):
         values: attribute (``num_heads``, or ``config.num_heads``) -> its value inside.
     """
 
-    def __init__(self, module: nn.Module, values: Mapping[str, Any]) -> None:
+    def __init__(self, module: nn.Module, values: Mapping[str, int | str]) -> None:
         self.own = {name: value for name, value in values.items() if "." not in name}
-        self.held: dict[str, dict[str, Any]] = {}
+        self.held: dict[str, dict[str, int | str]] = {}
         for name, value in values.items():
             holder, _, key = name.rpartition(".")
             if holder:
@@ -62,14 +64,14 @@ class LocalSizes(Around):
         return _unpickled, (self.own, self.held)
 
 
-def _unpickled(own: dict[str, Any], held: dict[str, dict[str, Any]]) -> LocalSizes:
+def _unpickled(own: dict[str, Any], held: dict[str, dict[str, int | str]]) -> LocalSizes:
     made = object.__new__(LocalSizes)
     made.own, made.held = own, held
     made._views = dict.fromkeys(held, (None, None))
     return made
 
 
-def local_view(shared: Any, values: Mapping[str, Any]) -> Any:
+def local_view(shared: Any, values: Mapping[str, int | str]) -> Any:
     """``shared`` as it is, except that the attributes in ``values`` have these values.
 
     Properties of a subclass win over what lies in ``__dict__``, which is why nothing is written there. transformers'
@@ -77,12 +79,21 @@ def local_view(shared: Any, values: Mapping[str, Any]) -> Any:
     """
     cls: Any = type(shared)
     aliases = getattr(shared, "attribute_map", {})
-    names = {aliases.get(name, name): value for name, value in values.items()}
-    local = {name: property(_constant(value)) for name, value in names.items()}
-    view: Any = object.__new__(type(cls.__name__, (cls,), {**local, "__module__": cls.__module__}))
+    local = ((aliases.get(name, name), type(value), value) for name, value in values.items())
+    view: Any = object.__new__(_answering(cls, *sorted(local, key=itemgetter(0))))
     object.__setattr__(view, "__dict__", vars(shared))
     return view
 
 
-def _constant(value: Any) -> Any:
+@cache
+def _answering(cls: Any, *local: tuple[str, type, int | str]) -> Any:
+    """A class like ``cls`` whose objects answer so, made once: transformers makes a dataclass of every config.
+
+    Types are a part of the key, for 1 and True are equal.
+    """
+    properties = {name: property(_constant(value)) for name, _, value in local}
+    return type(cls.__name__, (cls,), {**properties, "__module__": cls.__module__})
+
+
+def _constant(value: int | str) -> Any:
     return lambda self: value

@@ -43,8 +43,10 @@ def check_no_optimizer(model: nn.Module, but: Optimizer | None = None) -> None:
 
 
 def _held(names: dict[int, str], but: Optimizer | None) -> Iterator[tuple[Optimizer, list[str]]]:
-    for each in gc.get_objects():
-        if issubclass(type(each), Optimizer) and each is not but:
+    objects = gc.get_objects()  # of few types, but there may be a million of them
+    kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, Optimizer)}
+    for each in objects if kinds else ():
+        if type(each) in kinds and each is not but:
             groups = vars(each).get("param_groups", ())
             held = [names[id(param)] for group in groups for param in group["params"] if id(param) in names]
             if held:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
@@ -106,6 +107,12 @@ def build(cls: type[T], data: Any, where: str = "") -> T:
         return cls(**values)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}" if where else str(error)) from None
+
+
+def search_here() -> None:
+    """Let Python find modules in the current folder, after all others; an installed command does not look there."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
 
 
 def unknown_key(full_name: str, key: str, known: Iterable[str]) -> str:

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
 import shardwright
+from shardwright.cli.sharding import sharding
+from shardwright.distributed.config import ParallelConfig
 from shardwright.errors import ConfigError
 from shardwright.train.config import load_config
 
@@ -154,3 +157,28 @@ assert "torch" not in sys.modules
     degrees, folder = done.stdout.splitlines()
     assert "does not divide the world size 4" in degrees
     assert folder.startswith("model.path is '/nowhere', and there is no such folder here.")
+
+
+def test_code_that_is_named_is_looked_for_here(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An installed command has no folder of its own to look in; ``python -m`` has the current one."""
+    monkeypatch.chdir(tmp_path)
+    found = []
+
+    @click.command()
+    @sharding()
+    def command(config: ParallelConfig) -> None:
+        found.append(config.plan)
+
+    for let_be_found in (
+        lambda: load_config(config_file, ["sharding.plan=a.PLAN"]).let_code_be_found(),
+        lambda: load_config(config_file, ["optimizer.name=a.Mine"]).let_code_be_found(),
+        lambda: command.main(["--plan", "a.PLAN"], standalone_mode=False),
+    ):
+        monkeypatch.setattr("sys.path", ["elsewhere"])
+        load_config(config_file, ["sharding.plan=a.yaml"]).let_code_be_found()
+        assert sys.path == ["elsewhere"]
+        let_be_found()
+        assert sys.path == ["elsewhere", str(tmp_path)]
+    assert found == ["a.PLAN"]

@@ -1,4 +1,8 @@
-"""The command itself, in fresh processes: what it prints, how it ends, and what it leaves behind."""
+"""The command itself: what it prints, how it ends, and what it leaves behind.
+
+A process that trains takes six seconds to start. So few are started: one run of two ranks of its own, one under
+torchrun; how a run ends that is disturbed is seen with ranks that train nothing (``light_rank.py``).
+"""
 
 from __future__ import annotations
 
@@ -12,11 +16,13 @@ import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from transformers import AutoModelForCausalLM
 
+from shardwright.cli import main
 from shardwright.errors import RunError
-from shardwright.train.local_ranks import _cause
+from shardwright.train.local_ranks import _cause, start_ranks
 
 CONFIG = """
 model:
@@ -31,20 +37,24 @@ TRAIN = [sys.executable, "-m", "shardwright.cli", "train", "run.yaml"]
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "run.yaml").write_text(CONFIG)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)  # where light_rank is
     return tmp_path
 
 
-def run(folder: Path, command: list[str], *overrides: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*command, *overrides], cwd=folder, capture_output=True, text=True, timeout=250, check=False)
+def run(command: list[str], *overrides: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*command, *overrides], capture_output=True, text=True, timeout=250, check=False)
 
 
 def test_two_ranks_of_its_own(folder: Path) -> None:
-    done = run(
-        folder, TRAIN, "sharding.dp_shard=2", "output.tensorboard=true", "gpu=cpu", "steps=3", "output.log_every=1"
-    )
+    """With an optimizer from a file that lies where the command is given, which ranks find as the command does."""
+    (folder / "mine.py").write_text("import torch\nclass Mine(torch.optim.AdamW):\n    print('mine is imported')\n")
+    shown = ["output.tensorboard=true", "output.log_every=1", "gpu=cpu", "steps=3"]
+    done = run(TRAIN, "sharding.dp_shard=2", "optimizer.name=mine.Mine", *shown)
     assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("mine is imported") == 2  # in the command, and in rank 0, which has the terminal
     assert re.search(r"Estimated: \d+\.\d\d of 128\.00 GiB on each a CPU with 16 cores", done.stdout)
     assert re.search(
         r"Measured: [\d.]+ GiB resident.* \(estimated: [\d.]+ GiB of tensors\), [\d,]+ tokens/s", done.stdout
@@ -54,7 +64,7 @@ def test_two_ranks_of_its_own(folder: Path) -> None:
     assert len((folder / "run" / "metrics.jsonl").read_text().splitlines()) == 3
     assert list((folder / "run" / "tensorboard").glob("events*"))
     AutoModelForCausalLM.from_pretrained(folder / "run" / "model")
-    assert sorted(path.name for path in folder.iterdir()) == ["run", "run.yaml"]
+    assert {path.name for path in folder.iterdir()} - {"__pycache__"} == {"mine.py", "run", "run.yaml"}
 
 
 @pytest.mark.parametrize(
@@ -67,8 +77,8 @@ def test_two_ranks_of_its_own(folder: Path) -> None:
     ],
 )
 def test_a_mistake_is_one_paragraph(folder: Path, overrides: list[str], message: str) -> None:
-    failed = run(folder, TRAIN, *overrides)
-    assert failed.returncode == 1
+    failed = CliRunner().invoke(main, ["train", "run.yaml", *overrides])
+    assert failed.exit_code == 1
     assert failed.stdout == ""
     assert failed.stderr.startswith("Error: ")
     assert message in failed.stderr
@@ -76,13 +86,96 @@ def test_a_mistake_is_one_paragraph(folder: Path, overrides: list[str], message:
     assert [path.name for path in folder.iterdir()] == ["run.yaml"]
 
 
+_UNDER_TORCHRUN = """
+import os
+from contextlib import suppress
+from shardwright.cli import main
+with suppress(SystemExit):
+    main(["train", "run.yaml", "data.paths=stdlib:this.py", "data.sequence_length=2000"])
+assert not os.path.exists("run")
+os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"  # the ranks meet anew
+main(["train", "run.yaml"])
+"""
+
+
+def test_under_torchrun_a_mistake_is_told_once_and_then_it_trains(folder: Path) -> None:
+    (folder / "script.py").write_text(_UNDER_TORCHRUN)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = run([*torchrun, "script.py"])
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("Error: The text is too short") == 1
+    assert done.stdout.count("on 2 cpu ranks: dp_shard=2") == 1
+    assert (folder / "run" / "model" / "config.json").is_file()
+
+
+def start_light_ranks(folder: Path, what: str) -> str:
+    """What is said of two ranks that end as ``what`` says."""
+    (folder / "what").write_text(what)
+    (folder / "job").mkdir()
+    with pytest.raises(RunError) as error:
+        start_ranks(2, folder / "job", "light_rank")
+    assert not any(Path(f"/proc/{pid}").exists() for pid in light_ranks(folder))
+    return str(error.value)
+
+
+def light_ranks(folder: Path) -> list[int]:
+    """The process ids of both, once they run."""
+    files = [folder / "rank-0", folder / "rank-1"]
+    end = time.monotonic() + 100
+    while not all(file.exists() and file.read_text() for file in files):
+        assert time.monotonic() < end, "the ranks did not start"
+        time.sleep(0.05)
+    return [int(file.read_text()) for file in files]
+
+
 def test_what_the_ranks_refuse_is_told_once(folder: Path) -> None:
-    """Dropout shows only once there are ranks: every one of them raises, and the reader sees it once."""
-    failed = run(folder, TRAIN, "sharding.dp_shard=2", "check_first_step=true", "model.config.attention_dropout=0.5")
-    assert failed.returncode == 1
-    assert failed.stderr.startswith("Error: The first step differs from one process")
-    assert failed.stderr.count("\n") == 1
-    assert [path.name for path in folder.iterdir()] == ["run.yaml"]
+    assert start_light_ranks(folder, "refuse") == "The first step differs: by 2"
+
+
+def test_a_rank_that_dies_ends_the_run_with_its_name(folder: Path) -> None:
+    said = start_light_ranks(folder, "rank 1 dies")
+    assert said.startswith("Rank 1 died: Signal 9 (SIGKILL)")
+
+
+_WITH_LIGHT_RANKS = """
+from shardwright.train import launch
+start = launch.start_ranks
+launch.start_ranks = lambda ranks, job, module: start(ranks, job, "light_rank")
+from shardwright.cli import main
+main(["train", "run.yaml", "sharding.dp_shard=2"])
+"""
+
+
+def test_an_interrupt_ends_every_rank(folder: Path) -> None:
+    (folder / "what").write_text("stay")
+    command = [sys.executable, "-c", _WITH_LIGHT_RANKS]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        ranks = light_ranks(folder)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=200)
+    assert process.returncode == 1
+    assert stderr == "Error: Stopped by SIGINT; all 2 ranks have ended.\n"
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+
+
+_LAUNCHER = """
+from pathlib import Path
+from shardwright.train.local_ranks import start_ranks
+start_ranks(2, Path("job"), "light_rank")
+"""
+
+
+def test_ranks_do_not_outlive_a_killed_launcher(folder: Path) -> None:
+    (folder / "what").write_text("stay")
+    (folder / "job").mkdir()
+    with subprocess.Popen([sys.executable, "-c", _LAUNCHER]) as process:
+        ranks = light_ranks(folder)
+        process.kill()
+    end = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in ranks):
+        assert time.monotonic() < end, "the ranks go on"
+        time.sleep(0.1)
+    assert not (folder / "job").exists()
 
 
 def test_a_rank_that_crashes_after_it_refused(tmp_path: Path) -> None:
@@ -93,78 +186,3 @@ def test_a_rank_that_crashes_after_it_refused(tmp_path: Path) -> None:
     failures = {rank: ProcessFailure(rank, 1, code, str(report)) for rank, code in ((1, -6), (0, -15))}
     cause = _cause(ChildFailedError("ranks", failures), tmp_path)
     assert (type(cause), str(cause)) == (RunError, "differs: by 2")
-
-
-def test_under_torchrun_a_mistake_is_told_once(folder: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*torchrun, "-m", "shardwright.cli", "train", "run.yaml"]
-    failed = run(folder, command, "data.paths=stdlib:this.py", "data.sequence_length=2000")
-    assert failed.returncode != 0
-    assert failed.stderr.count("Error: The text is too short") == 1
-    assert not (folder / "run").exists()
-
-
-def test_under_torchrun_it_trains(folder: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = run(folder, [*torchrun, "-m", "shardwright.cli", "train", "run.yaml"])
-    assert done.returncode == 0
-    assert done.stdout.count("on 2 cpu ranks: dp_shard=2") == 1
-    assert (folder / "run" / "model" / "config.json").is_file()
-
-
-def test_a_rank_that_dies_ends_the_run_with_its_name(folder: Path) -> None:
-    command = [*TRAIN, "sharding.dp_shard=2", "steps=100000"]
-    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        wait_for(folder / "run" / "metrics.jsonl")
-        victim = next(pid for pid, rank in workers_of(process.pid) if rank == "1")
-        os.kill(victim, signal.SIGKILL)
-        _, stderr = process.communicate(timeout=200)
-    assert process.returncode == 1
-    assert stderr.startswith("Error: Rank 1 died: Signal 9 (SIGKILL)")
-    assert not (folder / "run" / "model").exists()
-
-
-def test_ranks_do_not_outlive_a_killed_launcher(folder: Path) -> None:
-    with subprocess.Popen(
-        [*TRAIN, "sharding.dp_shard=2", "steps=100000"], cwd=folder, stdout=subprocess.DEVNULL
-    ) as process:
-        wait_for(folder / "run" / "metrics.jsonl")
-        ranks = [pid for pid, _ in workers_of(process.pid)]
-        process.kill()
-    assert len(ranks) == 2
-    end = time.monotonic() + 60
-    while any(Path(f"/proc/{pid}").exists() for pid in ranks):
-        assert time.monotonic() < end, "the ranks go on"
-        time.sleep(0.1)
-
-
-def test_an_interrupt_ends_every_rank(folder: Path) -> None:
-    command = [*TRAIN, "sharding.dp_shard=2", "steps=100000"]
-    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        wait_for(folder / "run" / "metrics.jsonl")
-        ranks = [pid for pid, _ in workers_of(process.pid)]
-        process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=200)
-    assert process.returncode == 1
-    assert stderr == "Error: Stopped by SIGINT; all 2 ranks have ended.\n"
-    assert len(ranks) == 2
-    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
-    first = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[0])
-    assert first["step"] == 1
-
-
-def wait_for(file: Path) -> None:
-    """Until ``file`` has content."""
-    end = time.monotonic() + 200
-    while not (file.exists() and file.stat().st_size):
-        assert time.monotonic() < end, f"{file} did not appear"
-        time.sleep(0.1)
-
-
-def workers_of(parent: int) -> list[tuple[int, str]]:
-    """Process id and RANK of every child of ``parent``."""
-    found = []
-    for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
-        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        found += [(int(pid), entry.removeprefix(b"RANK=").decode()) for entry in environment if entry[:5] == b"RANK="]
-    return found

@@ -216,16 +216,17 @@ def test_a_kill_while_metrics_are_rewritten_leaves_all_lines(tmp_path: Path, mon
 
 
 def test_a_config_does_not_run_code_and_the_command_line_may(tmp_path: Path) -> None:
-    """Neither the module that a plan in someone's config names, nor one that lies where the command is given."""
+    """Neither the module that someone's config names, nor one that lies where the command is given."""
     mark = tmp_path / "ran"
     for name in ("planted", "typing_extensions", "sitecustomize"):
-        (tmp_path / f"{name}.py").write_text(f"open({str(mark)!r}, 'w')\nPLAN = {{}}")
+        (tmp_path / f"{name}.py").write_text(f"open({str(mark)!r}, 'w')\nclass Mine: pass")
     run = {
         "model": {
             "config": {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
         },
         "tokenizer": {"vocab_size": 300},
         "data": {"paths": ["stdlib:json"], "include": ["*.py"], "sequence_length": 24},
+        "optimizer": {"name": "planted.Mine"},
         "sharding": {"tp": 2, "plan": "planted.PLAN"},
         "output": {"dir": "run"},
         "steps": 1,
@@ -235,9 +236,12 @@ def test_a_config_does_not_run_code_and_the_command_line_may(tmp_path: Path) -> 
     told = _shardwright(tmp_path, "run.yaml")
     assert "names Python code" in told
     assert "sharding.plan=planted.PLAN" in told
-    assert not mark.exists()
     told = _shardwright(tmp_path, "run.yaml", "sharding.plan=planted.PLAN")
-    assert "Error: " not in told or "plan" in told
+    assert "names Python code" in told
+    assert "optimizer.name=planted.Mine" in told
+    assert not mark.exists()
+    told = _shardwright(tmp_path, "run.yaml", "sharding.plan=planted.PLAN", "optimizer.name=planted.Mine")
+    assert "is no class of optimizers" in told
     assert mark.exists()
 
 

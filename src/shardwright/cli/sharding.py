@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 
-from shardwright.distributed.config import ParallelConfig
-from shardwright.settings import apply_overrides, build
+from shardwright.distributed.config import ParallelConfig, runs_code
+from shardwright.settings import apply_overrides, build, search_here
 
 # What an option means that is given without a value.
 _ALONE = {"activation_checkpointing": "full", "compile": "true"}
@@ -34,7 +34,10 @@ def sharding(**defaults: Any) -> Callable[[Callable[..., None]], Callable[..., N
             options = {field.name: values.pop(field.name) for field in fields(ParallelConfig)}
             given = [f"{name}={value}" for name, value in options.items() if value is not None]
             keys = [text.removeprefix("sharding.") for text in overrides]  # as in the file of a run
-            function(config=build(ParallelConfig, apply_overrides(defaults, [*given, *keys])), **values)
+            config = build(ParallelConfig, apply_overrides(defaults, [*given, *keys]))
+            if runs_code(config.plan):
+                search_here()
+            function(config=config, **values)
 
         helps = _field_helps()
         made: Callable[..., None] = command

@@ -11,7 +11,7 @@ import yaml
 
 from shardwright.distributed.config import ParallelConfig, runs_code
 from shardwright.errors import ConfigError
-from shardwright.settings import apply_overrides, build, read_yaml
+from shardwright.settings import apply_overrides, build, read_yaml, search_here
 from shardwright.train.rank_settings import RankSettings
 from shardwright.train.sections import (
     CheckpointSettings,
@@ -159,6 +159,11 @@ class TrainConfig:
         for key, path in (("model.path", self.model.path), ("tokenizer.path", self.tokenizer.path)):
             if path is not None and not usable_path(path, key, ConfigError).is_dir():
                 raise ConfigError(f"{key} is {shown(path)}, and there is no such folder here. It is read from a disk.")
+
+    def let_code_be_found(self) -> None:
+        """Where the run names code, which the command line alone can, it may be where the command was given."""
+        if runs_code(self.sharding.plan) or self.optimizer.runs_code:
+            search_here()
 
     def to_yaml(self) -> str:
         """The whole config, defaults filled in, as YAML that :func:`load_config` reads back."""

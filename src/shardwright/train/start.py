@@ -23,6 +23,7 @@ def start(config: Path, overrides: Sequence[str]) -> None:
     if place is not None and "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent(os.getppid())  # torchrun, which starts every rank itself
     settings = load_config(config, overrides)
+    settings.let_code_be_found()
     ranks = settings.rank_settings.known_ranks if place is None else place.world_size
     if ranks is not None:  # what can be told without torch is told at once
         settings.check_ranks(ranks)

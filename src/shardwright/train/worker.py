@@ -6,7 +6,6 @@ import os
 import sys
 from pathlib import Path
 
-from shardwright.distributed.config import runs_code
 from shardwright.train.as_rank import begin, reporting
 from shardwright.train.config import JOB_CONFIG, TrainConfig, read_config
 from shardwright.train.place import place_from_environment
@@ -26,9 +25,7 @@ def _work(config: TrainConfig, job: Path, watchdog: Watchdog) -> None:
     from shardwright.train.meeting import joined
     from shardwright.train.rank import train
 
-    # Code that was named on the command line may be where that was given.
-    if runs_code(config.sharding.plan) or config.optimizer.runs_code:
-        sys.path.append(os.getcwd())
+    config.let_code_be_found()
     place = place_from_environment(os.environ)
     assert place is not None, "torch's launcher sets RANK and its companions"
     with joined(config.rank_settings, place, watchdog) as (_, device):

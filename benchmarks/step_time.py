@@ -29,7 +29,7 @@ SIZES = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
 }
-LENGTH = 128
+LENGTH, LONG = 128, 512  # positions of a row; and of those that are split over ranks
 PLAIN = (OURS, HANDWRITTEN, TRANSFORMERS, AUTOMODEL)
 LAYOUTS: dict[Layout, tuple[Peer, ...]] = {
     Layout(tp=2): PLAIN,
@@ -38,9 +38,11 @@ LAYOUTS: dict[Layout, tuple[Peer, ...]] = {
     Layout(tp=4): PLAIN,
     Layout(dp=4): PLAIN,
     Layout(tp=2, dp=2): PLAIN,
+    Layout(cp=2): (OURS, HANDWRITTEN),
+    Layout(cp=4): (OURS, HANDWRITTEN),
 }
-# Of the peers' time under tensor parallelism; of hand-written torch's everywhere.
-GOAL_TP, GOAL_BAR = {TRANSFORMERS: 0.85, AUTOMODEL: 0.85}, 1.0
+# Of the peers' time under tensor parallelism; of hand-written torch's everywhere, and where the sequence is split.
+GOAL_TP, GOAL_BAR, GOAL_CP = {TRANSFORMERS: 0.85, AUTOMODEL: 0.85}, 1.0, 1.05
 Seconds = dict[Peer, list[float]]
 _state: dict[str, Any] = {}  # of this rank, between calls
 
@@ -52,7 +54,13 @@ def build(peer: str, folder: str, layout: dict[str, Any]) -> dict[str, Any]:
 
     sharded = import_module(f"harness.peers.{peer}").build(folder, Layout(**layout))
     optimizer = torch.optim.AdamW(sharded.model.parameters(), lr=1e-4)
-    _state.update(sharded=sharded, optimizer=optimizer, tp=layout["tp"], rows=1 if layout["dp"] > 1 else 2)
+    _state.update(
+        sharded=sharded,
+        optimizer=optimizer,
+        sharers=layout["tp"] * layout["cp"],
+        rows=1 if layout["dp"] > 1 else 2,
+        length=LONG if layout["cp"] > 1 else LENGTH,
+    )
     parameters = list(sharded.model.parameters())
     held = sum((part.to_local() if isinstance(part, DTensor) else part).numel() for part in parameters)
     share = held / sum(part.numel() for part in parameters)
@@ -65,7 +73,7 @@ def step() -> dict[str, float]:
 
     import torch.distributed as dist
 
-    batch = batch_of(_state["rows"], LENGTH, SIZES["vocab_size"], seed=dist.get_rank() // _state["tp"])
+    batch = batch_of(_state["rows"], _state["length"], SIZES["vocab_size"], seed=dist.get_rank() // _state["sharers"])
     dist.barrier()
     began, busy = time.perf_counter(), time.process_time()
     loss = _state["sharded"].backward(batch)
@@ -101,7 +109,7 @@ def run(layout: Layout, forks: dict[Peer, Nursery], folder: Path, rounds: int, r
         running: dict[Peer, Contender] = {}
         checks = {}
         for peer in LAYOUTS[layout]:
-            contender = stack.enter_context(Contender(peer, layout.tp * layout.dp, nursery=forks.get(peer)))
+            contender = stack.enter_context(Contender(peer, layout.ranks, nursery=forks.get(peer)))
             with results.failures_of(f"{peer.title}, {layout.title}"):
                 asked = {"peer": peer.name, "folder": str(folder), "layout": vars(layout)}
                 built = contender.call("step_time:build", **asked)[0]
@@ -141,7 +149,8 @@ def _wall(contender: Contender) -> float:
 def bounds(layout: Layout) -> dict[Peer, float]:
     """What share of each peer's time ours may be."""
     peers = GOAL_TP if layout.tp > 1 else {}
-    return {peer: bound for peer, bound in ({HANDWRITTEN: GOAL_BAR} | peers).items() if peer in LAYOUTS[layout]}
+    bar = {HANDWRITTEN: GOAL_CP if layout.cp > 1 else GOAL_BAR}
+    return {peer: bound for peer, bound in (bar | peers).items() if peer in LAYOUTS[layout]}
 
 
 def of_theirs(seconds: Seconds, peer: Peer) -> float | None:
@@ -165,18 +174,20 @@ def main() -> None:
     results = Results(
         "step_time",
         "Training step, 2 and 4 gloo ranks",
-        f"57M-parameter Llama, float32, 2 x {LENGTH} tokens, or 1 x {LENGTH} for each of several data-parallel ranks; "
-        "forward, backward and stock AdamW, one thread a rank. All contenders alive at once, one step each in turns; "
+        f"57M-parameter Llama, float32, 2 x {LENGTH} tokens, or 1 x {LENGTH} for each of several data-parallel ranks, "
+        f"or 2 x {LONG} that context-parallel ranks share; forward, backward and stock AdamW, one thread a rank. All "
+        "contenders alive at once, one step each in turns; "
         "ratios are medians of the rounds' ratios. Collectives, and what a rank sends in them, are counted in one step "
         "that is not timed.",
     )
-    with tempfile.TemporaryDirectory(prefix="bench-step-") as scratch, nurseries((*PLAIN, ACCELERATE)) as forks:
+    layouts = [layout for number, layout in enumerate(LAYOUTS) if not options.layouts or number in options.layouts]
+    peers = dict.fromkeys(peer for layout in layouts for peer in LAYOUTS[layout])
+    with tempfile.TemporaryDirectory(prefix="bench-step-") as scratch, nurseries(peers) as forks:
         folder = write_checkpoint(Path(scratch) / "llama", "llama", **SIZES)
-        for number, layout in enumerate(LAYOUTS):
-            if not options.layouts or number in options.layouts:
-                seconds = run(layout, forks, folder, 2 if options.quick else 9, results)
-                judge(layout, seconds, results)
-                results.save()
+        for layout in layouts:
+            seconds = run(layout, forks, folder, 2 if options.quick else 9, results)
+            judge(layout, seconds, results)
+            results.save()
     results.write()
 
 

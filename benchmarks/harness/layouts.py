@@ -14,18 +14,25 @@ class Layout:
     Attributes:
         tp: tensor-parallel ranks.
         dp: data-parallel ranks, over which FSDP2 shards.
+        cp: context-parallel ranks: each has a chunk of the sequence, and FSDP2 shards over them too.
         sequence_parallel: the residual stream is split along the sequence over the ``tp`` ranks.
         activation_checkpointing: every block is recomputed in backward.
     """
 
     tp: int = 1
     dp: int = 1
+    cp: int = 1
     sequence_parallel: bool = False
     activation_checkpointing: bool = False
 
     @property
+    def ranks(self) -> int:
+        return self.tp * self.dp * self.cp
+
+    @property
     def title(self) -> str:
-        parts = [f"TP {self.tp}"] * (self.tp > 1) + [f"FSDP2 {self.dp}"] * (self.dp > 1)
+        degrees = {"TP": self.tp, "FSDP2": self.dp, "CP": self.cp}
+        parts = [f"{name} {degree}" for name, degree in degrees.items() if degree > 1]
         return " x ".join(parts) + " + SP" * self.sequence_parallel
 
 

@@ -27,6 +27,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from harness.layouts import Layout, NotOfferedError, Sharded
+from harness.peers.handwritten_context import context_parallel
 
 FAMILIES = ("llama", "qwen3")
 
@@ -42,19 +43,22 @@ def build(folder: str, layout: Layout) -> Sharded:
 
 def shard(model: Any, layout: Layout) -> Sharded:
     """Apply the plan to a model, in place."""
-    mesh = init_device_mesh("cpu", (layout.dp, layout.tp), mesh_dim_names=("dp", "tp"))
+    if layout.cp > 1 and layout.ranks > layout.cp:
+        raise NotOfferedError("context parallelism was written for one axis alone")
+    mesh = init_device_mesh("cpu", (layout.dp * layout.cp, layout.tp), mesh_dim_names=("dp", "tp"))
     if layout.tp > 1:
         tensor_parallel(model, mesh["tp"], layout.sequence_parallel)
     if layout.activation_checkpointing:
         for index, block in enumerate(model.model.layers):
             model.model.layers[index] = checkpoint_wrapper(block)
-    if layout.dp > 1:
+    if mesh["dp"].size() > 1:
         *blocks, last = model.model.layers
         for block in blocks:
             fully_shard(block, mesh=mesh["dp"], reshard_after_forward=True)
         fully_shard(last, mesh=mesh["dp"], reshard_after_forward=False)
         fully_shard(model, mesh=mesh["dp"], reshard_after_forward=False)
-    return Sharded(model, backward_of(model, layout.tp > 1))
+    backward = context_parallel(model, mesh["dp"]) if layout.cp > 1 else backward_of(model, layout.tp > 1)
+    return Sharded(model, backward)
 
 
 def tensor_parallel(model: Any, mesh: DeviceMesh, sequence_parallel: bool) -> None:

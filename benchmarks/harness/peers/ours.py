@@ -16,6 +16,8 @@ def config_of(layout: Layout) -> ParallelConfig:
     return ParallelConfig(
         tp=layout.tp,
         dp_shard=layout.dp,
+        cp=layout.cp,
+        context_method="gather",
         sequence_parallel=layout.sequence_parallel,
         activation_checkpointing=checkpointing,
     )

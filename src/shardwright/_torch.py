@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _get_default_store as default_store
 from torch.distributed.distributed_c10d import _world
@@ -94,6 +94,7 @@ __all__ = [
     "version_of",
     "without_dispatch_modes",
     "without_torch_function",
+    "without_values",
     "written_versions",
 ]
 
@@ -110,6 +111,11 @@ foreach_norm = torch._foreach_norm
 def version_of(x: Tensor) -> int:
     """A number that grows whenever ``x`` is written to; writes through ``.data`` are not seen."""
     return x._version
+
+
+def without_values(x: Tensor) -> bool:
+    """Whether ``x`` has a shape and no numbers: on meta, or in a trace."""
+    return x.is_meta or isinstance(x, FakeTensor)
 
 
 def local_tensor(x: DTensor) -> Tensor:

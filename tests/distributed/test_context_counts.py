@@ -36,12 +36,15 @@ LENGTH, ROWS, LAYERS = 256, 3, 2
 KEYS_AND_VALUES = 2 * ROWS * LENGTH * 2 * 8  # of a layer: elements, with two key-value heads of size 8
 
 
-def split(fake_world: Callable[..., None], cp: int, tp: int = 1, **settings: Any) -> nn.Module:
+def split(
+    fake_world: Callable[..., None], cp: int, tp: int = 1, *, model: nn.Module | None = None, rank: int = -1,
+    **settings: Any,
+) -> nn.Module:  # fmt: skip
     """The last rank's model, without data parallelism: no parameter is sent."""
     config = ParallelConfig(cp=cp, tp=tp, dp_shard=1, sequence_parallel=tp > 1, **settings)
-    fake_world(cp * tp, rank=cp * tp - 1)
+    fake_world(cp * tp, rank=rank % (cp * tp))
     mesh = make_mesh(config, "cpu")
-    model = build("llama", max_position_embeddings=LENGTH)
+    model = model or build("llama", max_position_embeddings=LENGTH)
     decided = decide(ModelReading(model), config, tp=tp, cp=cp, fsdp2=False)
     assert decided.context is not None
     both = None
@@ -136,6 +139,32 @@ def test_attention_sends_what_the_formula_says(fake_world: Callable[..., None], 
     (said,) = predict(build("llama"), ParallelConfig(cp=cp, dp_shard=1)).context
     assert (said.where, said.layers, said.method) == ("model.layers.*.self_attn", LAYERS, "gather")
     assert said.sent * ROWS * LENGTH == pytest.approx(KEYS_AND_VALUES * 4 * (cp - 1) / cp)
+
+
+@pytest.mark.parametrize("window", [32, 100])
+def test_a_window_sends_the_positions_before_a_part(fake_world: Callable[..., None], window: int) -> None:
+    """No more, though it may be longer than a part; of keys and values a rank keeps those that it looks at."""
+    mistral = build("mistral", max_position_embeddings=LENGTH, sliding_window=window)
+    model = split(fake_world, 4, model=mistral, rank=2)
+    with Received() as forward:
+        loss = model(**tokens()).loss
+    with Received() as backward:
+        loss.backward()
+    sent = KEYS_AND_VALUES * (window - 1) // LENGTH
+    assert forward.calls == {("all_to_all_single", sent): LAYERS, ("all_reduce", 1): 2}
+    assert backward.calls == {("all_to_all_single", sent): LAYERS, ("all_reduce", 1): 1}
+    assert not [x for x in kept(model) if x.is_floating_point() and LENGTH in x.shape[:-1]]
+    (said,) = predict(build("mistral", sliding_window=window), ParallelConfig(cp=4, dp_shard=1)).context
+    assert (said.window, said.sent_per_sequence) == (window, sent * 4 // ROWS)
+
+
+def test_documents_send_what_they_share(fake_world: Callable[..., None]) -> None:
+    """A rank's part begins in the middle of a document, of which it fetches the 28 positions before."""
+    model = split(fake_world, 4, rank=2)
+    positions = torch.cat([torch.arange(100), torch.arange(64), torch.arange(92)]).expand(ROWS, -1)
+    with Received() as forward:
+        model(**tokens(), position_ids=positions, use_cache=False)
+    assert forward.calls["all_to_all_single", KEYS_AND_VALUES * 28 // LENGTH] == LAYERS
 
 
 def test_logits_are_split_with_tensor_parallel_ranks(fake_world: Callable[..., None]) -> None:

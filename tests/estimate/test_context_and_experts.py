@@ -128,6 +128,19 @@ def test_the_peak_is_that_of_real_ranks_under_cp_and_ep(ranks2: RankPool, monkey
     assert max(map(abs, errors)) < 0.05
 
 
+def test_a_window_sends_the_positions_before_a_part() -> None:
+    """A trace has masks without values: what the attention function is told stands for them."""
+    model = build_on_meta(config_of("mistral", LAYERS), dtype=torch.float32)
+    window, kept = model.config.sliding_window, 2  # blocks of a kind that are traced
+    parts = Tracer().trace(Subject.of(ModelReading(model), CP, 2), WORK).parts
+    sent: Counter[int] = Counter()
+    for part in parts:
+        sent.update({each.bytes: n for each, n in part.segment.sent.items() if each.kind == "all_to_all"})
+    heads = model.config.num_key_value_heads * model.config.head_dim
+    # Over two ranks half of an even exchange is sent, and of this one all.
+    assert sent == {2 * (window - 1) * ROWS * 2 * heads * 4: 2 * kept}
+
+
 def test_a_sequence_in_parts_takes_less_and_sends_more() -> None:
     whole, split = estimated("llama", CP.with_(cp=1, dp_shard=1), 1), estimated("llama", CP)
     activations = [max(moment.parts["activations"] for moment in found.moments) for found in (whole, split)]

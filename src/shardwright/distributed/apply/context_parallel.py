@@ -34,9 +34,14 @@ def apply_context_parallel(
     context = Context(Meshes(cp_mesh, both))
     for name, use in plan.attention.items():
         module = model.get_submodule(name)
-        by_heads = use.method == "ulysses"
         attention = ContextAttention(
-            module, context, kernels[name], use.kernel, own_keys=use.own_keys, by_heads=by_heads
+            module,
+            context,
+            kernels[name],
+            use.kernel,
+            own_keys=use.own_keys,
+            by_heads=use.method == "ulysses",
+            all_keys=use.all_keys,
         )
         module.__dict__[HOLDER] = attention
         wrap_forward(module, attention)

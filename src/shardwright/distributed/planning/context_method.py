@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shardwright.distributed.config import CONTEXT_METHODS
 from shardwright.distributed.planning.context_plan import SplitAttention
@@ -15,7 +15,7 @@ class ContextMethod:
     """What was asked for, and among how many ranks heads would be spread.
 
     Attributes:
-        asked: ``"gather"``, ``"ulysses"``, or ``"auto"``: ``"ulysses"`` wherever heads divide.
+        asked: ``"gather"``, ``"ulysses"``, or ``"auto"``: ``"ulysses"`` wherever heads divide, but for windows.
         cp: context-parallel ranks.
         tp: tensor-parallel ranks, which have their heads before.
     """
@@ -30,16 +30,20 @@ class ContextMethod:
         Raises:
             PlanError: it should exchange heads, and cannot.
         """
-        sizes = found.heads, found.key_heads, found.key_size, found.value_size
+        use = SplitAttention(
+            kernel, found.own_keys, "gather", "", found.heads, found.key_heads, found.key_size, found.value_size,
+            found.all_keys, found.window,
+        )  # fmt: skip
         if self.asked == "gather" or not found.own_keys:
             why = "context_method is gather" if found.own_keys else "they come from outside of the block"
-            return SplitAttention(kernel, found.own_keys, "gather", why, *sizes)
+            return replace(use, why=why)
+        if self.asked == "auto" and use.windowed:
+            return replace(use, why="of a long sequence that is less than to exchange heads")
         why_not = found.not_by_heads or self._undivided(found.heads)
         if not why_not:
-            why = f"{found.heads} heads over tp {self.tp} x cp {self.cp}"
-            return SplitAttention(kernel, True, "ulysses", why, *sizes)
+            return replace(use, method="ulysses", why=f"{found.heads} heads over tp {self.tp} x cp {self.cp}")
         if self.asked == "auto":
-            return SplitAttention(kernel, True, "gather", f"no exchange of heads: {why_not}", *sizes)
+            return replace(use, why=f"no exchange of heads: {why_not}")
         raise PlanError(
             f"context_method is ulysses, but {name} cannot attend with some of its heads: {why_not}. Set it to auto "
             "(such layers gather keys and values) or to gather."

@@ -34,6 +34,9 @@ class SplitAttention:
             values are gathered).
         why: the reason for it, for a reader.
         heads: of the queries; ``key_heads`` of keys and values, whose heads have ``key_size`` and ``value_size``.
+        all_keys: whether its kernel needs all keys. Else only those are exchanged that the queries of a rank look at,
+            where that is less.
+        window: how many positions a query looks at, where the kernel is told; its own among them.
     """
 
     kernel: str
@@ -44,6 +47,8 @@ class SplitAttention:
     key_heads: int = 0
     key_size: int = 0
     value_size: int = 0
+    all_keys: bool = False
+    window: int | None = None
 
     def sent_per_position(self, cp: int, tp: int = 1) -> float:
         """Elements that a rank sends forward for each position of a sequence, and backward as many."""
@@ -54,11 +59,24 @@ class SplitAttention:
             return exchanged / cp * (cp - 1) / cp
         return key_heads * (self.key_size + self.value_size) * (cp - 1) / cp if self.own_keys else 0.0
 
+    def sent_per_sequence(self, tp: int = 1) -> int:
+        """Elements that a rank sends forward for each sequence of which the chunks are longer than the window."""
+        assert self.windowed
+        assert self.window is not None
+        return (self.window - 1) * max(self.key_heads // tp, 1) * (self.key_size + self.value_size)
+
+    @property
+    def windowed(self) -> bool:
+        """Whether what is sent for long sequences depends on the window alone."""
+        return self.method == "gather" and self.own_keys and not self.all_keys and self.window is not None
+
     @property
     def sends(self) -> str:
         """What happens, for a reader."""
         if self.method == "ulysses":
             return "exchanges positions for heads"
+        if self.windowed:
+            return f"fetches the keys and values of its window, {self.window} positions"
         return "gathers keys and values" if self.own_keys else "attends to keys that are whole already"
 
 

@@ -24,6 +24,7 @@ from shardwright.distributed.runtime.context.places import (
     mapped,
     mapped_arguments,
 )
+from shardwright.distributed.runtime.context.reach import reach_of, window_of
 from shardwright.distributed.runtime.regions import SEQUENCE_DIM
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ class AttentionFinding:
         key_heads: of the keys and values.
         key_size: of one head of the keys; ``value_size`` of the values.
         not_by_heads: why it cannot attend with some of the heads; empty where it can.
+        all_keys: whether it computes something else without the keys that no query of a rank looks at.
+        window: how many positions a query looks at, as far as the function is told; its own among them.
     """
 
     own_keys: bool
@@ -69,10 +72,17 @@ class AttentionFinding:
     key_size: int
     value_size: int
     not_by_heads: str = field(compare=False)
+    all_keys: bool = field(compare=False, default=False)
+    window: int | None = field(compare=False, default=None)
 
     def and_also(self, other: AttentionFinding) -> AttentionFinding:
         """What holds where both do."""
-        return replace(self, not_by_heads=self.not_by_heads or other.not_by_heads)
+        return replace(
+            self,
+            not_by_heads=self.not_by_heads or other.not_by_heads,
+            all_keys=self.all_keys or other.all_keys,
+            window=self.window if self.window == other.window else None,
+        )
 
 
 class WholeAttention:
@@ -117,11 +127,35 @@ class PartAttention:
         out, weights = attend_rows(kernel, name, module, query, asked.key, asked.value, mask, kwargs, split)
         if not alike(out, replay.part(asked.out, Place(1), self.rank)):
             raise Unsplit("its attention has other rows when it is asked for a part")
-        why_not = self._not_by_heads(module, asked, mask, kwargs, own=own)
-        key_heads, sizes = asked.key.shape[1], (asked.key.shape[-1], asked.value.shape[-1])
-        found = AttentionFinding(own, asked.query.shape[1], key_heads, *sizes, why_not)
+        found = AttentionFinding(
+            own,
+            heads=asked.query.shape[1],
+            key_heads=asked.key.shape[1],
+            key_size=asked.key.shape[-1],
+            value_size=asked.value.shape[-1],
+            not_by_heads=self._not_by_heads(module, asked, mask, kwargs, own=own),
+            all_keys=own and self._needs_all_keys(module, query, asked, mask, kwargs, (out, weights)),
+            window=window_of(kwargs),
+        )
         self.found = found if self.found is None else self.found.and_also(found)
         return out, weights
+
+    def _needs_all_keys(
+        self, module: nn.Module, query: Tensor, asked: Asked, mask: Any, kwargs: Any, expected: tuple[Tensor, Any]
+    ) -> bool:
+        """Whether the result is another one without the keys that the queries of this rank do not look at."""
+        name, split = self.replay.kernels[self.name], split_of(self.rank, self.replay.length).at(2)
+        reach, kernel = reach_of(mask, kwargs, split), attention_kernel(module, name)
+        if reach is None:
+            return False  # and where it is not known at run time either, all are gathered
+        assert kernel is not None
+        keys = reach[self.rank]
+        key, value = (x[:, :, slice(*keys)] for x in (asked.key, asked.value))
+        try:
+            found = attend_rows(kernel, name, module, query, key, value, mask, kwargs, split, keys)
+        except CODE_ERRORS:
+            return True
+        return not alike(found, expected)
 
     def _not_by_heads(self, module: nn.Module, asked: Asked, mask: Any, kwargs: Any, *, own: bool) -> str:
         name, heads = self.replay.kernels[self.name], asked.query.shape[1]

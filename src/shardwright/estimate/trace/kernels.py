@@ -73,7 +73,7 @@ class Sending:
     axis: str = "tp"
 
 
-def sending_of(func: Any, args: tuple[Any, ...], groups: Mapping[str, tuple[str, int]]) -> Sending | None:
+def sending_of(func: Any, args: tuple[Any, ...], result: Any, groups: Mapping[str, tuple[str, int]]) -> Sending | None:
     """The collective that ``func`` is; None for anything else.
 
     Args:
@@ -85,7 +85,18 @@ def sending_of(func: Any, args: tuple[Any, ...], groups: Mapping[str, tuple[str,
     axis, ranks = groups[args[-1]]
     if kind == "all_to_all" and axis == "tp":
         axis = EXPERTS  # these can be the same ranks, and tensor parallelism exchanges nothing
-    return Sending(kind, args[0].numel() * args[0].element_size() * (ranks if kind == "all_gather" else 1), axis)
+    whole = args[0].numel() * args[0].element_size() * (ranks if kind == "all_gather" else 1)
+    return Sending(kind, _of_even(args, result, ranks) if kind == "all_to_all" else whole, axis)
+
+
+def _of_even(args: tuple[Any, ...], result: Tensor, ranks: int) -> int:
+    """What a rank has in an exchange of equal pieces which takes as long as one with pieces of these sizes.
+
+    In an uneven one a rank keeps nothing, and waits for the more of what it sends and what it gets.
+    """
+    x, receive, send, _ = args
+    most = max(x.numel(), result.numel()) * x.element_size()
+    return most if len({*receive, *send}) == 1 else most * ranks // (ranks - 1)
 
 
 def is_copy(func: Any) -> bool:

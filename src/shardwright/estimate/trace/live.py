@@ -126,7 +126,7 @@ class Live(TorchDispatchMode):
             if segment.backward:
                 for key in given:
                     self._unread.pop(key, None)
-            if (sending := sending_of(func, args, self._groups)) is not None:
+            if (sending := sending_of(func, args, result, self._groups)) is not None:
                 segment.sent[sending] += 1
                 self._note_sending(sending, args, result)
             elif func is functional_collectives.wait_tensor.default and given & self._received:

@@ -1,12 +1,15 @@
 """Attention on a part of the sequence, with the model's own kernel.
 
 A model's attention module computes queries, keys and values of its part of the sequence and asks for the function that
-is called by a :class:`KernelName`. That gathers the keys and values, picks this rank's rows of the mask, and calls the
-kernel that the model would have called; or it exchanges parts of the sequence for parts of the heads (:mod:`.heads`).
+is called by a :class:`KernelName`. That gathers the keys and values, or those that are looked at (:mod:`.reach`), picks
+this rank's rows of the mask, and calls the kernel that the model would have called; or it exchanges parts of the
+sequence for parts of the heads (:mod:`.heads`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ from shardwright._torch import without_dispatch_modes
 from shardwright.distributed.runtime.context import parts
 from shardwright.distributed.runtime.context.base import Context
 from shardwright.distributed.runtime.context.heads import Kernel, attend_by_heads
+from shardwright.distributed.runtime.context.reach import fetched, with_all_keys
 from shardwright.distributed.runtime.context.sharded import context_sharded
 from shardwright.distributed.runtime.forward import Around, Forward
 from shardwright.distributed.runtime.local_sizes import LocalSizes
@@ -62,6 +66,7 @@ class ContextAttention(Around):
         name: what that is called.
         own_keys: whether the keys are of the module's part, too; else they are of all positions of something else.
         by_heads: exchange parts of the sequence for parts of the heads, rather than gather keys and values.
+        all_keys: whether the kernel must see all keys, those that no query of this rank looks at among them.
     """
 
     def __init__(
@@ -73,9 +78,10 @@ class ContextAttention(Around):
         *,
         own_keys: bool,
         by_heads: bool = False,
+        all_keys: bool = False,
     ) -> None:
         self.context, self.kernel, self.name = context, kernel, name
-        self.own_keys, self.by_heads = own_keys, by_heads
+        self.own_keys, self.by_heads, self.all_keys = own_keys, by_heads, all_keys
         self.asking = LocalSizes(module, {"config._attn_implementation": KernelName(name)})
 
     def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -92,19 +98,24 @@ class ContextAttention(Around):
         split = split.at(2)
         if self.by_heads:
             return attend_by_heads(self.kernel, module, query, key, value, mask, kwargs, split), None
+        keys = None
         if self.own_keys:
-            key, value = _gathered(key, value, split)
-        out, weights = attend_rows(self.kernel, self.name, module, query, key, value, mask, kwargs, split)
+            reach = None if self.all_keys else self.context.reach(mask, kwargs, split)
+            keys = None if reach is None else reach[split.group.rank]
+            key, value = _together(key, value, split, parts.whole if reach is None else partial(fetched, reach=reach))
+        out, weights = attend_rows(self.kernel, self.name, module, query, key, value, mask, kwargs, split, keys)
         if weights is not None:
             weights = context_sharded(weights, split, self.context.meshes)
         return out, weights
 
 
-def _gathered(key: Tensor, value: Tensor, split: parts.Split) -> tuple[Tensor, Tensor]:
-    """Keys and values of all positions, in one collective where they have one shape."""
+def _together(
+    key: Tensor, value: Tensor, split: parts.Split, bring: Callable[[Tensor, parts.Split], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Keys and values as ``bring`` makes them of this rank's part, in one collective where they have one shape."""
     if key.shape != value.shape:
-        return parts.whole(key, split), parts.whole(value, split)
-    both = parts.whole(torch.stack((key, value)), split.at(split.dim + 1))
+        return bring(key, split), bring(value, split)
+    both = bring(torch.stack((key, value)), split.at(split.dim + 1))
     return both[0], both[1]
 
 
@@ -118,12 +129,20 @@ def attend_rows(
     mask: Any,
     kwargs: dict[str, Any],
     split: parts.Split,
+    keys: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The rows of the attention that belong to ``query``, this rank's part; keys, values and mask are whole.
+    """The rows of the attention that belong to ``query``, this rank's part; the mask is whole.
 
     The replay uses this function, too.
+
+    Args:
+        keys: the positions that ``key`` and ``value`` are of, where there is a mask; None: all.
     """
     start, end = split.mine
+    if keys is not None:
+        mask = mask[..., start:end, slice(*keys)]
+        out, weights = kernel(module, query, key, value, mask, **kwargs)
+        return out, None if weights is None else with_all_keys(weights, keys, split.length)
     kwargs = {item: _rows(x, split.length, start, end) for item, x in kwargs.items()}
     if mask is None and name == CAUSAL_WITHOUT_MASK and _is_causal(module, kwargs):
         key, value = key[:, :, :end], value[:, :, :end]

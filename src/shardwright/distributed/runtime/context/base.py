@@ -7,6 +7,7 @@ each rank of that mesh has a part (the stream under sequence parallelism, logits
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Self, TypeVar
@@ -16,10 +17,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from shardwright._torch import without_torch_function
+from shardwright._torch import version_of, without_torch_function
 from shardwright.distributed.runtime import collectives as c
 from shardwright.distributed.runtime.context import parts
 from shardwright.distributed.runtime.context.parts import Split
+from shardwright.distributed.runtime.context.reach import Reach, reach_of, sends_less
 from shardwright.distributed.runtime.implicit import ImplicitDTensor, OwnRules, joined
 from shardwright.distributed.runtime.logits import ShardedLogits
 from shardwright.distributed.runtime.regions import SequenceSharded
@@ -90,6 +92,7 @@ class Context:
         self.batch = 0
         self._wholes: list[tuple[Tensor, Tensor]] = []
         self._noted: dict[int, tuple[Tensor, Split]] | None = None
+        self._reaches: list[tuple[weakref.ref[Tensor], int, Split, Reach | None]] = []
 
     @contextmanager
     def running(self, split: Split | None, batch: int, wholes: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
@@ -118,6 +121,21 @@ class Context:
         """What ``x`` was cut from, where that is known."""
         return next((whole for part, whole in self._wholes if part is x), None)
 
+    def reach(self, mask: Any, kwargs: dict[str, Any], split: Split) -> Reach | None:
+        """The keys that the ranks look at, where to exchange these is less than to gather all; else None.
+
+        The layers of a model share their masks: each is looked at once, since a GPU has to be waited for.
+        """
+        if not isinstance(mask, Tensor) or mask.is_inference():
+            return _worth_it(reach_of(mask, kwargs, split), split)
+        self._reaches = [entry for entry in self._reaches if entry[0]() is not None]
+        for known, version, dealt, reach in self._reaches:
+            if known() is mask and version == version_of(mask) and dealt == split:
+                return reach
+        reach = _worth_it(reach_of(mask, kwargs, split), split)
+        self._reaches.append((weakref.ref(mask), version_of(mask), split, reach))
+        return reach
+
     @contextmanager
     def noting(self) -> Iterator[None]:
         """Inside, :meth:`note` remembers what it is told."""
@@ -139,6 +157,10 @@ class Context:
         """What is known of ``x``."""
         found = (self._noted or {}).get(id(x))
         return None if found is None else found[1]
+
+
+def _worth_it(reach: Reach | None, split: Split) -> Reach | None:
+    return reach if reach is not None and sends_less(reach, split) else None
 
 
 class Meshes:

@@ -5,15 +5,17 @@ Idle ranks cost time: each of their process groups has a thread that wakes a hun
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
 from collections import Counter
 from collections.abc import Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 import torch
 
-from shardwright.verify.ranks import RankPool
+from shardwright.verify.ranks import PRELOADED, RankPool
 
 
 def pytest_configure() -> None:
@@ -27,15 +29,22 @@ def pytest_configure() -> None:
             signal.signal(number, handler)
 
 
+@pytest.fixture(scope="session")
+def fork_server() -> None:
+    """The server that ranks are forked from has peft: importing it takes four seconds, in every rank of many files."""
+    multiprocessing.set_forkserver_preload([*PRELOADED, "peft"])
+    forkserver.ensure_running()
+
+
 @pytest.fixture(scope="module")
-def ranks2() -> Iterator[RankPool]:
+def ranks2(fork_server: None) -> Iterator[RankPool]:
     """Two gloo ranks; ``ranks2.run(function, *args)`` returns what each rank returned."""
     with RankPool(2, timeout=120) as pool:
         yield pool
 
 
 @pytest.fixture(scope="module")
-def ranks4() -> Iterator[RankPool]:
+def ranks4(fork_server: None) -> Iterator[RankPool]:
     """Four gloo ranks."""
     with RankPool(4, timeout=120) as pool:
         yield pool

@@ -43,7 +43,7 @@ from shardwright.errors import ConfigError, ShardwrightError
 from shardwright.scratch import scratch_folder
 from shardwright.verify import shared_gpu
 
-_PRELOADED = (
+PRELOADED = (
     "torch.distributed.tensor.parallel",
     "torch.distributed.fsdp",
     "torch.distributed._composable",
@@ -155,7 +155,7 @@ class RankPool:
     def _start(self) -> None:
         # Where importing a library has looked for GPUs, a fork cannot use them.
         context: Any = multiprocessing.get_context("forkserver" if self.kind == "cpu" else "spawn")
-        context.set_forkserver_preload(list(_PRELOADED))
+        context.set_forkserver_preload(list(PRELOADED))
         folder = self._scratch.enter_context(scratch_folder())
         for rank in range(self.world_size):
             here, there = context.Pipe()

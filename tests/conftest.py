@@ -31,8 +31,8 @@ def pytest_configure() -> None:
 
 @pytest.fixture(scope="session")
 def fork_server() -> None:
-    """The server that ranks are forked from has peft: importing it takes four seconds, in every rank of many files."""
-    multiprocessing.set_forkserver_preload([*PRELOADED, "peft"])
+    """The server that ranks are forked from has peft and Trainer: importing them takes four seconds, in every rank."""
+    multiprocessing.set_forkserver_preload([*PRELOADED, "peft", "transformers.trainer", "shardwright.train.rank"])
     forkserver.ensure_running()
 
 

@@ -97,7 +97,7 @@ def _losses(folder: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines}
 
 
-@pytest.mark.parametrize("linked", [False, True])
+@pytest.mark.parametrize("linked", [pytest.param(False, marks=pytest.mark.sweep), True])
 def test_overwrite_keeps_the_old_checkpoints_until_there_is_a_new_one(
     ranks2: RankPool, tmp_path: Path, linked: bool
 ) -> None:

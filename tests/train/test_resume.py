@@ -132,11 +132,16 @@ def _train_poisoned(job: Path) -> None:
         train_in_rank(job)
 
 
-@pytest.mark.parametrize("mesh", [FSDP2, "sharding.tp=2"])
-def test_a_gradient_that_is_no_number(ranks2: RankPool, tmp_path: Path, mesh: str) -> None:
-    overrides = [mesh, "steps=5", "checkpoint.every=100"]
-    for policy in ("raise", "stop", "skip"):
-        _, job = make_job(tmp_path / policy, [*overrides, f"not_finite={policy}"])
+TP = "sharding.tp=2"
+BOTH = {"raise": TP, "stop": FSDP2, "skip": TP}
+OTHER = {"raise": FSDP2, "stop": TP, "skip": FSDP2}
+
+
+@pytest.mark.parametrize("meshes", [BOTH, pytest.param(OTHER, marks=pytest.mark.sweep)], ids=["one", "other"])
+def test_a_gradient_that_is_no_number(ranks2: RankPool, tmp_path: Path, meshes: dict[str, str]) -> None:
+    overrides = ["steps=5", "checkpoint.every=100"]
+    for policy, mesh in meshes.items():
+        _, job = make_job(tmp_path / policy, [*overrides, mesh, f"not_finite={policy}"])
         if policy == "raise":
             with pytest.raises(RunError, match=f"Step 3 has .*first in the gradient of {POISONED}"):
                 ranks2.run(_train_poisoned, job)
@@ -154,6 +159,7 @@ def test_a_gradient_that_is_no_number(ranks2: RankPool, tmp_path: Path, mesh: st
         assert all(torch.isfinite(weight).all() for weight in weights.values())
 
     # What the stopped run left is the state after step 2: without the poison it goes on as if nothing had happened.
+    overrides.append(meshes["stop"])
     _, job = make_job(tmp_path / "whole", overrides)
     ranks2.run(train_in_rank, job)
     _, job = make_job(tmp_path / "again", [*overrides, f"checkpoint.resume={saved}"])

@@ -46,7 +46,6 @@ BASE = {
     "device": "cpu",
     "output": {"validate_every": 2, "tensorboard": False},
 }
-PACKED: list[str] = []
 SEPARATE = ["data.pack=false", "data.paths=stdlib:json/__init__.py"]
 
 
@@ -115,34 +114,40 @@ def check_run(ranks: RankPool, tmp_path: Path, overrides: list[str]) -> Path:
     return saved
 
 
-@pytest.mark.parametrize("text", [PACKED, SEPARATE], ids=["packed", "separate"])
-@pytest.mark.parametrize(
-    "mesh",
-    [
-        ["sharding.dp_shard=2"],
-        ["sharding.dp_shard=2", "accumulation=2", "check_first_step=true"],
-        ["sharding.tp=2"],
-        ["sharding.tp=2", "sharding.sequence_parallel=true", "accumulation=4"],
-        ["sharding.cp=2", "sharding.context_method=auto", "accumulation=2", "check_first_step=true"],
-    ],
-    ids=" ".join,
-)
-def test_two_ranks_train_as_one_process(ranks2: RankPool, tmp_path: Path, mesh: list[str], text: list[str]) -> None:
-    check_run(ranks2, tmp_path, [*mesh, *text])
+FSDP2, TP = "sharding.dp_shard=2", "sharding.tp=2"
+CP = ["sharding.cp=2", "sharding.context_method=auto", "accumulation=2", "check_first_step=true"]
+SEQUENCES = [TP, "sharding.sequence_parallel=true", "accumulation=4"]
+TWO = [
+    [FSDP2],
+    [FSDP2, "accumulation=2", "check_first_step=true", *SEPARATE],
+    [TP, *SEPARATE],
+    SEQUENCES,
+    CP,
+    [*CP, *SEPARATE],
+    pytest.param([FSDP2, *SEPARATE], marks=pytest.mark.sweep),
+    pytest.param([TP], marks=pytest.mark.sweep),
+    pytest.param([*SEQUENCES, *SEPARATE], marks=pytest.mark.sweep),
+]
+
+
+@pytest.mark.parametrize("run", TWO, ids=" ".join)
+def test_two_ranks_train_as_one_process(ranks2: RankPool, tmp_path: Path, run: list[str]) -> None:
+    check_run(ranks2, tmp_path, run)
 
 
 @pytest.mark.parametrize(
     "mesh",
     [
-        ["sharding.dp_replicate=2", "sharding.dp_shard=2", "accumulation=2"],
-        ["sharding.tp=2", "sharding.dp_shard=2", "sharding.sequence_parallel=true", "check_first_step=true"],
+        ["sharding.dp_replicate=2", FSDP2, "accumulation=2"],
         [
-            "sharding.tp=2",
-            "sharding.dp_shard=2",
+            TP,
+            FSDP2,
+            "sharding.sequence_parallel=true",
             "sharding.loss_tiles=4",
             "sharding.mlp_tiles=2",
             "sharding.activation_checkpointing=full",
             "sharding.offload_activations=true",
+            "check_first_step=true",
         ],
     ],
     ids=" ".join,

@@ -19,6 +19,7 @@ from transformers.trainer_utils import EvalPrediction
 
 from shardwright import ParallelConfig, parallelize
 from shardwright.distributed.runtime.layout import whole
+from shardwright.verify.ranks import shared_mesh
 from shardwright.verify.tiny import randomize
 
 VOCABULARY = 61  # odd, so that no tensor-parallel size divides it
@@ -117,8 +118,9 @@ def data_ranks(config: ParallelConfig) -> int:
 def on_ranks(run: Callable[..., dict[str, Any]], config: ParallelConfig, *args: Any, **kwargs: Any) -> Any:
     """``run(shard, ranks, ...)`` on every rank, with ``shard`` a function that parallelizes a model."""
     torch.manual_seed(100 + dist.get_rank())
+    mesh = shared_mesh(config)
     with started():
-        return run(lambda model: parallelize(model, config), data_ranks(config), *args, **kwargs)
+        return run(lambda model: parallelize(model, config, mesh), data_ranks(config), *args, **kwargs)
 
 
 def assert_same(found: dict[str, Any], wanted: dict[str, Any], tolerance: float = 1e-5) -> None:

@@ -19,7 +19,7 @@ from published import GIB, Row, published_rows  # type: ignore[import-not-found]
 from transformers import LlamaConfig
 
 from shardwright import ParallelConfig
-from shardwright.distributed.config import Precision
+from shardwright.distributed.precision import Precision
 from shardwright.estimate.estimating import Estimate, assembled, read_model
 from shardwright.estimate.hardware import Efficiencies, load_machine
 from shardwright.estimate.speed import speed

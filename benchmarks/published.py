@@ -14,9 +14,9 @@ import yaml
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from shardwright import ParallelConfig
-from shardwright.distributed.config import Precision
 from shardwright.distributed.plan import ParallelPlan
 from shardwright.distributed.planning.decided import ROOT, DecidedPlan
+from shardwright.distributed.precision import Precision
 from shardwright.estimate.hardware import Machine, load_fabric, load_machine
 from shardwright.estimate.trace.kernels import Sending
 from shardwright.estimate.trace.whole import Part

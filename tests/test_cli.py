@@ -233,6 +233,9 @@ def test_every_field_of_a_sharding_is_an_option_and_a_key() -> None:
         told = CliRunner().invoke(main, [name, "--help"]).output
         for field in fields(ParallelConfig):
             assert f"--{field.name.replace('_', '-')} " in told
+    helps = {option.name: option.help or "" for option in _command.params if isinstance(option, click.Option)}
+    for field in fields(ParallelConfig):
+        assert helps[field.name].strip()[:1].isalnum() or helps[field.name].startswith('"'), field.name
 
 
 def test_options_and_keys_say_the_same() -> None:

@@ -14,9 +14,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from shardwright.distributed.apply.megatron_fsdp import Options
 from shardwright.distributed.axes import AVERAGED
-from shardwright.distributed.config import ParallelConfig, Precision
+from shardwright.distributed.config import ParallelConfig
 from shardwright.distributed.mesh import axis, check_degrees, make_mesh, refuse_context_parallel
 from shardwright.distributed.planning.data import wants_fsdp2
+from shardwright.distributed.precision import Precision
 from shardwright.distributed.steps import parallelize_with_fsdp2, parallelize_with_megatron_fsdp
 from shardwright.errors import ConfigError
 
@@ -51,7 +52,7 @@ def parallelize(model: _Model, config: ParallelConfig, mesh: DeviceMesh | None =
         )
     mesh = make_mesh(config) if mesh is None else mesh
     if config.engine == "megatron_fsdp":
-        refuse_context_parallel(mesh)
+        refuse_context_parallel(mesh, config.engine)
     check_degrees(config, mesh)
     config = config.with_(precision=config.precision.settled(_dtypes(model)))
     _warn_of_lost_updates(model)

@@ -16,8 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
 from shardwright import ParallelConfig, parallelize
-from shardwright.distributed.config import Precision
 from shardwright.distributed.parallelizer import fsdp2_strategy_parallelize
+from shardwright.distributed.precision import Precision
 from shardwright.errors import ConfigError, PlanError
 from shardwright.verify.ranks import RankPool, shared_mesh
 

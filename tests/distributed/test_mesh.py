@@ -21,7 +21,7 @@ from shardwright.distributed.axes import NAMES
 from shardwright.distributed.config import Degrees
 from shardwright.distributed.mesh import axis, data_parallel_mesh
 from shardwright.distributed.parallelizer import fsdp2_strategy_parallelize
-from shardwright.errors import ConfigError
+from shardwright.errors import ConfigError, UnsupportedError
 from shardwright.verify.ranks import RankPool, shared_mesh
 
 FLATTENED = {"dp": (0, 1), "dp_shard_cp": (1, 2), "dp_cp": (0, 1, 2)}
@@ -60,6 +60,12 @@ def test_a_world_of_one(fake_world: Callable[..., None]) -> None:
     names = [name for name, _ in model.named_parameters()]
     assert parallelize(model, ParallelConfig(), mesh) is model
     assert [name for name, _ in model.named_parameters()] == names
+
+
+def test_megatron_fsdp_refuses_split_sequences(fake_world: Callable[..., None]) -> None:
+    fake_world(2)
+    with pytest.raises(UnsupportedError, match=r"cp=2: .* not offered with engine: megatron_fsdp"):
+        parallelize(build("llama"), ParallelConfig(cp=2, engine="megatron_fsdp"))
 
 
 def test_degrees_that_do_not_fit_show_every_factor(fake_world: Callable[..., None]) -> None:

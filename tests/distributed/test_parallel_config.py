@@ -12,15 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardwright import ParallelConfig
-from shardwright.distributed.config import (
-    BF16_MIXED,
-    CHECKPOINTING_MODES,
-    DTYPES,
-    ENGINES,
-    Degrees,
-    Precision,
-    runs_code,
-)
+from shardwright.distributed.config import CHECKPOINTING_MODES, ENGINES, Degrees, runs_code
+from shardwright.distributed.precision import BF16_MIXED, DTYPES, Precision
 from shardwright.errors import ConfigError
 
 DEGREE = st.integers(1, 8)
@@ -170,3 +163,30 @@ def test_is_frozen_and_copies_are_checked() -> None:
         config.with_(tp=0)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.tp = 4  # type: ignore[misc]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Wider(ParallelConfig):
+    """A field is its line: what it may hold follows from its type and its default."""
+
+    first: int = 0
+    amount: float = 0.5
+    switch: bool = True
+    name: str | None = None
+
+
+@pytest.mark.parametrize(
+    ("field", "good", "bad"),
+    [
+        ("first", [0, 3], [-1, True, 1.0, "1", None]),
+        ("amount", [0, 2.5], [-1, True, float("inf"), float("nan"), "1", None]),
+        ("switch", [True, False], [0, "yes", None]),
+        ("name", [None, "x"], [0, ["x"]]),
+    ],
+)
+def test_a_new_field_is_checked_by_its_type(field: str, good: list[Any], bad: list[Any]) -> None:
+    for value in good:
+        assert _Wider.from_dict({field: value}).to_dict()[field] == value
+    for value in bad:
+        with pytest.raises(ConfigError, match=f"^{field} is .*; it must be"):
+            _Wider.from_dict({field: value})

@@ -13,7 +13,7 @@ from tiny_models import batch, build
 from torch import nn
 
 from shardwright import ParallelConfig, load_pretrained, parallelize
-from shardwright.distributed.config import BF16_MIXED, FLOAT32, Precision
+from shardwright.distributed.precision import BF16_MIXED, FLOAT32, Precision
 from shardwright.verify.ranks import RankPool, shared_mesh
 from shardwright.verify.step import full
 

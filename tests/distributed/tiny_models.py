@@ -1,4 +1,4 @@
-"""Tiny models of every family that issue 2 names, batches for them, and ways to spread them; picklable by name."""
+"""Tiny models of the families that tests use most, batches for them, and ways to spread them; picklable by name."""
 
 from __future__ import annotations
 

@@ -22,7 +22,8 @@ from shardwright.distributed.apply.megatron_fsdp import (
     prepare,
 )
 from shardwright.distributed.apply.megatron_fsdp.tensors import local_part
-from shardwright.distributed.config import PRECISIONS, ParallelConfig, Precision
+from shardwright.distributed.config import ParallelConfig
+from shardwright.distributed.precision import PRECISIONS, Precision
 from shardwright.errors import RunError, UnsupportedError
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from shardwright.distributed.config import DTYPES
+from shardwright.distributed.precision import DTYPES
 
 _OPTIONS = (
     click.argument("model"),

@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 from shardwright.cli.sharding import sharding
-from shardwright.distributed.config import DTYPES, ParallelConfig
+from shardwright.distributed.config import ParallelConfig
+from shardwright.distributed.precision import DTYPES
 
 
 @click.command()

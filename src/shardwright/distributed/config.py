@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from math import inf, lcm, prod
-from typing import TYPE_CHECKING, Any, Self
+from math import lcm, prod
+from typing import TYPE_CHECKING, Any
 
+from shardwright.distributed.axes import FOLDED, NAMES
+from shardwright.distributed.fields import Named, check_type, one_of, only_known
+from shardwright.distributed.precision import Precision, precision_of
 from shardwright.errors import ConfigError
-from shardwright.settings import HasShortForms
 from shardwright.untrusted import parse_json, parse_yaml, shown
 
 ENGINES = ("fsdp2", "megatron_fsdp")
@@ -23,72 +25,12 @@ EVERY = re.compile(r"every_([1-9]\d*)")
 SELECTIVE = re.compile(r"selective(?:_([1-9]\d*))?")
 CONTEXT_METHODS = ("gather", "ulysses", "auto")
 RESHARDING = ("default", "always", "never")
-DTYPES = ("float32", "bfloat16", "float16")
-MODEL = "model"
 PLAN_FILES = (".yaml", ".yml", ".json")
 # The settings that the other engine does not have.
 FSDP2_ONLY = (
     "ep", "loss_tiles", "mlp_tiles", "offload_activations", "reshard_after_forward", "keep_gathered_gib", "shard_ends",
     "prefetch",
 )  # fmt: skip
-
-
-def _only_known(cls: Any, names: Iterable[Any]) -> None:
-    known = {field.name for field in fields(cls)}
-    unknown = sorted(set(names) - known, key=str)
-    if unknown:
-        raise ConfigError(
-            f"Unknown key(s) {', '.join(map(shown, unknown))} for {cls.__name__}. Known: {', '.join(sorted(known))}."
-        )
-
-
-class _Named:
-    """A dataclass that raises ConfigError for a field that it does not have, with the names of those that it has."""
-
-    def __new__(cls, *args: Any, **values: Any) -> Self:
-        _only_known(cls, values)
-        return super().__new__(cls)
-
-
-@dataclass(frozen=True)
-class Precision(_Named, HasShortForms):
-    """Dtypes of a training step. ``"model"`` is the dtype that the model's parameters have; by default nothing is cast.
-
-    The dtype in which parameters, and with them an optimizer's state, are kept is the model's, and nothing here changes
-    it.
-
-    Attributes:
-        param: dtype in which parameters are gathered and computed with.
-        reduce: dtype in which gradients are summed over the data-parallel ranks.
-        output: dtype of what the model returns.
-    """
-
-    param: str = MODEL
-    reduce: str = MODEL
-    output: str = MODEL
-
-    def __post_init__(self) -> None:
-        for name in ("param", "reduce", "output"):
-            value = getattr(self, name)
-            if value not in (MODEL, *DTYPES):
-                allowed = ", ".join((MODEL, *DTYPES))
-                raise ConfigError(f"precision.{name} is {shown(value)}; it must be one of {allowed}.")
-
-    def settled(self, dtypes: Sequence[str]) -> Precision:
-        """This precision for a model whose parameters are of ``dtypes``, the commonest first.
-
-        Every ``"model"`` is replaced by the commonest. Where nothing is cast, the result is ``Precision()``.
-        """
-        if self == Precision() or not dtypes:
-            return Precision()
-        own = dtypes[0]
-        named = Precision(*(own if dtype == MODEL else dtype for dtype in (self.param, self.reduce, self.output)))
-        return Precision() if len(dtypes) == 1 and named == Precision(own, own, own) else named
-
-
-FLOAT32 = Precision(param="float32", reduce="float32", output="float32")
-BF16_MIXED = Precision(param="bfloat16", reduce="float32", output="float32")
-PRECISIONS = {"model": Precision(), "float32": FLOAT32, "bf16": BF16_MIXED}
 
 if TYPE_CHECKING:
 
@@ -111,7 +53,8 @@ def saved_every(mode: str) -> int:
 class Degrees:
     """How many ranks each mesh axis has, all known. ``world_size`` is the product of all but ``ep``.
 
-    ``ep`` folds the ranks of ``dp_shard x cp x tp`` anew (:mod:`shardwright.distributed.axes`).
+    A field for each axis of :data:`shardwright.distributed.axes.AXES`. ``ep`` folds the ranks of ``dp_shard x
+    cp x tp`` anew.
     """
 
     dp_replicate: int
@@ -122,11 +65,11 @@ class Degrees:
 
     @property
     def world_size(self) -> int:
-        return self.dp_replicate * self.dp_shard * self.cp * self.tp
+        return prod(getattr(self, name) for name in NAMES)
 
 
 @dataclass(frozen=True)
-class ParallelConfig(_Named):
+class ParallelConfig(Named):
     """How a model is spread over the ranks.
 
     Attributes:
@@ -188,17 +131,9 @@ class ParallelConfig(_Named):
     plan: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("dp_replicate", "dp_shard", "cp", "tp", "ep", "loss_tiles", "mlp_tiles", "prefetch"):
-            _degree(name, getattr(self, name), least=-1 if name == "dp_shard" else 1)
-        for name in ("sequence_parallel", "offload_activations", "shard_ends"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} is {shown(getattr(self, name))}; it must be true or false.")
-        if not isinstance(self.compile, bool) and not (isinstance(self.compile, str) and self.compile):
-            raise ConfigError(
-                f"compile is {shown(self.compile)}; it must be true, false, or the name of a torch.compile backend."
-            )
-        _one_of("engine", self.engine, ENGINES)
-        _one_of("context_method", self.context_method, CONTEXT_METHODS)
+        one_of("engine", self.engine, ENGINES)
+        one_of("context_method", self.context_method, CONTEXT_METHODS)
+        one_of("reshard_after_forward", self.reshard_after_forward, RESHARDING)
         mode = self.activation_checkpointing
         if not (
             isinstance(mode, str)
@@ -209,11 +144,15 @@ class ParallelConfig(_Named):
                 f"activation_checkpointing is {shown(mode)}; it must be one of {allowed}, or every_2, every_3 ... "
                 "or selective_2, selective_3 ..."
             )
+        if not isinstance(self.compile, bool | str) or self.compile == "":
+            raise ConfigError(
+                f"compile is {shown(self.compile)}; it must be true, false, or the name of a torch.compile backend."
+            )
+        for each in fields(self):
+            check_type(each, getattr(self, each.name))
         self._check_activations()
         self._check_resharding()
-        if self.plan is not None and not isinstance(self.plan, str):
-            raise ConfigError(f"plan is {shown(self.plan)}; it must be a path, a dotted name, or left out.")
-        object.__setattr__(self, "precision", _precision(self.precision))
+        object.__setattr__(self, "precision", precision_of(self.precision))
 
     def _check_activations(self) -> None:
         mode = self.activation_checkpointing
@@ -237,10 +176,7 @@ class ParallelConfig(_Named):
             )
 
     def _check_resharding(self) -> None:
-        _one_of("reshard_after_forward", self.reshard_after_forward, RESHARDING)
         budget = self.keep_gathered_gib
-        if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 <= budget < inf:
-            raise ConfigError(f"keep_gathered_gib is {shown(budget)}; it must be a number of GiB, 0 or more.")
         if budget and self.reshard_after_forward != "default":
             raise ConfigError(
                 f"keep_gathered_gib is {budget}, which reshard_after_forward {self.reshard_after_forward!r} leaves no "
@@ -279,40 +215,40 @@ class ParallelConfig(_Named):
         Raises:
             ConfigError: the product of the degrees cannot be ``world_size``; the message shows every factor.
         """
-        fixed = self.dp_replicate * self.cp * self.tp
-        dp_shard = self.dp_shard
-        if dp_shard == -1:
-            dp_shard, rest = divmod(world_size, fixed)
-            if rest or dp_shard == 0:
+        degrees = {name: getattr(self, name) for name in NAMES}
+        given = {name: size for name, size in degrees.items() if size != -1}
+        if self.dp_shard == -1:
+            degrees["dp_shard"], rest = divmod(world_size, prod(given.values()))
+            if rest or degrees["dp_shard"] == 0:
+                fixed = prod(given.values())
                 raise ConfigError(
-                    f"dp_replicate ({self.dp_replicate}) x cp ({self.cp}) x tp ({self.tp}) = {fixed} does not divide "
-                    f"the world size {world_size}, so no dp_shard fits. Start a multiple of {fixed} ranks, or change "
-                    "one of the three."
+                    f"{_product(given)} does not divide the world size {world_size}, so no dp_shard fits. Start a "
+                    f"multiple of {fixed} ranks, or change one of them."
                 )
-        if fixed * dp_shard != world_size:
+        if prod(degrees.values()) != world_size:
             raise ConfigError(
-                f"dp_replicate ({self.dp_replicate}) x dp_shard ({dp_shard}) x cp ({self.cp}) x tp ({self.tp}) = "
-                f"{fixed * dp_shard}, but the world size is {world_size}. Set dp_shard to -1 to take what is left, "
-                f"or start {fixed * dp_shard} ranks."
+                f"{_product(degrees)}, but the world size is {world_size}. Set dp_shard to -1 to take what is left, "
+                f"or start {prod(degrees.values())} ranks."
             )
-        if (dp_shard * self.cp * self.tp) % self.ep:
+        folded = {name: degrees[name] for name in FOLDED}
+        if prod(folded.values()) % self.ep:
             raise ConfigError(
-                f"ep is {self.ep}, and its ranks are taken from dp_shard ({dp_shard}) x cp ({self.cp}) x tp "
-                f"({self.tp}) = {dp_shard * self.cp * self.tp}, which it does not divide. Choose an ep that does."
+                f"ep is {self.ep}, and its ranks are taken from {_product(folded)}, which it does not divide. Choose "
+                "an ep that does."
             )
-        return Degrees(self.dp_replicate, dp_shard, self.cp, self.tp, self.ep)
+        return Degrees(**degrees, ep=self.ep)
 
     @property
     def least_world_size(self) -> int:
         """The smallest number of ranks this config can run on."""
-        return prod((self.dp_replicate, self.least_dp_shard, self.cp, self.tp))
+        return self.least_dp_shard * prod(getattr(self, name) for name in NAMES if name != "dp_shard")
 
     @property
     def least_dp_shard(self) -> int:
         """The smallest ``dp_shard`` that this config can run with: enough for its experts, where it says -1."""
         if self.dp_shard != -1:
             return self.dp_shard
-        others = self.cp * self.tp
+        others = prod(getattr(self, name) for name in FOLDED if name != "dp_shard")
         return lcm(others, self.ep) // others
 
     @property
@@ -336,7 +272,7 @@ class ParallelConfig(_Named):
         """The config described by ``data``; raises ConfigError on a key that does not exist."""
         if not isinstance(data, Mapping):
             raise ConfigError(f"A parallel config must be a mapping of keys to values, not {shown(data)}.")
-        _only_known(cls, data)
+        only_known(cls, data)
         return cls(**data)
 
     @classmethod
@@ -368,28 +304,5 @@ def runs_code(plan: str | None) -> bool:
     return plan is not None and not plan.endswith(PLAN_FILES)
 
 
-def _degree(name: str, value: Any, *, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least or value == 0:
-        allowed = "a whole number >= 1, or -1 for what is left" if least == -1 else "a whole number >= 1"
-        raise ConfigError(f"{name} is {shown(value)}; it must be {allowed}.")
-
-
-def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{name} is {shown(value)}; it must be one of {', '.join(allowed)}.")
-
-
-def _precision(value: Any) -> Precision:
-    if isinstance(value, Precision):
-        return value
-    if isinstance(value, str):
-        if value not in PRECISIONS:
-            raise ConfigError(
-                f"precision is {shown(value)}; it must be one of {', '.join(PRECISIONS)}, or a mapping with the keys "
-                "param, reduce and output."
-            )
-        return PRECISIONS[value]
-    if isinstance(value, Mapping):
-        _only_known(Precision, value)
-        return Precision(**value)
-    raise ConfigError(f"precision is {shown(value)}; it must be a name or a mapping.")
+def _product(degrees: Mapping[str, int]) -> str:
+    return f"{' x '.join(f'{name} ({size})' for name, size in degrees.items())} = {prod(degrees.values())}"

@@ -165,12 +165,12 @@ def check_degrees(config: ParallelConfig, mesh: DeviceMesh) -> None:
         )
 
 
-def refuse_context_parallel(mesh: DeviceMesh, name: str = "cp") -> None:
-    """Raise UnsupportedError where the mesh splits sequences over ranks, which is not built yet."""
-    names = mesh.mesh_dim_names or ()
-    size = mesh.size(names.index(name)) if name in names else 1
-    if size > 1:
+def refuse_context_parallel(mesh: DeviceMesh, engine: str) -> None:
+    """Raise UnsupportedError where the mesh splits sequences over ranks, which ``engine`` cannot."""
+    found = axis_or_none(mesh, "cp")
+    if found is not None and found.size() > 1:
         raise UnsupportedError(
-            f"The mesh has {name}={size}. Context parallelism is not supported yet; use {name}=1 and give those ranks "
-            "to tp (with sequence parallelism, which also splits activations along the sequence) or to dp_shard."
+            f"The mesh has cp={found.size()}: context parallelism is not offered with engine: {engine}. Use engine: "
+            "fsdp2, or cp=1 and give those ranks to tp (with sequence parallelism, which also splits activations along "
+            "the sequence) or to dp_shard."
         )

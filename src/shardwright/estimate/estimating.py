@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from shardwright.distributed.config import DTYPES, ParallelConfig
+from shardwright.distributed.config import ParallelConfig
 from shardwright.distributed.models.build import build_on_meta, load_config
+from shardwright.distributed.precision import DTYPES
 from shardwright.distributed.replay.reading import ModelReading
 from shardwright.errors import ConfigError, UnsupportedError
 from shardwright.estimate.hardware import Machine

@@ -11,8 +11,9 @@ from math import ceil, prod
 
 import torch
 
-from shardwright.distributed.config import ParallelConfig, Precision
+from shardwright.distributed.config import ParallelConfig
 from shardwright.distributed.planning.layout import ParameterLayout
+from shardwright.distributed.precision import Precision
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from shardwright.distributed.config import DTYPES, ParallelConfig, Precision
+from shardwright.distributed.config import ParallelConfig
 from shardwright.distributed.models.blocks import numbers_to_globs
 from shardwright.distributed.models.build import build_on_meta, load_config
 from shardwright.distributed.plan import ParallelPlan
@@ -22,6 +22,7 @@ from shardwright.distributed.planning.decided import DecidedPlan
 from shardwright.distributed.planning.layout import ParameterLayout, parameter_layouts
 from shardwright.distributed.planning.resolved import ResolvedPlan
 from shardwright.distributed.planning.units import unit_names
+from shardwright.distributed.precision import DTYPES, Precision
 from shardwright.distributed.replay.reading import ModelReading
 from shardwright.errors import ConfigError
 from shardwright.estimate.context import ContextTraffic, context_notes, context_traffic

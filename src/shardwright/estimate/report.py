@@ -15,7 +15,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from shardwright.distributed.config import MODEL
+from shardwright.distributed.precision import MODEL
 from shardwright.estimate.predict import Prediction
 from shardwright.estimate.rows import Row
 from shardwright.estimate.traffic import Collective

@@ -7,10 +7,11 @@ from functools import cached_property
 
 import torch
 
-from shardwright.distributed.config import ParallelConfig, Precision
+from shardwright.distributed.config import ParallelConfig
 from shardwright.distributed.planning.decide import Split
 from shardwright.distributed.planning.decided import DecidedPlan
 from shardwright.distributed.planning.layout import ParameterLayout, parameter_layouts
+from shardwright.distributed.precision import Precision
 from shardwright.distributed.replay.reading import ModelReading
 from shardwright.estimate.predict import decided_plan, dtypes_of
 from shardwright.estimate.units import UnitBytes, unit_bytes

@@ -9,9 +9,10 @@ from math import prod
 import torch
 
 from shardwright.distributed.axes import EXPERT_SHARDS
-from shardwright.distributed.config import ParallelConfig, Precision
+from shardwright.distributed.config import ParallelConfig
 from shardwright.distributed.planning.decided import DataPlan, innermost
 from shardwright.distributed.planning.layout import ParameterLayout
+from shardwright.distributed.precision import Precision
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from shardwright.distributed.config import DTYPES
+from shardwright.distributed.precision import DTYPES
 from shardwright.errors import ConfigError
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from shardwright.distributed.config import Precision
+from shardwright.distributed.precision import Precision
 from shardwright.distributed.runtime.layout import whole
 from shardwright.errors import ConfigError, ParityError
 from shardwright.train.config import TrainConfig

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from shardwright.distributed.config import DTYPES
+from shardwright.distributed.precision import DTYPES
 from shardwright.errors import ConfigError
 from shardwright.untrusted import shown
 

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from shardwright.distributed.config import ParallelConfig, Precision
+from shardwright.distributed.config import ParallelConfig
 from shardwright.distributed.models.blocks import by_list, owns_parameters, shared_parts
 from shardwright.distributed.planning.decided import ROOT, DataPlan, ExpertPlan, Unit, innermost
 from shardwright.distributed.planning.embedding_and_head import embedding_and_head_names
 from shardwright.distributed.planning.layout import ParameterLayout
+from shardwright.distributed.precision import Precision
 from shardwright.distributed.replay.reading import ModelReading
 from shardwright.errors import PlanError
 

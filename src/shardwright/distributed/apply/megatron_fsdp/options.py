@@ -12,7 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardwright._torch import flatten, flattened_names
 from shardwright.distributed.apply.megatron_fsdp.availability import installed
-from shardwright.distributed.config import ParallelConfig, Precision
+from shardwright.distributed.config import ParallelConfig
+from shardwright.distributed.precision import Precision
 from shardwright.errors import ConfigError, UnsupportedError
 
 logger = logging.getLogger(__name__)

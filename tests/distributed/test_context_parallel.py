@@ -57,6 +57,13 @@ def test_what_is_gathered(model_type: str) -> None:
     assert all(any(name.startswith(f"{block}.") for block in plan.blocks) for name in plan.attention)
 
 
+def test_recorded_modules_may_give_a_plain_tensor() -> None:
+    """DBRX hands out what its routers give, which is no tuple."""
+    plan = plan_context(ModelReading(case_of("dbrx", CP2).build()))
+    assert not plan.whole
+    assert {name.rpartition(".")[2] for name in plan.recorded} >= {"router"}
+
+
 def padded(index: int) -> dict[str, Tensor]:
     """Thirteen positions, padding on either side, labels for the first half of them alone."""
     made = batch(index, rows=3, length=13)

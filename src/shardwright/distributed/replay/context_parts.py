@@ -14,7 +14,7 @@ from collections import UserDict
 from collections.abc import Container, Iterable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 from torch import Tensor, nn
@@ -163,13 +163,13 @@ class BlockReplay:
     def _noting(self, results: dict[str, Any]) -> Iterator[None]:
         """Note what the recorded modules give when they are first called."""
 
-        def hook(name: str) -> Any:
-            return lambda module, args, output: results.setdefault(name, copied(output)) and None
+        def note(name: str, module: nn.Module, args: Any, output: Any) -> None:
+            results.setdefault(name, copied(output))
 
         with ExitStack() as stack:
             for name in self.recorded:
                 module = self.weightless.model.get_submodule(name)
-                stack.callback(module.register_forward_hook(hook(name)).remove)
+                stack.callback(module.register_forward_hook(partial(note, name)).remove)
             yield
 
     def find(self, known: Mapping[str, str] | None = None) -> BlockFinding:

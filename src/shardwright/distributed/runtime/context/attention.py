@@ -112,11 +112,15 @@ class ContextAttention(Around):
 def _together(
     key: Tensor, value: Tensor, split: parts.Split, bring: Callable[[Tensor, parts.Split], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Keys and values as ``bring`` makes them of this rank's part, in one collective where they have one shape."""
+    """Keys and values as ``bring`` makes them of this rank's part, in one collective where they have one shape.
+
+    Positions come first on the way, as collectives want them, and kernels read what came without a copy.
+    """
     if key.shape != value.shape:
         return bring(key, split), bring(value, split)
-    both = bring(torch.stack((key, value)), split.at(split.dim + 1))
-    return both[0], both[1]
+    mine = torch.stack([x.movedim(split.dim, 0) for x in (key, value)], 1)
+    key, value = bring(mine, split.at(0)).unbind(1)
+    return key.movedim(0, split.dim), value.movedim(0, split.dim)
 
 
 def attend_rows(

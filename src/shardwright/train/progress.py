@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from types import TracebackType
 
 from rich.console import Console
@@ -45,7 +46,7 @@ class ProgressBar:
             columns = (
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
-                TimeRemainingColumn(),
+                TimeRemainingColumn(compact=True),  # the line has to fit 80 columns
                 TextColumn("{task.description}"),
             )
             self._bar = Progress(*columns, console=console)
@@ -55,7 +56,8 @@ class ProgressBar:
         """The numbers of a step."""
         text = describe(metrics)
         if self._bar is not None:
-            self._bar.update(self._task, completed=metrics.step, description=text)
+            latest = describe(replace(metrics, validation_loss=None))
+            self._bar.update(self._task, completed=metrics.step, description=latest)
         last = metrics.step == self._steps
         due = self._bar is None and (metrics.step == 1 or metrics.step % self._line_every == 0 or last)
         if due or metrics.validation_loss is not None:

@@ -17,10 +17,12 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
+from transformers import AutoConfig
 
 from shardwright import ParallelConfig
 from shardwright.cli import main
 from shardwright.cli.sharding import sharding
+from shardwright.distributed.models.build import build_on_meta
 from shardwright.errors import ConfigError, RunError, from_system
 
 CONFIG = """
@@ -58,23 +60,22 @@ def _one_error(done: subprocess.CompletedProcess[str]) -> str:
 
 def test_a_checkpoint_that_is_not_there_is_told_at_once(tmp_path: Path) -> None:
     """Without importing torch, which takes seconds."""
-    code = (
-        "import sys; from click.testing import CliRunner; from shardwright.cli import main\n"
-        "done = CliRunner().invoke(main, sys.argv[1:]); print(done.stderr); assert done.exit_code == 1\n"
-        "assert 'torch' not in sys.modules"
-    )
-    for arguments in (["inspect", "nothing"], ["export", "nothing", "out"], ["inspect", "."], ["inspect", "x" * 300]):
-        done = subprocess.run(
-            [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
-        )
-        told = (
-            "is no training checkpoint"
-            if arguments[1] == "."
-            else "no usable path"
-            if "x" in arguments[1]
-            else "There is no nothing"
-        )
-        assert told in done.stdout
+    code = """
+import sys
+from click.testing import CliRunner
+from shardwright.cli import main
+for arguments, told in [
+    (["inspect", "nothing"], "There is no nothing"),
+    (["export", "nothing", "out"], "There is no nothing"),
+    (["inspect", "."], "is no training checkpoint"),
+    (["inspect", "x" * 300], "no usable path"),
+]:
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 1
+    assert told in done.stderr, done.stderr
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 
 @pytest.mark.parametrize(
@@ -102,17 +103,25 @@ def test_what_cannot_be_is_one_paragraph(tmp_path: Path, arguments: list[str], t
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
 
 
-def test_a_model_that_no_memory_holds_is_refused(tmp_path: Path) -> None:
-    for size, told in [
-        ("hidden_size=1099511627776", "cannot be made from"),
-        ("hidden_size=1048576", "GiB in all"),
-        ("num_hidden_layers=1099511627776", "100,000 modules"),
-    ]:
-        done = _run(tmp_path, "train", "run.yaml", f"model.config.{size}")
-        assert told in done.stderr
-        assert done.stderr.count("Error: ") == 1
-        assert "Traceback" not in done.stderr
-        assert not (tmp_path / "run").exists()
+def test_a_model_that_no_memory_holds_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a rank, for all of them."""
+    (tmp_path / "run.yaml").write_text(CONFIG)
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(main, ["train", "run.yaml", "ranks=1", "model.config.hidden_size=1048576"])
+    assert "GiB in all" in done.stderr
+    assert done.stderr.count("Error: ") == 1
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("size", "told"), [("hidden_size", "cannot be made from"), ("num_hidden_layers", "more than 1,000 modules")]
+)
+def test_a_model_that_cannot_be_built_is_refused(monkeypatch: pytest.MonkeyPatch, size: str, told: str) -> None:
+    monkeypatch.setattr("shardwright.distributed.models.build._MODULES", 1000)  # of 100,000, which take a while
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "vocab_size": 300, size: 2**40}
+    with pytest.raises(ConfigError, match=told):
+        build_on_meta(AutoConfig.for_model("llama", **sizes))
 
 
 @pytest.mark.parametrize(
@@ -137,13 +146,17 @@ def test_what_the_system_refuses_is_one_of_ours() -> None:
         assert from_system(other) is None
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_launcher_that_is_stopped_while_it_imports_or_prepares(tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("number", "after"), [(signal.SIGTERM, (0.5, 3.0)), (signal.SIGINT, (3.0,)), (signal.SIGHUP, (0.5,))]
+)
+def test_a_launcher_that_is_stopped_while_it_imports_or_prepares(
+    tmp_path: Path, number: signal.Signals, after: tuple[float, ...]
+) -> None:
     (tmp_path / "run.yaml").write_text(CONFIG)
     (tmp_path / "tmp").mkdir()
     environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp")}
     command = [sys.executable, "-m", "shardwright.cli", "train", "run.yaml", "steps=100000"]
-    for seconds in (0.5, 3.0):
+    for seconds in after:
         with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
                               text=True) as process:  # fmt: skip
             while process.poll() is None and not _listens(process.pid):  # Python itself may take a second to start
@@ -204,7 +217,7 @@ def test_a_signal_that_is_swallowed_comes_again(
 
 def test_what_nohup_ignores_stays_ignored(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(CONFIG)
-    command = [sys.executable, "-m", "shardwright.cli", "train", "run.yaml", "steps=10"]
+    command = [sys.executable, "-m", "shardwright.cli", "train", "run.yaml", "ranks=1"]
     process = subprocess.Popen(
         command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
+from contextlib import chdir
 from pathlib import Path
 
 import datasets
 from blocks import ROOT
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from shardwright.train.config import JOB_CONFIG, load_config, read_config
+from shardwright.train.prepare import prepare
+from shardwright.train.rank import train
 from shardwright.train.tokenizer import train_tokenizer
+from shardwright.verify.ranks import RankPool, shared_mesh
 
 PAGE = (ROOT / "docs" / "fine-tuning.md").read_text()
 _FILE = re.compile(r'^```\w+ title="(.+?)"\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 
 
-def test_the_files_of_the_page_train(tmp_path: Path) -> None:
+def train_in_rank(folder: Path, job: Path) -> None:
+    config = read_config(job / JOB_CONFIG)
+    with chdir(folder):
+        train(config, job, shared_mesh(config.sharding))
+
+
+def test_the_files_of_the_page_train(ranks2: RankPool, tmp_path: Path) -> None:
     files = dict(_FILE.findall(PAGE))
     assert sorted(files) == ["chat.jinja", "chat.yaml", "talks.jsonl"]
     assert files["chat.yaml"].count("\n") == 10
@@ -36,11 +45,12 @@ def test_the_files_of_the_page_train(tmp_path: Path) -> None:
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "path" / "to" / "model")
 
-    command = [sys.executable, "-m", "shardwright.cli", "train", "chat.yaml", "device=cpu", "check_first_step=true"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "The first step equals one process." in done.stdout
-    assert ">>5<|im_end|>\n<<" in done.stdout
+    job, said = tmp_path / "job", []
+    job.mkdir()
+    with chdir(tmp_path):
+        prepare(load_config(Path("chat.yaml"), ["device=cpu", "check_first_step=true"]), job, said.append)
+    assert any(">>5<|im_end|>\n" in re.sub(r"\[/?\w+\]", "", text) for text in said), said
+    ranks2.run(train_in_rank, tmp_path, job)  # raises where the first step is not that of one process
     lines = [json.loads(line) for line in (tmp_path / "tuned" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["validation_loss"] < lines[0]["loss"]
     AutoModelForCausalLM.from_pretrained(tmp_path / "tuned" / "model")

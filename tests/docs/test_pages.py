@@ -7,20 +7,25 @@ import inspect
 import re
 import shlex
 import subprocess
-import sys
+from contextlib import chdir
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import click
 import pytest
+import torch
+import torch.distributed as dist
 import yaml
 from blocks import PAGES, ROOT, Block, blocks
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from shardwright.cli import main
 from shardwright.distributed.config import ParallelConfig
 from shardwright.settings import build
 from shardwright.train.config import TrainConfig
+from shardwright.verify import RankPool
 
 SHELL = [*blocks("bash"), *blocks("sh"), *blocks("console"), *blocks("")]
 _LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)(?:#[^)]*)?\)")
@@ -130,20 +135,24 @@ def test_links_outside_of_the_site() -> None:
     assert broken == set()
 
 
-def test_the_script_of_the_start_page_runs(tmp_path: Path) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
+def run_in_rank(script: str, folder: str) -> None:
+    """A script, on a rank that has its process group already; ``make test-launchers`` starts scripts with torchrun."""
+    with chdir(folder), patch.object(dist, "init_process_group") as joins, patch.object(dist, "destroy_process_group"):
+        exec(compile(script, "train.py", "exec"), {"__name__": "__main__"})
+    joins.assert_called_once_with()
 
+
+def test_the_script_of_the_start_page_runs(ranks2: RankPool, tmp_path: Path) -> None:
     config = AutoConfig.for_model(
         "qwen3", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, vocab_size=128,
     )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "path" / "to" / "qwen3")
+    before = AutoModelForCausalLM.from_config(config)
+    before.save_pretrained(tmp_path / "path" / "to" / "qwen3")
     script = next(block for block in blocks("python") if block.page == "docs/start.md")
     assert script.text.strip() in next(block for block in blocks("python") if block.page == "README.md").text
-    (tmp_path / "train.py").write_text(script.text)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
-    done = subprocess.run(torchrun, cwd=tmp_path, capture_output=True, text=True, timeout=250, check=False)
-    assert done.returncode == 0, done.stderr
+    ranks2.run(run_in_rank, script.text, str(tmp_path))
     model, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned", output_loading_info=True)
     assert not any(loading.values())
     assert model.config.model_type == "qwen3"
+    assert not torch.equal(model.lm_head.weight, before.lm_head.weight)

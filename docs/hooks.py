@@ -12,6 +12,15 @@ _FETCHED = re.compile(r'<(?:script|link rel="stylesheet"|img)[^>]*(?:src|href)="
 _ROLE = re.compile(r":(?:class|data|func|meth|mod):(?=<code>)")
 
 
+def on_config(config: Any) -> Any:
+    """The version that the pages are of stands at the foot of each."""
+    found = re.search(r'^__version__ = "(.+)"$', Path("src/shardwright/__init__.py").read_text(encoding="utf-8"), re.M)
+    if found is None:
+        raise PluginError("src/shardwright/__init__.py has no __version__.")
+    config.copyright = f"Shardwright {found[1]}"
+    return config
+
+
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """The changelog lies beside the folder of the pages, and so do its links."""
     if page.file.src_uri != "changelog.md":

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, one_hot, silu, softplus
+from torch.utils.checkpoint import checkpoint
 from transformers import MixtralConfig, MixtralForCausalLM
 
 WIDTH, EXPERTS = 32, 4
@@ -133,6 +134,15 @@ class Behind(ByMask):
         yield from self.experts.get_submodule("all").children()
 
 
+class _Normed(Expert):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.norm(x))
+
+
 class _Weighted(Expert):
     def forward(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
         assert weights is not None
@@ -212,6 +222,46 @@ class Balanced(ByHits):
         self.seen += torch.bincount(chosen.flatten(), minlength=EXPERTS)
         self.calls += 1
         return weights + 0.01 * self.seen[chosen], chosen
+
+
+class WithoutGradients(Mixture):
+    """The first expert is called as it is, its results are constants; each expert has a norm of its own."""
+
+    expert = _Normed
+
+    def mixed(self, x: Tensor) -> Tensor:
+        weights, chosen = self.route(x)
+        total = torch.zeros_like(x)
+        for number, expert in enumerate(self.each()):
+            token, choice = torch.where(chosen == number)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and number > 0):
+                found = expert(x[token])
+            total = total.index_add(0, token, found * weights[token, choice, None])
+        return total
+
+
+class TwoLists(Mixture):
+    """The two matrices of an expert stand in lists of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(WIDTH, 24) for _ in range(EXPERTS))
+        self.down = nn.ModuleList(nn.Linear(24, WIDTH) for _ in range(EXPERTS))
+
+    def mixed(self, x: Tensor) -> Tensor:
+        weights, chosen = self.route(x)
+        total = torch.zeros_like(x)
+        for number, (up, down) in enumerate(zip(self.each(), self.down, strict=True)):
+            token, choice = torch.where(chosen == number)
+            total.index_add_(0, token, down(silu(up(x[token]))) * weights[token, choice, None])
+        return total
+
+
+class Recomputing(ByMask):
+    """Its code has itself run once more in backward."""
+
+    def mixed(self, x: Tensor) -> Tensor:
+        return checkpoint(super().mixed, x, use_reentrant=False) if self.training else super().mixed(x)
 
 
 class Chained(Mixture):

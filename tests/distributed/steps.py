@@ -22,7 +22,7 @@ def assert_same_gradients(model: nn.Module, reference: nn.Module, what: str = ""
     """Every gradient, by name; one that is missing on one side only is a difference."""
     here = {name: None if p.grad is None else full(p.grad) for name, p in model.named_parameters()}
     there = {name: None if p.grad is None else full(p.grad) for name, p in reference.named_parameters()}
-    assert list(here) == list(there), what
+    assert sorted(here) == sorted(there), what
     scales = gradient_scales(there)
     assert any(expected is not None and expected.any() for expected in there.values()), what  # something to compare
     for name, expected in there.items():
@@ -35,7 +35,7 @@ def assert_same_gradients(model: nn.Module, reference: nn.Module, what: str = ""
 
 def assert_same_parameters(model: nn.Module, reference: nn.Module, what: str = "") -> None:
     there = dict(reference.named_parameters())
-    assert [name for name, _ in model.named_parameters()] == list(there), what
+    assert sorted(name for name, _ in model.named_parameters()) == sorted(there), what
     for name, parameter in model.named_parameters():
         assert_same(parameter, there[name], f"{what}: {name}")
 

@@ -19,8 +19,10 @@ from expert_mixtures import (
     ByRepeating,
     Capacity,
     EveryToken,
+    Recomputing,
     Shared,
     WeightsInside,
+    WithoutGradients,
     favouring,
     model_with,
 )
@@ -29,6 +31,7 @@ from torch import nn
 
 from shardwright import ParallelConfig, parallelize
 from shardwright.distributed.runtime import collectives as c
+from shardwright.errors import UnsupportedError
 from shardwright.verify import verify
 from shardwright.verify.ranks import RankPool, shared_mesh
 from shardwright.verify.step import full
@@ -72,7 +75,7 @@ PAIRS = ((ByMask, ByHits), (ByRepeating, EveryToken), (ByName, Behind), (Weights
 def _every_form() -> None:
     for turn, pair in enumerate(PAIRS):
         _same(partial(model_with, *pair), OVER_TP if turn % 2 else EP2)
-    _same(partial(model_with, ByHits, WeightsInside), EP2.with_(activation_checkpointing="selective"))
+    _same(partial(model_with, WithoutGradients, WeightsInside), EP2.with_(activation_checkpointing="selective"))
     _same(partial(model_with, ByHits, Capacity), OVER_CP)
     _same(partial(model_with, Shared, Balanced), OVER_TP.with_(activation_checkpointing="full"))
 
@@ -108,6 +111,9 @@ def _odd_ones() -> None:
         (reference(**text(rank)).loss / 2).backward()
     model(**text(dist.get_rank())).loss.backward()
     assert_same_gradients(model, reference, "adapters")
+    loss = parallelize(model_with(Recomputing), EP2, shared_mesh(EP2))(**text(dist.get_rank())).loss
+    with pytest.raises(UnsupportedError, match=r"An expert \(Expert\) is called .* once more in backward"):
+        loss.backward()
 
 
 def test_experts_without_tokens_or_gradients(ranks2: RankPool) -> None:

@@ -31,6 +31,7 @@ from shardwright.distributed.runtime import collectives as c
 from shardwright.errors import ConfigError, PlanError, UnsupportedError
 from shardwright.estimate.experts import EXCHANGES, bytes_per_token, expert_notes
 from shardwright.verify import verify
+from shardwright.verify.public import case_of
 from shardwright.verify.ranks import RankError, RankPool, shared_mesh
 
 EP2 = ParallelConfig(dp_shard=2, ep=2)
@@ -276,10 +277,10 @@ def test_in_bf16_as_with_fsdp2_alone(ranks2: RankPool) -> None:
             assert norm == pytest.approx(expected_norm, rel=1e-2)
 
 
-def _with_adapters_on_experts() -> nn.Module:
+def _with_adapters_on_biases() -> nn.Module:
     peft = pytest.importorskip("peft")
-    adapters = peft.LoraConfig(r=4, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
-    return peft.get_peft_model(mixtral(), adapters)
+    adapters = peft.LoraConfig(r=4, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj_bias"])
+    return peft.get_peft_model(case_of("gpt_oss", EP2).build(), adapters)
 
 
 def _llama() -> nn.Module:
@@ -298,7 +299,7 @@ def _refused(build: Any, config: ParallelConfig) -> str:
     ("build", "config", "words"),
     [
         (_llama, EP2, "LlamaForCausalLM has no experts"),
-        (_with_adapters_on_experts, EP2, "has adapters on its experts"),
+        (_with_adapters_on_biases, EP2, "has adapters on its experts"),
     ],
 )
 def test_refused_by_name(ranks2: RankPool, build: Any, config: ParallelConfig, words: str) -> None:

@@ -23,7 +23,9 @@ from expert_mixtures import (
     Mixing,
     Mixture,
     Shared,
+    TwoLists,
     WeightsInside,
+    WithoutGradients,
     model_with,
 )
 from torch import Tensor, nn
@@ -51,7 +53,20 @@ def _stacked() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "kind", [ByMask, ByHits, ByRepeating, EveryToken, ByName, Behind, WeightsInside, Capacity, Shared, Balanced]
+    "kind",
+    [
+        ByMask,
+        ByHits,
+        ByRepeating,
+        EveryToken,
+        ByName,
+        Behind,
+        WeightsInside,
+        Capacity,
+        Shared,
+        Balanced,
+        WithoutGradients,
+    ],
 )
 def test_spread(kind: type[Mixture]) -> None:
     model = model_with(kind)
@@ -64,7 +79,7 @@ def test_spread(kind: type[Mixture]) -> None:
     assert (listed.caller, len(listed.loop.experts)) == ("model.layers.0.mlp", EXPERTS)
     assert f"model.layers.0.mlp.{listed.loop.container}" == name
     assert listed.called.tails == (((WIDTH,), (1,)) if kind is WeightsInside else ((WIDTH,),))
-    assert len(plan.parameters) == 4 * EXPERTS
+    assert len(plan.parameters) == (6 if kind is WithoutGradients else 4) * EXPERTS
     assert all(torch.equal(param, before[name]) for name, param in model.named_parameters())
 
 
@@ -102,13 +117,15 @@ class _Stored(ByMask):
         (Mixing, "something else when the tokens of an expert are computed together"),
         (_Unlike, "share parameters"),
         (_Stored, "did not call them"),
+        (TwoLists, "The code of model.layers.1.mlp calls those of model.layers.1.mlp.experts, too"),
     ],
 )
 def test_refused_by_name(kind: type[Mixture], reason: str) -> None:
     model = model_with(ByMask, kind)
-    with pytest.raises(PlanError, match=rf"the {EXPERTS} experts of model.layers.*.mlp.experts \(") as error:
+    with pytest.raises(PlanError, match=rf"the {EXPERTS} experts of model.layers.*.mlp.\w+ \(") as error:
         decide(ModelReading(model), ParallelConfig(ep=2), tp=1, ep=2, fsdp2=True)
     assert reason in str(error.value)
+    assert "UnsupportedError" not in str(error.value)
     assert decide(ModelReading(model), ParallelConfig(), tp=1, fsdp2=True).experts is None
 
 

@@ -126,7 +126,7 @@ def parallelize_with_fsdp2(
         refuse_copies(model)
     open_to_losses(model, decided.readable, axes.tp, fsdp2=decided.data is not None)
     if decided.data is not None and dp_mesh.size() > 1:
-        pass_skipped_units(model, shared, decided.data.order, without=PART)
+        pass_skipped_units(model, shared, decided.data, without=PART)
     check_parameters(model)
     replaced.raise_for_gradients(model)
     connect_trainers(on)

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from shardwright.distributed.apply.guards.fresh import mark_parallelized, parallelized_model
 from shardwright.distributed.apply.parts import stand_for
 from shardwright.distributed.runtime.adapted import BASE
+from shardwright.distributed.runtime.expert_exchange import ExpertExchange
 from shardwright.distributed.runtime.forward import Around, Forward, arounds, run_in, wrap_forward, wrap_method
 from shardwright.distributed.runtime.gradient_sum import UnitParameters
 from shardwright.distributed.runtime.layout import part_of, whole
@@ -160,10 +161,12 @@ class _Unload(_TakesOff):
         root = self.root_of(module)
         before = dict(root.named_modules(remove_duplicate=False))
         for name, each in before.items():
-            if BASE in each._modules and isinstance(each, FSDPModule):
+            spread = any(isinstance(around, ExpertExchange) for around in arounds(each))
+            if BASE in each._modules and (spread or isinstance(each, FSDPModule)):
+                why = "has experts that are spread over ranks" if spread else "is an FSDP2 unit of its own"
                 raise PlanError(
-                    f"{name} is an FSDP2 unit of its own, so its adapters cannot be taken off. Merge them in place, "
-                    "model.merge_adapter(), or take them off before parallelize."
+                    f"{name} {why}, so its adapters cannot be taken off. Merge them in place, model.merge_adapter(), "
+                    "or take them off before parallelize."
                 )
         with _units_follow(root), _ties_by_identity(module.get_submodule("model")):
             found = forward(*args, **kwargs)

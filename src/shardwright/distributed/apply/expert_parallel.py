@@ -12,7 +12,7 @@ from shardwright.distributed.planning.decided import ExpertPlan
 from shardwright.distributed.runtime.expert_exchange import EXCHANGES, ExpertExchange, Ranks
 from shardwright.distributed.runtime.expert_tensors import mix_with
 from shardwright.distributed.runtime.forward import wrap_forward
-from shardwright.distributed.runtime.listed_exchange import ListedExchange
+from shardwright.distributed.runtime.listed_exchange import ListedExchange, NotElsewhere
 from shardwright.distributed.runtime.shard_dim import expert_data_parallel_dim
 from shardwright.distributed.styles.base import distribute_parameter
 
@@ -47,10 +47,12 @@ def apply_expert_parallel(
             distribute_parameter(module.get_submodule(path), own, mesh, Shard(0))
         ranks = Ranks.of(mesh, tp_mesh)
         if experts.listed is not None:
-            first = module.get_submodule(experts.listed.loop.experts[0])
-            shapes = {own: tuple(param.shape) for own, param in first.named_parameters()}
+            listed = [module.get_submodule(each) for each in experts.listed.loop.experts]
+            shapes = {own: tuple(param.shape) for own, param in listed[0].named_parameters()}
             around = ListedExchange(experts.listed.loop, experts.listed.called, shapes, ranks, factor)
             wrap_forward(model.get_submodule(experts.listed.caller), around)
+            for expert in listed:
+                wrap_forward(expert, NotElsewhere())
             continue
         exchange = exchanges[experts.kind]
         wrap_forward(module, exchange(experts.count, experts.arguments, experts.parameters, ranks, factor))

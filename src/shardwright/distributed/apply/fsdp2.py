@@ -59,7 +59,7 @@ def _shard(model: nn.Module, unit: Unit, options: dict[str, Any]) -> None:
         for name in unit.apart:
             fully_shard(model.get_submodule(name), **options)
         fully_shard(modules if len(modules) > 1 else modules[0], **options)
-    if unit.experts and len(modules) > 1:  # a list of experts, of which a rank runs its own: the layer gathers them
+    if unit.gathered_around:
         leave_forwards_alone(state_of(modules[0]))
 
 

@@ -30,20 +30,21 @@ from torch import Tensor, nn
 
 from shardwright import _torch
 from shardwright.distributed.apply.guards.unit_order import UnitOrder
+from shardwright.distributed.planning.decided import DataPlan
 from shardwright.distributed.runtime.forward import Around, Forward, wrap_forward
 
 _LEARNED = 256  # calls that are taken into the order of the units inside of one module; others meet every time
 
 
-def pass_skipped_units(model: nn.Module, shared: UnitOrder, order: Sequence[str], without: str) -> None:
+def pass_skipped_units(model: nn.Module, shared: UnitOrder, plan: DataPlan, without: str) -> None:
     """Let ranks run different units of ``model``, the root of FSDP2's units, in place.
 
     Args:
         shared: for the data-parallel ranks.
-        order: the names of lists of blocks in the order in which they run; others keep the order of the model.
+        plan: the units, but for those that are gathered by what is around their modules, on all ranks alike.
         without: an argument of the model's forward; calls that have it are left as they are.
     """
-    for unit in _tree(model, order):
+    for unit in _tree(model, plan):
         if unit.parts:
             root = unit.module is model
             wrap_forward(unit.module, _Passing(unit, without if root else "", shared if root else None))
@@ -239,12 +240,13 @@ def _with_token(output: Any, token: Tensor) -> Any:
     return _torch.tree_unflatten(leaves, spec)
 
 
-def _tree(model: nn.Module, order: Sequence[str]) -> list[_Unit]:
+def _tree(model: nn.Module, plan: DataPlan) -> list[_Unit]:
     """The units, each before those inside it."""
     modules = dict(model.named_modules())
+    others = {name for unit in plan.units if unit.gathered_around for name in unit.modules}
     units = {"": _Unit("", model, model)}
     for name, module in modules.items():
-        if module is model or not _torch.is_unit(module):
+        if module is model or name in others or not _torch.is_unit(module):
             continue
         units[name] = _Unit(name, module, _holder(name, modules))
         around = max(
@@ -252,7 +254,7 @@ def _tree(model: nn.Module, order: Sequence[str]) -> list[_Unit]:
         )
         units[around].parts.append(units[name])
     for unit in units.values():
-        unit.parts = _as_they_run(unit.parts, {id(each): name for name, each in units.items()}, order)
+        unit.parts = _as_they_run(unit.parts, {id(each): name for name, each in units.items()}, plan.order)
     return list(units.values())
 
 

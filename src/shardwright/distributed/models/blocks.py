@@ -102,16 +102,22 @@ def _repeated_classes(module: nn.Module) -> set[type[nn.Module]]:
 def _is_stage(entry: nn.Module) -> bool:
     """Whether most of an entry's parameters lie in lists whose own entries have norms: then those are the blocks.
 
-    Experts, which come in lists too, have no norms.
+    Experts come in lists, too: few have norms, and a router chooses among them.
     """
     inside = [
         below
         for child in entry.modules()
-        if _is_sequence(child)
+        if _is_sequence(child) and not routes_to(child, entry)
         for below in child.children()
         if is_block(below) and any(is_norm(part) for part in below.modules())
     ]
     return bool(inside) and 2 * _size(inside) > _size([entry])
+
+
+def routes_to(listed: nn.Module, owner: nn.Module) -> bool:
+    """Whether ``owner`` has a matrix with a row for each module of a list in it, outside of them: a router."""
+    inside, count = {id(param) for param in listed.parameters()}, len(list(listed.children()))
+    return any(param.ndim == 2 and param.shape[0] == count for param in owner.parameters() if id(param) not in inside)
 
 
 def _size(modules: Iterable[nn.Module]) -> int:

@@ -20,11 +20,10 @@ from torch import nn
 
 from shardwright.distributed.planning.resolved import ResolvedPlan, StyleUse
 from shardwright.distributed.replay.reading import ModelReading
-from shardwright.distributed.runtime.adapted import BASE
+from shardwright.distributed.runtime.adapted import BASE, DOWN, UP
 from shardwright.distributed.styles.replicated import PartOfSum, ReplicatedPartialGradient
 from shardwright.errors import PlanError
 
-DOWN, UP = "lora_A", "lora_B"
 MAGNITUDE = "lora_magnitude_vector"  # DoRA's, which scales the sum
 _PARTS = {BASE, DOWN, UP, MAGNITUDE, "lora_dropout", "lora_embedding_A", "lora_embedding_B"}
 PARAMETER = "parameter_name"  # of LoRA's layer around one that is adapted by a parameter: which one it adds to

@@ -16,6 +16,7 @@ from shardwright.distributed.planning.embedding_and_head import embedding_and_he
 from shardwright.distributed.planning.layout import ParameterLayout
 from shardwright.distributed.precision import Precision
 from shardwright.distributed.replay.reading import ModelReading
+from shardwright.distributed.runtime.adapted import BASE
 from shardwright.errors import PlanError
 
 
@@ -97,13 +98,17 @@ def _expert_units(reading: ModelReading, experts: ExpertPlan | None, kept: set[s
     for name, own in experts.modules.items() if experts is not None else ():
         reshard = mode == "always" or (mode == "default" and innermost(name, kept) == ROOT)
         if own.listed is not None:
-            yield Unit(tuple(f"{name}.{expert}" for expert in own.listed.loop.experts), reshard, experts=True)
+            listed = tuple(f"{name}.{expert}" for expert in own.listed.loop.experts)
+            yield Unit(listed, reshard, experts=True, gathered_around=True)
             continue
-        spread = {parameter.rpartition(".")[0] for parameter in own.parameters}
-        for child, part in reading.modules[name].named_children():
-            if child not in spread and any(True for _ in part.parameters()):
-                yield Unit((f"{name}.{child}",), reshard)
-        yield Unit((name,), reshard, experts=True)
+        spread = {f"{name}.{parameter}".rpartition(".")[0] for parameter in own.parameters}
+        adapted, holder = False, name
+        while BASE in reading.modules[holder]._modules:  # adapters are parameters of the block
+            adapted, holder = True, f"{holder}.{BASE}"
+        for child, part in reading.modules[holder].named_children():
+            if f"{holder}.{child}" not in spread and any(True for _ in part.parameters()):
+                yield Unit((f"{holder}.{child}",), reshard)
+        yield Unit((holder,), reshard, experts=True, gathered_around=adapted)
 
 
 def kept_gathered(lists: Mapping[str, list[str]], sizes: Mapping[str, int], policy: str, budget: float) -> set[str]:

@@ -28,12 +28,14 @@ class Unit:
         reshard_after_forward: whether its parameters are freed after forward, and gathered again in backward.
         apart: modules inside that are sharded by themselves first, because their parameters have another dtype.
         experts: whether it holds experts that are spread over ranks, which are sharded over the rest of the ranks.
+        gathered_around: whether what runs around its modules gathers its parameters, rather than their forward.
     """
 
     modules: tuple[str, ...]
     reshard_after_forward: bool
     apart: tuple[str, ...] = ()
     experts: bool = False
+    gathered_around: bool = False
 
 
 @dataclass(frozen=True)

@@ -141,6 +141,8 @@ def _same_both_ways(module: nn.Module, loop: Loop, call: ModuleCall) -> Called:
                 output = run_together(module, loop, module.forward, args, kwargs, like, answer)
             else:
                 output = module.forward(*args, **kwargs)
+        except UnsupportedError:
+            raise
         except (Mismatch, *CODE_ERRORS) as error:
             raise UnsupportedError(f"Their code does not run so ({type(error).__name__}: {error})") from error
         left = [part._buffers for part in module.modules()]

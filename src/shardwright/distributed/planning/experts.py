@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from torch import nn
 
 from shardwright._transformers import call_of_experts
+from shardwright.distributed.planning.adapters import PARAMETER
 from shardwright.distributed.planning.decided import ExpertPlan, Experts
 from shardwright.distributed.planning.expert_lists import spread_list
-from shardwright.distributed.planning.listed_experts import listed_experts
+from shardwright.distributed.planning.listed_experts import ListedExperts, listed_experts
 from shardwright.distributed.replay.reading import ModelReading
+from shardwright.distributed.runtime.adapted import BASE
 from shardwright.errors import PlanError, sizes_that_work
 
 COUNTS = ("num_experts", "moe_num_experts")  # the first on each such module of transformers, the second below DBRX's
@@ -27,8 +30,11 @@ def decide_experts(reading: ModelReading, ep: int) -> ExpertPlan | None:
     """
     if ep == 1:
         return None
-    found = {name: experts for name, module in reading.modules.items() if (experts := experts_of(module)) is not None}
-    found |= {listed.name: spread_list(reading, listed, ep) for listed in listed_experts(reading)}
+    stacked = ((name, experts_of(module)) for name, module in reading.modules.items())
+    found = dict(_with_adapters(reading, name, experts) for name, experts in stacked if experts is not None)
+    lists = listed_experts(reading)
+    found |= {listed.name: spread_list(reading, listed, ep) for listed in lists}
+    _check_callers(lists, found, ep)
     inner = tuple(f"{name}." for name in found)
     found = {name: experts for name, experts in found.items() if not name.startswith(inner)}
     if not found:
@@ -41,6 +47,17 @@ def decide_experts(reading: ModelReading, ep: int) -> ExpertPlan | None:
     for name, experts in found.items():
         _check(reading, name, experts, ep)
     return ExpertPlan(ep, found)
+
+
+def _check_callers(lists: Iterable[ListedExperts], found: Mapping[str, Experts], ep: int) -> None:
+    """Code that calls the experts of two lists would have to run once more for each."""
+    callers: dict[str, str] = {}
+    for each in lists:
+        listed = found[each.name].listed
+        assert listed is not None
+        if (other := callers.setdefault(listed.caller, each.name)) != each.name:
+            reason = f"The code of {listed.caller} calls those of {other}, too, and the two may depend on each other"
+            raise PlanError(each.why_not(ep, reason))
 
 
 def experts_of(module: nn.Module) -> Experts | None:
@@ -61,6 +78,25 @@ def experts_of(module: nn.Module) -> Experts | None:
     if not stacked or not alone or any(param.ndim == 0 or param.shape[0] % count for param in stacked.values()):
         return None
     return Experts(count, call.kind, call.arguments, tuple(stacked))
+
+
+def _with_adapters(reading: ModelReading, name: str, experts: Experts) -> tuple[str, Experts]:
+    """The experts, or PEFT's layer around them where their weights are adapted (by ``target_parameters``).
+
+    Raises:
+        PlanError: what is around them is none of LoRA's layers that have matrices for every expert.
+    """
+    adapted = set(experts.parameters)
+    while name.endswith(f".{BASE}"):
+        name = name.removesuffix(f".{BASE}")
+        layer = reading.modules[name]
+        if layer.__dict__.get(PARAMETER) not in adapted or layer.__dict__.get(COUNTS[0]) != experts.count:
+            raise PlanError(
+                f"{name} has adapters on its experts ({type(layer).__name__}) that are none of LoRA's with matrices "
+                "for every expert, and cannot be spread with them. Leave ep out, or adapt other layers."
+            )
+        experts = replace(experts, parameters=tuple(f"{BASE}.{own}" for own in experts.parameters))
+    return name, experts
 
 
 def _counts(module: nn.Module) -> int | None:
@@ -92,10 +128,4 @@ def _check(reading: ModelReading, name: str, experts: Experts, ep: int) -> None:
         raise PlanError(
             f"{name}.{uneven[0]} has several rows for each of {experts.count} experts, which ep={ep} does not divide. "
             f"{sizes_that_work(experts.count, ep)}"
-        )
-    around = reading.modules.get(name.rpartition(".")[0])
-    if around is not None and around._modules.get("base_layer") is reading.modules[name]:
-        raise PlanError(
-            f"{name} has adapters on its experts ({type(around).__name__}). Their matrices belong to all experts, and "
-            "cannot be spread with them yet. Leave ep out, or adapt other layers."
         )

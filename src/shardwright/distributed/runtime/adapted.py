@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 BASE = "base_layer"
+DOWN, UP = "lora_A", "lora_B"
 
 
 def base_layer(module: nn.Module) -> nn.Module:

@@ -38,11 +38,13 @@ class ExpertCall:
         expert: its place in the loop.
         form: the call without its tensors.
         tensors: the first has the features of a token in its last dim.
+        with_gradient: whether the code wants gradients of this call, rather than make it under ``torch.no_grad``.
     """
 
     expert: int
     form: Form
     tensors: list[Tensor]
+    with_gradient: bool = True
 
     @classmethod
     def of(cls, expert: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExpertCall:
@@ -53,8 +55,8 @@ class ExpertCall:
         """
         leaves, spec = tree_flatten((args, kwargs))
         places = tuple(n for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
-        call = cls(expert, Form(spec, tuple(None if n in places else x for n, x in enumerate(leaves)), places), [])
-        call.tensors = [leaves[place] for place in places]
+        form = Form(spec, tuple(None if n in places else x for n, x in enumerate(leaves)), places)
+        call = cls(expert, form, [leaves[place] for place in places], torch.is_grad_enabled())
         if not places or call.tensors[0].ndim < 2 or any(x.shape[: len(call.lead)] != call.lead for x in call.tensors):
             raise UnsupportedError(
                 "An expert is called with something else than rows of tokens (tensors of the shapes "

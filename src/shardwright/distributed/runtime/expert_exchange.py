@@ -23,7 +23,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 
+from shardwright._torch import begin_forward, end_forward, is_unit, state_of
 from shardwright.distributed.runtime import collectives as c
+from shardwright.distributed.runtime.adapted import base_layer
+from shardwright.distributed.runtime.expert_adapters import adapters_of
 from shardwright.distributed.runtime.forward import Around, Forward, attributes_as, local_parameters, parameters_as
 from shardwright.distributed.runtime.gradients import with_others_in_graph, with_scaled_gradient
 
@@ -80,7 +83,7 @@ class Ranks:
 
 
 class ExpertExchange(Around):
-    """Around a module that holds this rank's experts.
+    """Around a module that holds this rank's experts, or around the adapters on them.
 
     Args:
         experts: how many there are on all ranks.
@@ -106,6 +109,15 @@ class ExpertExchange(Around):
     @torch.compiler.disable  # how many rows come and go is only known when it runs
     def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         values = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        first, *others = (values[name] for name in self.arguments)
+        holder = base_layer(module)
+        if holder is module or not is_unit(holder):
+            return self._with_own(module, holder, forward, first, *others)
+        # Adapters around experts change the experts' weights before FSDP2 would gather them.
+        first = begin_forward(state_of(holder), holder, first)
+        return end_forward(state_of(holder), holder, self._with_own(module, holder, forward, first, *others))
+
+    def _with_own(self, module: nn.Module, holder: nn.Module, forward: Forward, *values: Any) -> Tensor:
         with ExitStack() as inside:
             for owner in map(module.get_submodule, self.owners):
                 local = {
@@ -114,8 +126,9 @@ class ExpertExchange(Around):
                 }
                 inside.enter_context(parameters_as(owner, local))
             start, end = self.group.bounds(self.experts)
-            inside.enter_context(attributes_as(module, {"num_experts": end - start}))
-            return self.run(module, forward, *(values[name] for name in self.arguments))
+            inside.enter_context(attributes_as(holder, {"num_experts": end - start}))
+            inside.enter_context(adapters_of(module, self.experts, start, end))
+            return self.run(module, forward, *values)
 
     def run(self, module: nn.Module, forward: Forward, *values: Any) -> Tensor:
         """The module's result for the values of its arguments, with its parameters in place."""

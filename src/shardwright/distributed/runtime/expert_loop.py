@@ -221,7 +221,7 @@ class _Answering(_Run):
         now = ExpertCall.of(place, args, kwargs)
         if call is None or result is None or call.expert != place or call.lead != now.lead:
             self._differs()
-        return result
+        return result if torch.is_grad_enabled() or result is None else result.detach()
 
     def other(self, name: str, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kept = self.asking.kept.get(self.numbered(name))

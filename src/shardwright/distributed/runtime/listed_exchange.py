@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from shardwright._torch import begin_forward, end_forward, state_of, tree_flatten, tree_leaves, tree_unflatten
 from shardwright.distributed.runtime import collectives as c
@@ -22,10 +23,17 @@ from shardwright.distributed.runtime.expert_calls import Called, ExpertCall
 from shardwright.distributed.runtime.expert_delivery import Delivery, Weight, delivered
 from shardwright.distributed.runtime.expert_exchange import Ranks
 from shardwright.distributed.runtime.expert_loop import Loop, run_together
-from shardwright.distributed.runtime.forward import Around, Forward, all_local_parameters, all_parameters_as
+from shardwright.distributed.runtime.forward import (
+    Around,
+    Forward,
+    all_local_parameters,
+    all_parameters_as,
+    original_class,
+)
 from shardwright.distributed.runtime.gradients import with_others_in_graph
 from shardwright.errors import UnsupportedError
 
+_CALLED, _TRAINED = 1, 2
 _DTYPES = (
     *(torch.float32, torch.float64, torch.float16, torch.bfloat16),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
@@ -39,33 +47,60 @@ class Traffic:
     Attributes:
         counts: ``[rank][expert]``: the rows that a rank has for an expert.
         called: for each expert, whether the code of any rank calls it, be it without tokens.
+        trained: for each expert, whether the code of any rank calls it and wants gradients.
         dtypes: of the tensors that experts are called with.
         with_gradient: whether those of any rank want gradients.
     """
 
     counts: list[list[int]]
     called: list[bool]
+    trained: list[bool]
     dtypes: list[torch.dtype]
     with_gradient: bool
 
     @classmethod
     def of(
-        cls, counts: list[int], called: list[bool], tensors: Sequence[Tensor | None], group: c.Group, on: Tensor
+        cls, counts: list[int], calls: list[ExpertCall], tensors: Sequence[Tensor | None], group: c.Group, on: Tensor
     ) -> Traffic:
         """From what this rank has; a collective, for which the host waits.
 
         Args:
+            counts: of the rows that this rank has for each expert.
             tensors: None for those that this rank, whose code calls no expert, does not know.
             on: a tensor on the device.
         """
+        uses = [0] * len(counts)
+        for call in calls:
+            uses[call.expert] = max(uses[call.expert], _TRAINED if call.with_gradient else _CALLED)
         codes = [0 if x is None else 1 + _DTYPES.index(x.dtype) for x in tensors]
         wants = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-        own = torch.tensor([[*counts, *map(int, called), *codes, int(wants)]], device=on.device)
+        own = torch.tensor([[*counts, *uses, *codes, int(wants)]], device=on.device)
         everyone = c.all_gather(own, 0, group.size, group).tolist()
         count = len(counts)
         most = [max(column) for column in zip(*(row[count:] for row in everyone), strict=True)]
         dtypes = [_DTYPES[code - 1] if code else on.dtype for code in most[count:-1]]
-        return cls([row[:count] for row in everyone], list(map(bool, most[:count])), dtypes, bool(most[-1]))
+        used = most[:count]
+        return cls(
+            counts=[row[:count] for row in everyone],
+            called=[use >= _CALLED for use in used],
+            trained=[use == _TRAINED for use in used],
+            dtypes=dtypes,
+            with_gradient=bool(most[-1]),
+        )
+
+
+class NotElsewhere(Around):
+    """Around an expert of a list: it can run where its weights have been brought, and nowhere else."""
+
+    def __call__(self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if any(isinstance(param, DTensor) for param in module.parameters()):
+            raise UnsupportedError(
+                f"An expert ({original_class(module).__name__}) is called outside of the forward of the module around "
+                "its list, or once more in backward, as torch.utils.checkpoint inside of that forward does. Its "
+                "weights are spread over ranks, and are here in that forward only. Recompute whole blocks instead "
+                "(activation_checkpointing: full), or leave ep out."
+            )
+        return forward(*args, **kwargs)
 
 
 class ListedExchange(Around):
@@ -132,13 +167,12 @@ class ListedExchange(Around):
         """The results of ``calls`` (no rows where there are none), and ``token``, which weights have come with."""
         order = sorted(range(len(calls)), key=lambda n: calls[n].expert)
         counts = [sum(call.count for call in calls if call.expert == n) for n in range(len(experts))]
-        wanted = [any(call.expert == n for call in calls) for n in range(len(experts))]
         total = sum(counts)
         own = self._together([calls[n] for n in order])
         if self.sharing is not None:
             counts = _part(counts, *self.sharing.bounds(total))
             own = [None if x is None else c.scatter(x, 0, self.sharing) for x in own]
-        traffic = Traffic.of(counts, wanted, own, self.group, first)
+        traffic = Traffic.of(counts, calls, own, self.group, first)
         tensors = [
             first.new_zeros(0, *tail, dtype=dtype) if x is None else x
             for x, tail, dtype in zip(own, self.called.tails, traffic.dtypes, strict=True)
@@ -175,7 +209,8 @@ class ListedExchange(Around):
             return {}, token
         weights = tuple(Weight(n, self.shapes[name]) for n, name in places)
         delivery = Delivery(weights, len(slices), self.group, self.gradient_factor)
-        token, whole = delivered(token, delivery, [slices[n][name] for n, name in places])
+        own = [slices[n][name] if traffic.trained[n] else slices[n][name].detach() for n, name in places]
+        token, whole = delivered(token, delivery, own)
         found: dict[int, dict[str, Tensor]] = {}
         for place, weight in zip(delivery.own(), whole, strict=True):
             expert, name = places[place]

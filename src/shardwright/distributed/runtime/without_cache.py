@@ -31,8 +31,13 @@ class _WithoutCache(Around):
 def train_without_cache(model: nn.Module, *, refuse: bool = False) -> None:
     """Keep training steps of ``model`` from making a cache, in place; a model that knows none is left as it is.
 
+    What wraps a model may hand on whatever it is called with (PEFT's does): then it is the model inside that is asked.
+
     Args:
         refuse: raise UnsupportedError where a training step is handed one.
     """
     if "use_cache" in inspect.signature(original_class(model).forward).parameters:
         wrap_forward(model, _WithoutCache(refuse=refuse))
+        return
+    for child in model.children():
+        train_without_cache(child, refuse=refuse)

@@ -7,7 +7,7 @@ CONSTRAINTS ?= constraints.txt
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install test test-sweeps test-oldest test-faults test-launchers matrix fuzz test-gpu lint docs dist zoo zoo-experts demo bench bench-peers bench-zoo bench-gpu clean
+.PHONY: install test test-sweeps test-oldest test-faults test-launchers matrix fuzz test-gpu lint docs dist zoo zoo-experts zoo-context demo bench bench-peers bench-zoo bench-gpu clean
 
 install: $(READY)
 
@@ -66,6 +66,9 @@ zoo: install
 
 zoo-experts: install
 	$(BIN)/python -m shardwright.verify.zoo --experts --output docs/experts_zoo.md
+
+zoo-context: install
+	$(BIN)/python -m shardwright.verify.zoo --context --output docs/context_zoo.md
 
 demo: install
 	$(BIN)/python -m shardwright.cli demo

@@ -77,29 +77,38 @@ def _compare(family: str, config: dict[str, Any], length: int = 15) -> None:
     assert_same_parameters(model, reference)
 
 
-@pytest.mark.parametrize("setting", list(SETTINGS))
-@pytest.mark.parametrize("way", list(WAYS))
+# A setting by itself where ranks differ most; elsewhere all of them together.
+ALONE = {("tp+sp", "mlp"), ("fsdp2", "mlp, recomputed"), ("tp", "offload"), ("fsdp2", "every second")}
+
+
+@pytest.mark.parametrize(
+    ("way", "setting"),
+    [
+        pytest.param(way, setting, marks=() if "all" in setting or (way, setting) in ALONE else pytest.mark.sweep)
+        for way in WAYS
+        for setting in SETTINGS
+    ],
+)
 def test_settings(ranks2: RankPool, way: str, setting: str) -> None:
     ranks2.run(_compare, "llama", {**WAYS[way], **SETTINGS[setting]})
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "llama"])
-@pytest.mark.parametrize("way", ["tp", "tp+sp"])
+@pytest.mark.parametrize("way", [pytest.param("tp", marks=pytest.mark.sweep), "tp+sp"])
 def test_families(ranks2: RankPool, family: str, way: str) -> None:
     ranks2.run(_compare, family, {**WAYS[way], **SETTINGS["all"]})
 
 
-@pytest.mark.parametrize("length", [2, 3, 5, 16])
-@pytest.mark.parametrize("way", ["tp", "tp+sp"])
+@pytest.mark.parametrize("length", [2, 3, pytest.param(5, marks=pytest.mark.sweep), 16])
+@pytest.mark.parametrize("way", [pytest.param("tp", marks=pytest.mark.sweep), "tp+sp"])
 def test_lengths(ranks2: RankPool, way: str, length: int) -> None:
     """Sequences shorter than the tiles, and such as the ranks do not divide."""
     report = measure(ranks2, "llama", ParallelConfig(**WAYS[way], **SETTINGS["mlp"]), length=length)
     assert report.exact, report
 
 
-@pytest.mark.parametrize("way", list(WAYS_OF_FOUR))
+@pytest.mark.parametrize("way", [pytest.param("tp x fsdp2", marks=pytest.mark.sweep), "tp+sp x fsdp2"])
 def test_on_four_ranks(ranks4: RankPool, way: str) -> None:
-    ranks4.run(_compare, "llama", {**WAYS_OF_FOUR[way], **SETTINGS["all"]})
     assert_exact(measure(ranks4, "llama", ParallelConfig(**WAYS_OF_FOUR[way], **SETTINGS["all"])), EXPECTED_SHARE)
 
 

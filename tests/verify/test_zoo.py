@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+
 import pytest
 import transformers
 from click.testing import CliRunner
@@ -87,6 +91,28 @@ def test_the_command_writes_and_fails_on_a_wrong_one(monkeypatch: pytest.MonkeyP
     assert "1 exact, 1 wrong" in result.output
     assert "**wrong**" in output.read_text()
     assert CliRunner().invoke(zoo.main, ["--modes", "tp3"]).exit_code == 2
+
+
+def test_a_run_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    """Types that an interrupted run finished are not run again, and one that it had begun is."""
+    asked: list[str] = []
+
+    def examine_all(types: list[str], modes: list[str]) -> Iterator[Entry]:
+        asked[:] = types
+        yield from (Entry(name, mode, "exact") for name in types for mode in modes)
+
+    monkeypatch.setattr(zoo, "examine_all", examine_all)
+    earlier, page = tmp_path / "zoo.json", tmp_path / "page.md"
+    found = [Entry("a", "cp2", "exact"), Entry("a", "cp2_tp2", "exact"), Entry("b", "cp2", "not built"),
+             Entry("c", "cp2", "exact")]  # fmt: skip
+    earlier.write_text(json.dumps([asdict(entry) for entry in found]))
+    told = ["--types", "a,b,c,d", "--context", "--modes", "cp2,cp2_tp2", "--output", str(page), "--json", str(earlier)]
+    result = CliRunner().invoke(zoo.main, [*told, "--resume"])
+    assert result.exit_code == 0, result.output
+    assert asked == ["c", "d"]
+    assert "6 exact, 1 not built" in result.output
+    assert "| c |  | exact | exact |" in page.read_text()
+    assert CliRunner().invoke(zoo.main, ["--resume"]).exit_code == 2
 
 
 # One type for every plan source and every style: dense, q/k norms, packed weights, experts, latent attention, ties,

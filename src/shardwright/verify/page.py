@@ -25,13 +25,14 @@ class Page:
         title: its heading.
         command: that wrote it.
         text: lines behind the versions.
-        share: the heading of the column that says how much was split, and the attribute of an entry that it shows.
+        share: the heading of the column that says how much was split, and the attribute of an entry that it shows;
+            None: there is no such column, nor one of the plan.
     """
 
     title: str
     command: str
     text: tuple[str, ...]
-    share: tuple[str, str]
+    share: tuple[str, str] | None = None
 
 
 _COMPARED = (
@@ -60,6 +61,16 @@ EXPERTS_PAGE = Page(
         "[Experts](experts.md) says how it works.",
     ),
     ("spread", "spread_fraction"),
+)
+CONTEXT_PAGE = Page(
+    "Types with a split sequence",
+    "`python -m shardwright.verify.zoo --context` (`make zoo-context` for all modes)",
+    (
+        "Every causal-LM and image-text-to-text type of transformers is shrunk to a tiny model of the same",
+        *_COMPARED,
+        "[Long sequences](long-context.md) says how it works, and `shardwright plan MODEL --cp 2` how attention of a",
+        "model is handled.",
+    ),
 )
 
 
@@ -104,16 +115,14 @@ def _counts(by_type: Mapping[str, Mapping[str, Entry]], modes: Sequence[str], ti
 def _table(
     by_type: Mapping[str, Mapping[str, Entry]], modes: Sequence[str], titles: Mapping[str, str], page: Page
 ) -> list[str]:
-    heading, share = page.share
-    columns = ["type", "inputs", "plan", heading, *(titles[mode] for mode in modes)]
+    columns = ["type", "inputs", *(("plan", page.share[0]) if page.share else ()), *(titles[mode] for mode in modes)]
     lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
     for model_type, row in sorted(by_type.items()):
         ran = next((entry for entry in row.values() if entry.plan_source), None)
-        source = ran.plan_source if ran else ""
-        inputs = ran.inputs if ran else ""
-        fraction = f"{getattr(ran, share):.0%}" if ran else ""
+        plan = (ran.plan_source, f"{getattr(ran, page.share[1]):.0%}") if ran and page.share else ("", "")
         cells = [_cell(row[mode]) if mode in row else "" for mode in modes]
-        lines.append(f"| {' | '.join([model_type, inputs, source, fraction, *cells])} |")
+        line = [model_type, ran.inputs if ran else "", *(plan if page.share else ()), *cells]
+        lines.append(f"| {' | '.join(line)} |")
     return [*lines, ""]
 
 

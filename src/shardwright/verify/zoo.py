@@ -1,6 +1,6 @@
 """The zoo: ``verify`` over every causal-LM and image-text-to-text type of the installed transformers.
 
-python -m shardwright.verify.zoo [--experts] [--types a,b,c] [--modes tp2,...] [--output PAGE] [--json FILE]
+python -m shardwright.verify.zoo [--experts | --context] [--types a,b,c] [--modes tp2,...] [--output PAGE] [--json FILE]
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from shardwright.distributed.config import ParallelConfig
 from shardwright.distributed.planning.tensor import plan_and_resolve
 from shardwright.distributed.replay.reading import ModelReading
 from shardwright.errors import ConfigError, ShardwrightError
-from shardwright.verify.page import ARCHITECTURES, EXPERTS_PAGE, write_page
+from shardwright.verify.page import ARCHITECTURES, CONTEXT_PAGE, EXPERTS_PAGE, write_page
 from shardwright.verify.public import case_of, run
 from shardwright.verify.ranks import RankError, RankPool
 from shardwright.verify.run import Case
@@ -46,7 +46,6 @@ _TP2 = ParallelConfig(tp=2, dp_shard=1)
 MODES = {
     "tp2": Mode(_TP2, 1, "TP 2"),
     "tp2_sp": Mode(_TP2.with_(sequence_parallel=True), 1, "TP 2 + SP"),
-    "cp2": Mode(ParallelConfig(cp=2, dp_shard=1), 1, "CP 2"),
     "fsdp2_tp2": Mode(_TP2.with_(dp_shard=2), 2, "FSDP 2 x TP 2"),
     "fsdp2_tp2_sp": Mode(_TP2.with_(dp_shard=2, sequence_parallel=True), 2, "FSDP 2 x TP 2 + SP"),
 }
@@ -61,7 +60,15 @@ EXPERT_MODES = {
     "fsdp2_tp2_ep2": Mode(_TP2_EP2.with_(dp_shard=2), 2, "EP 2 in FSDP 2 x TP 2 + SP"),
     "fsdp2_tp2_ep4": Mode(_TP2_EP2.with_(dp_shard=2, ep=4), 2, "EP 4 over FSDP 2 x TP 2 + SP"),
 }
-EVERY_MODE = MODES | EXPERT_MODES
+_CP2 = ParallelConfig(cp=2, dp_shard=1)
+# With long sequences split.
+CONTEXT_MODES = {
+    "cp2": Mode(_CP2, 1, "CP 2"),
+    "cp2_tp2": Mode(_CP2.with_(tp=2), 1, "CP 2 x TP 2"),
+    "cp2_tp2_sp": Mode(_CP2.with_(tp=2, sequence_parallel=True), 1, "CP 2 x TP 2 + SP"),
+    "fsdp2_cp2": Mode(_CP2.with_(dp_shard=2), 2, "FSDP 2 x CP 2"),
+}
+EVERY_MODE = MODES | EXPERT_MODES | CONTEXT_MODES
 
 TYPES_PER_POOL = 25
 _EXPERT_COUNT = re.compile(r"(moe_)?(num|n)_(local_|routed_)?experts")
@@ -181,17 +188,39 @@ def examine_all(types: Iterable[str], modes: Sequence[str]) -> Iterator[Entry]:
 @click.option("--types", default="", help="Comma-separated model types; all of transformers without it.")
 @click.option("--modes", default="", help=f"Comma-separated: {', '.join(EVERY_MODE)}. Without it, all that apply.")
 @click.option("--experts", is_flag=True, help="Only types with experts, in the modes of expert parallelism.")
+@click.option("--context", is_flag=True, help="In the modes of context parallelism.")
 @click.option("--output", type=click.Path(path_type=Path), help="Write the page (Markdown) here.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the entries (JSON) here.")
+@click.option("--resume", is_flag=True, help="Go on with the run whose entries are in --json.")
 @click.option("--plan-only", is_flag=True, help="Only choose and resolve every plan: no ranks, no numbers, no page.")
-def main(types: str, modes: str, experts: bool, plan_only: bool, output: Path | None, json_path: Path | None) -> None:
+def main(
+    types: str,
+    modes: str,
+    experts: bool,
+    context: bool,
+    output: Path | None,
+    json_path: Path | None,
+    resume: bool,
+    plan_only: bool,
+) -> None:
     """Verify every architecture of the installed transformers, in every mode. Exit code 1 if one is wrong."""
     chosen = [name for name in types.split(",") if name] or (types_with_experts() if experts else all_types())
-    chosen_modes = [name for name in modes.split(",") if name] or list(EXPERT_MODES if experts else MODES)
+    default, page = (
+        (EXPERT_MODES, EXPERTS_PAGE)
+        if experts
+        else (CONTEXT_MODES, CONTEXT_PAGE)
+        if context
+        else (MODES, ARCHITECTURES)
+    )
+    chosen_modes = [name for name in modes.split(",") if name] or list(default)
     if unknown := sorted(set(chosen_modes) - set(EVERY_MODE)):
         raise click.UsageError(f"There is no mode {', '.join(unknown)}; there are {', '.join(EVERY_MODE)}.")
-    entries = []
-    for entry in map(plan_of, chosen) if plan_only else examine_all(chosen, chosen_modes):
+    if resume and json_path is None:
+        raise click.UsageError("--resume needs the file of the earlier run: --json FILE.")
+    entries = _finished(json_path, chosen_modes) if resume and json_path is not None else []
+    known = {entry.type for entry in entries}
+    new = [name for name in chosen if name not in known]
+    for entry in map(plan_of, new) if plan_only else examine_all(new, chosen_modes):
         reason = " ".join(entry.reason.split())[:160]
         click.echo(f"{entry.type:30} {entry.mode:14} {entry.outcome:10} {entry.seconds:6.1f} s  {reason}")
         entries.append(entry)
@@ -200,12 +229,20 @@ def main(types: str, modes: str, experts: bool, plan_only: bool, output: Path | 
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         titles = {name: mode.title for name, mode in EVERY_MODE.items()}
-        output.write_text(write_page(entries, titles, EXPERTS_PAGE if experts else ARCHITECTURES))
+        output.write_text(write_page(entries, titles, page))
     counts = {
         outcome: sum(entry.outcome == outcome for entry in entries) for outcome in sorted({e.outcome for e in entries})
     }
     click.echo(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
     raise SystemExit(any(entry.outcome == "wrong" for entry in entries))
+
+
+def _finished(path: Path, modes: Sequence[str]) -> list[Entry]:
+    """The entries in a file of the types that have one for each mode, or cannot be built."""
+    entries = [Entry(**entry) for entry in json.loads(path.read_text())] if path.exists() else []
+    seen = {(entry.type, entry.mode) for entry in entries}
+    unbuilt = {entry.type for entry in entries if entry.outcome == "not built"}
+    return [e for e in entries if e.type in unbuilt or all((e.type, mode) in seen for mode in modes)]
 
 
 if __name__ == "__main__":

@@ -208,17 +208,22 @@ def check_adapters_run(ranks: RankPool, job: Path, make: Any, loss: float = 2e-5
 LORA = ["lora.r=4", "lora.alpha=32", "check_first_step=true"]
 
 
+DORA = ["lora.dora=true", "lora.rank_stabilised=true", "lora.modules_to_save=[lm_head]"]
+
+
 @pytest.mark.parametrize(
-    "mesh", [["sharding.dp_shard=2"], ["sharding.tp=2", "sharding.sequence_parallel=true"]], ids=" ".join
+    "run", [["sharding.dp_shard=2"], ["sharding.tp=2", "sharding.sequence_parallel=true", *DORA]], ids=" ".join
 )
-def test_adapters_train_as_plain_peft_does_and_go_on(ranks2: RankPool, tmp_path: Path, mesh: list[str]) -> None:
+def test_adapters_train_as_plain_peft_does_and_go_on(ranks2: RankPool, tmp_path: Path, run: list[str]) -> None:
     lines = write_lines(tmp_path / "talks.jsonl", conversations(36))
-    job = make_job(tmp_path, {"paths": str(lines), "format": "chat"}, *mesh, *LORA, "checkpoint.every=1")
+    job = make_job(tmp_path, {"paths": str(lines), "format": "chat"}, *LORA, *run, "checkpoint.every=1")
     check_adapters_run(ranks2, job, adamw)
     output = Path(read_config(job / JOB_CONFIG).output.dir)
     newest = find_checkpoint(output)
     kept = SafeReader(newest / "state").read_metadata().state_dict_metadata
-    assert sum("lora_" in name for name in kept) == len(kept) == 28 * 4  # values and AdamW's state, and no base model
+    trained = 28 + (15 if "lora.dora=true" in run else 0)  # 14 magnitudes, and the head
+    assert len(kept) == 4 * trained  # values and AdamW's state, and no base model
+    assert all("lora_" in name or "modules_to_save" in name for name in kept)
     assert inspect(newest).model_type == "adapters, LORA"
     with pytest.raises(CheckpointError, match="holds an adapter alone"):
         export(output, tmp_path / "exported")

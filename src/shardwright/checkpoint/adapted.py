@@ -6,7 +6,9 @@ The base model's tensors keep their places in files: their names are followed th
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,11 +40,17 @@ def put_adapters(model: PreTrainedModel, adapters: Any) -> tuple[nn.Module, dict
     """
     from peft import get_peft_model
 
-    before = {id(tensor): name for name, tensor in _tensors(model).items()}
+    before: dict[int, list[str]] = {}  # a tied tensor has several names
+    for name, tensor in _tensors(model).items():
+        before.setdefault(id(tensor), []).append(name)
     made: nn.Module
     with ToldAs(ConfigError, f"PEFT cannot put adapters on {type(model).__name__}"), torch.device("meta"):
         made = get_peft_model(model, adapters, autocast_adapter_dtype=False)
-    return made, {name: before[id(tensor)] for name, tensor in _tensors(made).items() if id(tensor) in before}
+    names = {}
+    for name, tensor in _tensors(made).items():
+        if old := before.get(id(tensor)):
+            names[name] = old.pop(0) if len(old) > 1 else old[0]  # PEFT leaves layers in their order
+    return made, names
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -53,30 +61,60 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 class AdaptedInitialiser:
-    """Initial values of a model with adapters: the base model's own, and PEFT's for LoRA, drawn from ``seed`` and the
-    name of the layer.
+    """Initial values of a model with adapters: the base model's own, and PEFT's for those of LoRA.
+
+    What PEFT draws follows from ``seed`` and the name of the layer. DoRA's magnitudes are the norms of the base model's
+    rows, since the update begins at zero; a module to save begins as a copy of the base model's.
 
     Args:
         skeleton: the whole model on meta, with adapters.
         names: as :func:`put_adapters` returns them.
         base: of the base model.
+        loaded: the whole value of a parameter of the base model, by its name in ``skeleton``, once that has been read.
+            Every rank asks for the same ones in the same order.
+
+    Raises:
+        UnsupportedError: there are adapters of another kind.
     """
 
-    def __init__(self, skeleton: nn.Module, names: dict[str, str], base: Initial, seed: int = 0) -> None:
+    def __init__(
+        self, skeleton: nn.Module, names: dict[str, str], base: Initial, loaded: Callable[[str], Tensor], seed: int = 0
+    ) -> None:
         self._modules = dict(skeleton.named_modules())
         self._names = names
         self._base = base
+        self._loaded = loaded
         self._seed = seed
+        new = [name for name in _tensors(skeleton) if name not in names]
+        self._makers = {name: self._maker(name) for name in new}
 
     def value(self, name: str) -> Tensor:
-        """The whole initial value of a parameter or buffer, on the CPU.
+        """The whole initial value of a parameter or buffer, on the CPU."""
+        return self._base.value(self._names[name]) if name in self._names else self._makers[name]()
 
-        Raises:
-            UnsupportedError: it is of an adapter of another kind than LoRA.
-        """
-        if name in self._names:
-            return self._base.value(self._names[name])
-        path, inside = self._layer_of(name)
+    def _maker(self, name: str) -> Callable[[], Tensor]:
+        """What makes the value of a tensor that PEFT has put on, by the layer that holds it."""
+        from peft.tuners.lora import LoraLayer
+        from peft.tuners.lora.dora import DoraLinearLayer
+        from peft.utils.other import ModulesToSaveWrapper
+
+        keys = name.split(".")
+        for depth in range(len(keys) - 1, 0, -1):
+            path, inside = ".".join(keys[:depth]), keys[depth:]
+            layer: Any = self._modules.get(path)
+            if isinstance(layer, LoraLayer) and inside[0] in _PARTS:
+                return partial(self._drawn, path, ".".join(inside))
+            if isinstance(layer, LoraLayer) and type(self._modules[".".join(keys[:-1])]) is DoraLinearLayer:
+                return partial(self._magnitudes, path)
+            if isinstance(layer, ModulesToSaveWrapper) and inside[:2] == ["modules_to_save", ADAPTER]:
+                return partial(self._copy, ".".join([path, "original_module", *inside[2:]]))
+        raise UnsupportedError(
+            f"{name} is of an adapter that has no values on the meta device; LoRA, DoRA of linear layers and modules "
+            "to save have. Load the base model with transformers, put the adapter on with PEFT's get_peft_model, and "
+            "parallelize it last."
+        )
+
+    def _drawn(self, path: str, inside: str) -> Tensor:
         layer: Any = self._modules[path]
         parts = [layer.get_submodule(key) for key in _PARTS]
         digest = hashlib.sha256(f"{self._seed}/{path}".encode()).digest()
@@ -90,16 +128,13 @@ class AdaptedInitialiser:
             part.to_empty(device="meta")
         return made
 
-    def _layer_of(self, name: str) -> tuple[str, str]:
-        """The path of the layer of LoRA that holds the tensor, and the tensor's name in it."""
-        from peft.tuners.lora import LoraLayer
-
-        keys = name.split(".")
-        for depth in range(len(keys) - 1, 0, -1):
-            path = ".".join(keys[:depth])
-            if isinstance(self._modules.get(path), LoraLayer) and keys[depth] in _PARTS:
-                return path, ".".join(keys[depth:])
-        raise UnsupportedError(
-            f"{name} is of an adapter that has no values on the meta device; plain LoRA has. Load the base model with "
-            "transformers, put the adapter on with PEFT's get_peft_model, and parallelize it last."
+    def _magnitudes(self, path: str) -> Tensor:
+        layer: Any = self._modules[path]
+        weight = self._loaded(f"{path}.base_layer.weight")
+        made: Tensor = layer.lora_magnitude_vector[ADAPTER].get_weight_norm(
+            weight, torch.zeros_like(weight), layer.scaling[ADAPTER]
         )
+        return made.cpu()
+
+    def _copy(self, name: str) -> Tensor:
+        return self._loaded(name).cpu()

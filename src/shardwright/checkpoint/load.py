@@ -5,11 +5,12 @@ meta -> parallelize -> empty shards -> slices read into them -> buffers computed
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -28,6 +29,7 @@ from shardwright.distributed.config import ParallelConfig
 from shardwright.distributed.mesh import make_mesh
 from shardwright.distributed.models.build import build_on_meta
 from shardwright.distributed.models.config_json import CONFIG
+from shardwright.distributed.runtime.layout import whole
 from shardwright.errors import CheckpointError
 
 
@@ -87,7 +89,8 @@ def load_adapted(
     """A sharded model with the weights in ``path`` and new adapters on it; no rank holds more than its shards.
 
     Args: as for :func:`load_pretrained`.
-        adapters: PEFT's ``LoraConfig``, in its plain form or rank-stabilised.
+        adapters: PEFT's ``LoraConfig``: plain or rank-stabilised, with DoRA, modules to save and, unless tensor or
+            expert parallelism cuts them, parameters of packed experts (``target_parameters``).
         seed: the adapters' first values follow from it, and not from the mesh.
 
     Returns:
@@ -134,13 +137,18 @@ def _load(
             model, names = put_adapters(model, adapters.config)
             plan = plan.renamed({old: new for new, old in names.items()})
             reference, _ = put_adapters(build_on_meta(model_config, cls, dtype, **kwargs), adapters.config)
-            initial = AdaptedInitialiser(reference, names, initial, adapters.seed)
+            initial = AdaptedInitialiser(reference, names, initial, partial(_whole_value, model), adapters.seed)
     model = _empty_shards(model, config, mesh)
     with same_error_everywhere(f"Loading {path}"):
         fill_from_folder(model, folder, entries, plan)
         fill_the_rest(model, initial, set(plan.readings))
         check_complete(model, reference)
     return model.eval()
+
+
+def _whole_value(model: nn.Module, name: str) -> Tensor:
+    """A parameter of a sharded model in one piece; every rank calls it."""
+    return whole(model.get_parameter(name).detach())
 
 
 def _compare_checksums(folder: Path, weights: set[str], with_code: bool) -> None:

@@ -34,6 +34,9 @@ def lora_config(settings: LoraSettings) -> Any:
         lora_dropout=settings.dropout,
         target_modules=_ALL if targets == [_ALL] else targets,
         use_rslora=settings.rank_stabilised,
+        use_dora=settings.dora,
+        modules_to_save=list(settings.modules_to_save) or None,
+        target_parameters=list(settings.target_parameters) or None,
         task_type="CAUSAL_LM",
     )
 
@@ -43,8 +46,11 @@ def check_adapters(settings: LoraSettings, config: PreTrainedConfig) -> None:
 
     Raises:
         ConfigError: PEFT cannot, as where there are no layers of these names.
+        UnsupportedError: adapters whose first values are not known without the weights.
     """
-    put_adapters(build_on_meta(config, AutoModelForCausalLM), lora_config(settings))
+    base = build_on_meta(config, AutoModelForCausalLM)
+    skeleton, names = put_adapters(build_on_meta(config, AutoModelForCausalLM), lora_config(settings))
+    AdaptedInitialiser(skeleton, names, Initialiser(base), skeleton.get_parameter)
 
 
 @torch.no_grad()
@@ -54,8 +60,8 @@ def put_on_whole(model: PreTrainedModel, settings: LoraSettings, seed: int) -> A
 
     base = build_on_meta(model.config, AutoModelForCausalLM)
     skeleton, names = put_adapters(build_on_meta(model.config, AutoModelForCausalLM), lora_config(settings))
-    initial = AdaptedInitialiser(skeleton, names, Initialiser(base), seed)
     made: Any = get_peft_model(model, lora_config(settings), autocast_adapter_dtype=False)
+    initial = AdaptedInitialiser(skeleton, names, Initialiser(base), made.get_parameter, seed)
     for name, parameter in made.named_parameters():
         if name not in names:
             parameter.copy_(initial.value(name))

@@ -74,6 +74,10 @@ class LoraSettings:
         dropout: of the adapters' input.
         target_modules: names of the linear layers that are adapted; ``all-linear``: every one but the head.
         rank_stabilised: rsLoRA (Kalajdzievski 2023).
+        dora: DoRA (Liu et al. 2024): the size of each row of a weight is trained apart from its direction.
+        modules_to_save: names of modules that are trained in whole, and saved with the adapters.
+        target_parameters: names of parameters of packed experts that are adapted, such as
+            ``mlp.experts.gate_up_proj``. Tensor and expert parallelism refuse them.
     """
 
     r: int = 0
@@ -81,6 +85,9 @@ class LoraSettings:
     dropout: float = 0.0
     target_modules: tuple[str, ...] = ("all-linear",)
     rank_stabilised: bool = False
+    dora: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    target_parameters: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         between("r", self.r, 0, 2**16)

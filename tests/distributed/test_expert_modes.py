@@ -21,7 +21,7 @@ WITHIN, ACROSS = EXPERT_MODES["fsdp2_tp2_ep2"].config, EXPERT_MODES["fsdp2_tp2_e
     [
         ("gpt_oss", WITHIN),  # interleaved and transposed weights, biases
         ("deepseek_v3", WITHIN),  # a router in groups with a bias for selection, a shared expert
-        ("jetmoe", WITHIN),  # sorted rows, in attention too
+        pytest.param("jetmoe", WITHIN, marks=pytest.mark.sweep),  # sorted rows, in attention too
         ("qwen2_moe", ACROSS),  # gate and up in one, a gated shared expert
         ("llama4_text", ACROSS),  # every expert gets every token
         ("nemotron_h", ACROSS),  # no gate, other blocks between
@@ -36,7 +36,7 @@ def test_four_ranks(ranks4: RankPool, model_type: str, config: ParallelConfig) -
     assert report.expert_grad_rel_err < 1e-5
 
 
-@pytest.mark.parametrize("model_type", ["gpt_oss", "deepseek_v3", "granitemoe"])
+@pytest.mark.parametrize("model_type", ["gpt_oss", "deepseek_v3", pytest.param("granitemoe", marks=pytest.mark.sweep)])
 def test_two_ranks_that_share_tokens(ranks2: RankPool, model_type: str) -> None:
     report = verify(model_type, EXPERT_MODES["ep2_over_tp2_sp"].config, pool=ranks2)
     assert report.exact, report.summary()
@@ -47,7 +47,7 @@ def test_two_ranks_that_share_tokens(ranks2: RankPool, model_type: str) -> None:
     ("model_type", "config"),
     [
         ("deepseek_v3", EXPERT_MODES["ep2"].config.with_(activation_checkpointing="full")),
-        ("gpt_oss", EXPERT_MODES["ep2_over_tp2_sp"].config),
+        pytest.param("gpt_oss", EXPERT_MODES["ep2_over_tp2_sp"].config, marks=pytest.mark.sweep),
     ],
     ids=["deepseek_v3", "gpt_oss"],
 )

@@ -45,6 +45,11 @@ SIZES: dict[str, Any] = {
 }
 
 
+def _sweep(case: Any) -> Any:
+    """A case of what another one covers."""
+    return pytest.param(case, marks=pytest.mark.sweep)
+
+
 def mixtral(implementation: str = "grouped_mm", favourite: int | None = None) -> nn.Module:
     """Four experts, two per token.
 
@@ -70,13 +75,13 @@ def text(number: int) -> Mapping[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
-@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", _sweep("grouped_mm")])
 def test_every_implementation_of_experts(ranks2: RankPool, implementation: str) -> None:
     report = verify(partial(mixtral, implementation), EP2, batch=text, accumulate=2, pool=ranks2)
     assert report.exact, report.summary()
 
 
-@pytest.mark.parametrize("favourite", [0, 2])
+@pytest.mark.parametrize("favourite", [0, _sweep(2)])
 def test_a_rank_that_no_token_comes_to(ranks2: RankPool, favourite: int) -> None:
     report = verify(partial(mixtral, "grouped_mm", favourite), EP2, batch=text, pool=ranks2)
     assert report.exact, report.summary()
@@ -88,7 +93,7 @@ def test_a_rank_that_no_token_comes_to(ranks2: RankPool, favourite: int) -> None
         ParallelConfig(dp_shard=4, ep=2, activation_checkpointing="full"),
         ParallelConfig(dp_shard=2, tp=2, ep=4, sequence_parallel=True),
         ParallelConfig(dp_replicate=2, tp=2, dp_shard=1, ep=2),
-        ParallelConfig(dp_shard=1, tp=4, ep=2),
+        _sweep(ParallelConfig(dp_shard=1, tp=4, ep=2)),
     ],
     ids=["efsdp", "ep_over_tp_and_dp", "replicas", "efsdp_over_tp"],
 )
@@ -117,9 +122,9 @@ def test_parts_of_sequences(ranks4: RankPool, config: ParallelConfig) -> None:
         "gpt_oss",  # weights interleaved and transposed, with biases
         "deepseek_v3",  # a router in groups, shared experts
         "nemotron_h",  # no gate
-        "jamba",  # beside state-space layers
-        "granitemoe",
-        "olmoe",
+        _sweep("jamba"),  # beside state-space layers
+        _sweep("granitemoe"),
+        _sweep("olmoe"),
         "flex_olmo",  # seven experts
         "llama4_text",  # every expert gets every token
         "jetmoe",  # two calls with sorted rows
@@ -130,7 +135,7 @@ def test_layouts_of_packed_weights(ranks2: RankPool, model_type: str) -> None:
     assert report.exact, report.summary()
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "llama4_text", "jetmoe", "dbrx"])
+@pytest.mark.parametrize("model_type", [_sweep("qwen3_moe"), "llama4_text", "jetmoe", "dbrx"])
 def test_ranks_that_share_tokens_send_a_part_each(ranks2: RankPool, model_type: str) -> None:
     report = verify(model_type, ParallelConfig(dp_shard=1, tp=2, ep=2, sequence_parallel=True), pool=ranks2)
     assert report.exact, report.summary()
@@ -164,7 +169,7 @@ def test_verify_finds_what_others_got_wrong(ranks2: RankPool, fault: Any) -> Non
     assert not check(pool=ranks2, parallelize=fault).exact
 
 
-@pytest.mark.parametrize("model", [mixtral, "gpt_oss", balanced])
+@pytest.mark.parametrize("model", [mixtral, _sweep("gpt_oss"), balanced])
 def test_these_models_without_a_mistake(ranks2: RankPool, model: Any) -> None:
     config = OVER_TP.with_(activation_checkpointing="full")
     report = verify(model, config, batch=None if isinstance(model, str) else text, accumulate=2, pool=ranks2)
@@ -250,6 +255,7 @@ def _updates_in_one_call() -> None:
         torch.testing.assert_close(one_call, one_by_one)
 
 
+@pytest.mark.sweep
 def test_updates_in_one_call(ranks2: RankPool) -> None:
     ranks2.run(_updates_in_one_call)
 

@@ -10,19 +10,21 @@ from typing import Any
 import pytest
 import torch
 from estimate_models import config_of, sharded
+from expert_mixtures import ByMask, model_with
 from step_peak import real_peaks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shardwright import ParallelConfig
+from shardwright import ParallelConfig, parallelize
 from shardwright.distributed.models.build import build_on_meta
 from shardwright.distributed.replay.reading import ModelReading
 from shardwright.estimate.estimating import Estimate, estimate
 from shardwright.estimate.hardware import load_machine
+from shardwright.estimate.search import search
 from shardwright.estimate.subject import Subject
 from shardwright.estimate.trace import run
 from shardwright.estimate.trace.tracer import Tracer
 from shardwright.estimate.workload import Workload
-from shardwright.verify.ranks import RankPool
+from shardwright.verify.ranks import RankPool, shared_mesh
 
 ROWS, LENGTH, LAYERS = 2, 64, 3
 WORK = Workload(LENGTH, ROWS, optimizer="adamw_loop")
@@ -35,6 +37,7 @@ CASES = (
     ("mixtral", EP),
     ("mixtral", ParallelConfig(ep=2, tp=2, dp_shard=1)),
 )
+LAST, LISTED = len(CASES) - 1, "experts in lists"
 KINDS = {"all_reduce": 1, "all_gather_into_tensor": 2, "reduce_scatter_tensor": 1, "all_to_all_single": 1}
 Calls = dict[tuple[str, bool], tuple[int, int]]
 
@@ -70,12 +73,18 @@ class Sent(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def listed() -> torch.nn.Module:
+    """A model with its experts in lists."""
+    return model_with(*[ByMask] * LAYERS)
+
+
 def real_calls(cases: list[tuple[str, ParallelConfig]]) -> list[Calls]:
     found = []
     for family, config in cases:
-        model = sharded(family, LAYERS, config)
+        in_lists = family == LISTED
+        model = parallelize(listed(), config, shared_mesh(config)) if in_lists else sharded(family, LAYERS, config)
         model.train()
-        ids = (torch.arange(ROWS * LENGTH) % 90).view(ROWS, LENGTH)
+        ids = (torch.arange(ROWS * LENGTH) % 60).view(ROWS, LENGTH)
         model(input_ids=ids, labels=ids).loss.backward()  # the first call compares the ranks' inputs, too
         with Sent() as sent:
             loss = model(input_ids=ids, labels=ids).loss
@@ -90,8 +99,8 @@ NAMES = {"all_gather_into_tensor": "all_gather", "reduce_scatter_tensor": "reduc
 
 
 def test_collectives_are_those_of_real_ranks(ranks2: RankPool) -> None:
-    real = ranks2.run(real_calls, list(CASES))
-    for place, (family, config) in enumerate(CASES):
+    real = ranks2.run(real_calls, [*CASES, (LISTED, EP)])
+    for place, (family, config) in enumerate([*CASES, (LISTED, EP)]):
         calls: Counter[tuple[str, bool]] = Counter()
         sizes: Counter[tuple[str, bool]] = Counter()
         for part in traced(family, config):
@@ -101,7 +110,7 @@ def test_collectives_are_those_of_real_ranks(ranks2: RankPool) -> None:
         ranks = [{(NAMES[kind], backward): both for (kind, backward), both in rank[place].items()} for rank in real]
         assert {key: number for key, (number, _) in ranks[0].items()} == dict(calls), (family, config)
         told: Counter[str] = Counter()
-        for axis in estimated(family, config).axes if place in (0, len(CASES) - 1) else ():
+        for axis in estimated(family, config).axes if place in (0, LAST) else ():
             told.update(axis.calls if axis.axis in ("tp", "cp", "ep") else {})
         kinds = {kind: calls[kind, False] + calls[kind, True] for kind, _ in calls}
         assert dict(told) in ({}, kinds), "what a reader is told is what was traced"
@@ -111,7 +120,7 @@ def test_collectives_are_those_of_real_ranks(ranks2: RankPool) -> None:
 
 
 def traced(family: str, config: ParallelConfig) -> Any:
-    reading, tracer = read(family)
+    reading, tracer = (ModelReading(listed()), Tracer()) if family == LISTED else read(family)
     return tracer.trace(Subject.of(reading, config, 2), WORK).parts
 
 
@@ -154,3 +163,25 @@ def test_experts_on_ranks_of_their_own_are_not_gathered() -> None:
     gathered = [max(moment.parts["gathered"] for moment in found.moments) for found in (together, apart)]
     assert gathered[1] < gathered[0]
     assert apart.speed.collectives["ep"] > 0 == together.speed.collectives["ep"]
+
+
+def test_experts_in_lists_of_their_own() -> None:
+    """They compute the tokens that come to them, and have no more of the weights than FSDP2 alone gathers."""
+    reading = ModelReading(listed())
+    made = {ep: estimate(reading, EP.with_(ep=ep), WORK, load_machine("h100-80gb"), gpus=2) for ep in (1, 2)}
+    flops = {
+        ep: sum(
+            kernel.flops * count
+            for part in found.traced.parts
+            if not part.segment.backward
+            for kernel, count in part.segment.kernels.items()
+        )
+        for ep, found in made.items()
+    }
+    assert flops[1] == flops[2] > 0, "a rank computes as many rows, of fewer experts"
+    assert made[2].speed.collectives["ep"] > 0 == made[1].speed.collectives["ep"]
+    assert "one after another" in made[2].why_formula
+    best = search(
+        reading, WORK, load_machine("h100-80gb"), gpus=2, global_batch=4, objective="speed", base=EP.with_(ep=1)
+    )
+    assert {found.config.ep for found in best.fitting} == {1, 2}

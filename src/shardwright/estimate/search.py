@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from shardwright.distributed.config import ParallelConfig
 from shardwright.distributed.planning.experts import experts_of
+from shardwright.distributed.planning.listed_experts import listed_experts
 from shardwright.distributed.replay.reading import ModelReading
 from shardwright.errors import ConfigError, ShardwrightError
 from shardwright.estimate.estimating import Estimate, assembled
@@ -109,7 +110,8 @@ def _counts(gpus: int) -> list[int]:
 def _expert_ranks(reading: ModelReading) -> list[int]:
     """Expert-parallel ranks: powers of two up to the number of experts; 1 where no experts can be spread."""
     found = (experts_of(module) for module in reading.modules.values())
-    most = min((experts.count for experts in found if experts is not None), default=1)
+    counts = [experts.count for experts in found if experts is not None]
+    most = min(counts + [listed.count for listed in listed_experts(reading)], default=1)
     return [2**power for power in range(most.bit_length()) if 2**power <= most]
 
 

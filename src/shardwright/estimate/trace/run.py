@@ -70,8 +70,7 @@ def traced_step(
     decided, model = short.decided, short.model
     if decided.experts is not None and any(own.listed is not None for own in decided.experts.modules.values()):
         raise UnsupportedError(
-            f"{type(model).__name__} calls its experts one after another, with as many tokens as its router says. What "
-            f"they take with ep={config.ep} cannot be estimated yet. Leave ep out."
+            f"{type(model).__name__} calls its experts one after another, with as many tokens as its router says"
         )
     with fake_ranks(config) as mesh:
         if mesh is not None:

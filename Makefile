@@ -7,7 +7,7 @@ CONSTRAINTS ?= constraints.txt
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install test test-sweeps test-oldest test-faults test-launchers matrix fuzz test-gpu lint docs dist zoo zoo-experts zoo-context demo bench bench-peers bench-zoo bench-gpu clean
+.PHONY: install format test test-sweeps test-oldest test-faults test-launchers matrix fuzz test-gpu lint docs dist zoo zoo-experts zoo-context demo bench bench-peers bench-zoo bench-gpu clean
 
 install: $(READY)
 
@@ -16,9 +16,9 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 	$(BIN)/python -m pip install --constraint $(CONSTRAINTS) --editable '.[dev,megatron-fsdp]'
 	touch $@
 
-# Two at a time: ranks wait for each other, and many tests have none.
+# Two at a time: ranks wait for each other, and many tests have none. A part: make test TESTS=tests/planning
 test: install
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not fault and not launcher and not sweep"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not fault and not launcher and not sweep" $(TESTS)
 
 # More cases of what make test covers, ten minutes of them.
 test-sweeps: install
@@ -44,6 +44,11 @@ test-launchers: install
 
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu
+
+# What make lint can mend.
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 lint: install
 	$(BIN)/ruff check .

@@ -79,6 +79,9 @@ SUMMED_EXPERTS = WHOLE_EXPERTS | {
     "model.layers.*.mlp.experts.down_proj": "rowwise",
 }
 
+# Plans with styles that none of the families has, by path -> the family that each is for.
+STYLE_PLANS = {"estimate_models.WHOLE_EXPERTS": "mixtral", "estimate_models.SUMMED_EXPERTS": "mixtral"}
+
 Counts = dict[tuple[str, bool], tuple[int, int]]
 _KINDS = {
     "all_reduce": "all_reduce",
@@ -106,14 +109,18 @@ class Counted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def sharded(family: str, layers: int, config: ParallelConfig) -> torch.nn.Module:
+def unsharded(family: str, layers: int) -> torch.nn.Module:
     torch.manual_seed(0)
     made = config_of("llama" if family == LORA else family, layers)
     model: torch.nn.Module = model_class(made)._from_config(made, dtype=torch.float32)
     if family == LORA:
         model.enable_input_require_grads()  # the prediction has a gradient go through the first block, too
         model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
-    return parallelize(model, config, shared_mesh(config))
+    return model
+
+
+def sharded(family: str, layers: int, config: ParallelConfig) -> torch.nn.Module:
+    return parallelize(unsharded(family, layers), config, shared_mesh(config))
 
 
 def real_traffic(cases: list[tuple[str, int, ParallelConfig]]) -> list[Counts]:

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from functools import partial
 from math import prod
 
 import pytest
-from estimate_models import FAMILIES, OTHER_FAMILIES, TOKENS, Counts, config_of, real_traffic, source_of
+from estimate_models import (
+    FAMILIES,
+    OTHER_FAMILIES,
+    STYLE_PLANS,
+    TOKENS,
+    Counts,
+    config_of,
+    real_traffic,
+    source_of,
+    unsharded,
+)
 
 from shardwright import ParallelConfig
 from shardwright.distributed.styles import STYLES
 from shardwright.estimate import predict
 from shardwright.estimate.traffic import Collective
+from shardwright.verify import verify
 from shardwright.verify.ranks import RankPool
 
 TP = ParallelConfig(tp=2, dp_shard=1)
@@ -54,23 +66,23 @@ def test_blocks_are_units_of_either_engine() -> None:
     assert (first.gathering is None, second.gathering is None) == (False, True)
 
 
-CUSTOM = ("estimate_models.WHOLE_EXPERTS", "estimate_models.SUMMED_EXPERTS")
-
-
-@pytest.mark.parametrize("plan", CUSTOM)
-def test_experts_of_a_custom_plan(plan: str, ranks2: RankPool) -> None:
-    case = ("mixtral", 2, TP.with_(plan=plan))
-    assert predicted(*case) == ranks2.run(real_traffic, [case])[0][0]
+@pytest.mark.parametrize("plan", STYLE_PLANS)
+def test_a_plan_is_exact_and_sends_what_is_predicted(plan: str, ranks2: RankPool) -> None:
+    family = STYLE_PLANS[plan]
+    for sequence_parallel in (False, True):
+        config = TP.with_(plan=plan, sequence_parallel=sequence_parallel)
+        report = verify(partial(unsharded, family, 2), config, pool=ranks2)
+        assert report.exact, report
+        assert predicted(family, 2, config) == ranks2.run(real_traffic, [(family, 2, config)])[0][0]
 
 
 def test_every_style_is_compared_with_a_real_run() -> None:
-    cases = [
-        (family, TP.with_(sequence_parallel=sp)) for family in (*FAMILIES, *OTHER_FAMILIES) for sp in (False, True)
-    ]
-    cases += [("mixtral", TP.with_(plan=plan)) for plan in CUSTOM]
+    cases = [("llama", TP.with_(sequence_parallel=True)), *((family, TP) for family in (*FAMILIES, *OTHER_FAMILIES))]
+    cases += [(family, TP.with_(plan=plan)) for plan, family in STYLE_PLANS.items()]
     used = {row.style.partition(":")[0] for case in cases for row in predict(source_of(case[0]), case[1]).rows}
     # What experts on ranks of their own exchange is compared in tests/distributed/test_expert_parallel.py.
-    assert set(STYLES) - {"expert_parallel"} <= used
+    missing = set(STYLES) - {"expert_parallel"} - used
+    assert not missing, f"{missing}: put a plan with it into STYLE_PLANS of estimate_models.py"
 
 
 ACTIVATIONS = {

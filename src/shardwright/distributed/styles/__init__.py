@@ -1,7 +1,7 @@
 """What a plan can name: every tensor- and sequence-parallel behaviour, as torch ``ParallelStyle``s.
 
 :func:`make_style` turns a style string of a plan into one. To add a style: a class in the file it belongs to, a line in
-``STYLES``, a test.
+``_CLASSES``, a test (``CONTRIBUTING.md``).
 """
 
 from __future__ import annotations

@@ -57,8 +57,9 @@ class Place:
 class Style(ParallelStyle):
     """A torch ``ParallelStyle`` that is exact under plain ``loss.backward()``, with everything that is known about it.
 
-    To add one: a subclass with a ``name``, its facts and methods, and a line in :data:`shardwright.distributed.styles
-    .STYLES`. The planner, the replay, the executor and the estimate ask these facts; none of them lists styles.
+    To add one: a subclass with a ``name``, its facts and methods, and a line in ``_CLASSES`` of
+    :mod:`shardwright.distributed.styles`. The planner, the replay, the executor and the estimate ask these facts; none
+    of them lists styles.
 
     Attributes:
         name: in a plan.

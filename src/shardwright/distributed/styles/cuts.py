@@ -12,6 +12,8 @@ from torch import Tensor
 class Cut:
     """Blocks of features laid end to end, each dealt out in ``pieces``.
 
+    A subclass that deals them out in another way says so in :meth:`indices`.
+
     Attributes:
         blocks: ``(width, pieces)`` of each block. A rank takes consecutive pieces of every block; where there are
             fewer pieces than ranks, neighbouring ranks share one (key-value heads). No blocks: everything, whole.
@@ -33,9 +35,7 @@ class Cut:
 
     def take(self, x: Tensor, dim: int, rank: int, size: int) -> Tensor:
         """This rank's features of ``x`` along ``dim``."""
-        if not self.blocks:
-            return x
-        return x.index_select(dim, self.indices(x.shape[dim], rank, size))
+        return x if self == WHOLE else x.index_select(dim, self.indices(x.shape[dim], rank, size))
 
     def fits(self, length: int) -> bool:
         return not self.blocks or sum(width for width, _ in self.blocks) == length
@@ -49,9 +49,6 @@ class Picked(Cut):
 
     def indices(self, length: int, rank: int, size: int) -> Tensor:
         return torch.tensor(self.features[rank])
-
-    def take(self, x: Tensor, dim: int, rank: int, size: int) -> Tensor:
-        return x.index_select(dim, self.indices(x.shape[dim], rank, size))
 
 
 WHOLE = Cut()

@@ -140,23 +140,29 @@ def test_reading_a_config_imports_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code + "; assert 'torch' not in sys.modules"], check=True)
 
 
-def test_mistakes_are_told_before_torch_is_imported(config_file: Path) -> None:
+def test_mistakes_are_told_before_torch_is_imported(config_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "metrics.jsonl").touch()
     code = """
 import sys
 from shardwright.errors import ConfigError
 from shardwright.train.start import start
 missing = ["model.config=null", "model.path=/nowhere", "tokenizer.vocab_size=null"]
-for overrides in (["sharding.tp=3", "ranks=4"], missing):
+taken = ["data.paths=stdlib:json", f"output.dir={sys.argv[2]}"]
+for overrides in (["sharding.tp=3", "ranks=4"], missing, ["data.paths=/gone"], taken):
     try:
         start(sys.argv[1], overrides)
     except ConfigError as error:
         print(error)
 assert "torch" not in sys.modules
 """
-    done = subprocess.run([sys.executable, "-c", code, config_file], capture_output=True, text=True, check=True)
-    degrees, folder = done.stdout.splitlines()
+    command = [sys.executable, "-c", code, config_file, tmp_path / "done"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    degrees, folder, data, output = done.stdout.splitlines()
     assert "does not divide the world size 4" in degrees
     assert folder.startswith("model.path is '/nowhere', and there is no such folder here.")
+    assert data.startswith("'/gone' in data.paths does not exist")
+    assert "already holds the results of a run (metrics.jsonl)" in output
 
 
 def test_code_that_is_named_is_looked_for_here(

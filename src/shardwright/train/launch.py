@@ -22,7 +22,7 @@ from shardwright.train.local_ranks import check_machine, local_ranks, start_rank
 from shardwright.train.meeting import device_type, joined
 from shardwright.train.metrics import use_tensorboard
 from shardwright.train.optim import check_optimizer
-from shardwright.train.output import CHECKPOINTS, check_output
+from shardwright.train.output import CHECKPOINTS
 from shardwright.train.place import Place
 from shardwright.train.prepare import Say, digest, prepare
 from shardwright.train.progress import say
@@ -68,7 +68,6 @@ def run_here(config: TrainConfig, place: Place, watchdog: Watchdog) -> None:
 def _check(config: TrainConfig, ranks: int) -> None:
     check_engine(config)
     config.check_ranks(ranks)
-    check_output(config.output, config.checkpoint.resume)
     use_tensorboard(config.output.tensorboard)
     check_schedule(config.schedule, config.optimizer.lr, config.steps)
     check_optimizer(config.optimizer)

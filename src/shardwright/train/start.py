@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shardwright.train.config import load_config
+from shardwright.train.find import check_paths
 from shardwright.train.orphan import end_with_parent
+from shardwright.train.output import check_output
 from shardwright.train.place import place_from_environment
 from shardwright.train.pulse import pulse
 from shardwright.train.watchdog import Watchdog
@@ -28,6 +30,8 @@ def start(config: Path, overrides: Sequence[str]) -> None:
     if ranks is not None:  # what can be told without torch is told at once
         settings.check_ranks(ranks)
     settings.check_folders()
+    check_paths(settings.data)
+    check_output(settings.output, settings.checkpoint.resume)
     watchdog = Watchdog.of(settings.rank_settings)
     watchdog.begin("importing libraries")
     if place is None:

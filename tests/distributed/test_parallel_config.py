@@ -90,6 +90,9 @@ def test_degrees_multiply_to_the_world_or_the_error_shows_every_factor(config: P
     assert prod(dataclasses.astuple(degrees)) == degrees.world_size == world
     assert (degrees.dp_replicate, degrees.cp, degrees.tp) == (config.dp_replicate, config.cp, config.tp)
     assert config.dp_shard in (-1, degrees.dp_shard)
+    filled = config.with_(dp_shard=degrees.dp_shard)
+    assert degrees.data_ranks == filled.data_ranks == degrees.dp_replicate * degrees.dp_shard
+    assert filled.averaging_ranks == filled.parameter_ranks * degrees.dp_replicate == world // degrees.tp
     assert world % config.least_world_size == 0
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from math import lcm, prod
 from typing import TYPE_CHECKING, Any
 
-from shardwright.distributed.axes import FOLDED, NAMES
+from shardwright.distributed.axes import AVERAGED, DATA, FLATTENED, FOLDED, NAMES, SHARDED
 from shardwright.distributed.fields import Named, check_type, one_of, only_known
 from shardwright.distributed.precision import Precision, precision_of
 from shardwright.errors import ConfigError
@@ -65,7 +65,12 @@ class Degrees:
 
     @property
     def world_size(self) -> int:
-        return prod(getattr(self, name) for name in NAMES)
+        return ranks_along(self, NAMES)
+
+    @property
+    def data_ranks(self) -> int:
+        """How many ranks are given a batch of their own."""
+        return ranks_along(self, FLATTENED[DATA])
 
 
 @dataclass(frozen=True)
@@ -190,8 +195,18 @@ class ParallelConfig(Named):
 
     @property
     def parameter_ranks(self) -> int:
-        """Over how many ranks FSDP2 shards all but experts: ``dp_shard`` x ``cp``; the former is filled in."""
-        return self.dp_shard * self.cp
+        """Over how many ranks FSDP2 shards all but experts; ``dp_shard`` is filled in."""
+        return ranks_along(self, FLATTENED[SHARDED])
+
+    @property
+    def data_ranks(self) -> int:
+        """How many ranks are given a batch of their own; ``dp_shard`` is filled in."""
+        return ranks_along(self, FLATTENED[DATA])
+
+    @property
+    def averaging_ranks(self) -> int:
+        """Over how many ranks FSDP2 averages gradients; ``dp_shard`` is filled in."""
+        return ranks_along(self, FLATTENED[AVERAGED])
 
     @property
     def products_saved_every(self) -> int:
@@ -241,14 +256,14 @@ class ParallelConfig(Named):
     @property
     def least_world_size(self) -> int:
         """The smallest number of ranks this config can run on."""
-        return self.least_dp_shard * prod(getattr(self, name) for name in NAMES if name != "dp_shard")
+        return self.least_dp_shard * ranks_along(self, (name for name in NAMES if name != "dp_shard"))
 
     @property
     def least_dp_shard(self) -> int:
         """The smallest ``dp_shard`` that this config can run with: enough for its experts, where it says -1."""
         if self.dp_shard != -1:
             return self.dp_shard
-        others = prod(getattr(self, name) for name in FOLDED if name != "dp_shard")
+        others = ranks_along(self, (name for name in FOLDED if name != "dp_shard"))
         return lcm(others, self.ep) // others
 
     @property
@@ -297,6 +312,11 @@ class ParallelConfig(Named):
     def with_(self, **changes: Any) -> ParallelConfig:
         """A copy with some fields changed."""
         return replace(self, **changes)
+
+
+def ranks_along(degrees: ParallelConfig | Degrees, axes: Iterable[str]) -> int:
+    """The product of the degrees of some mesh axes."""
+    return prod(getattr(degrees, name) for name in axes)
 
 
 def runs_code(plan: str | None) -> bool:

@@ -210,7 +210,7 @@ def decided_plan(
         always_plan: choose a tensor-parallel plan with one rank, too, for a report.
         split: what is decided about the ranks of one model already.
     """
-    fsdp2 = wants_fsdp2(config, config.dp_replicate * config.dp_shard * config.cp)
+    fsdp2 = wants_fsdp2(config, config.averaging_ranks)
     dtype = None if config.precision == Precision() else getattr(torch, config.precision.param)
     own = unit_names(reading) if config.engine == "megatron_fsdp" else []
     if split is not None:

@@ -98,7 +98,7 @@ def _head_line(prediction: Prediction) -> str:
 def _degrees(prediction: Prediction) -> str:
     config = prediction.config
     sequence = " + sequence parallel" if config.sequence_parallel else ""
-    ranks = config.tp * config.cp * config.dp_shard * config.dp_replicate
+    ranks = config.least_world_size
     replicas = f" x dp_replicate {config.dp_replicate}" if config.dp_replicate > 1 else ""
     experts = f", ep {config.ep} among them" if config.ep > 1 else ""
     context = f" x cp {config.cp}" if config.cp > 1 else ""

@@ -206,7 +206,7 @@ def _shardings(base: ParallelConfig, gpus: int, node: int) -> Iterator[ParallelC
 
 
 def _workloads(config: ParallelConfig, workload: Workload, global_batch: int) -> Iterator[Workload]:
-    own, rest = divmod(global_batch, config.dp_shard * config.dp_replicate)
+    own, rest = divmod(global_batch, config.data_ranks)
     for micro in _MICRO_BATCHES if own and not rest else ():
         if own % micro == 0:
             yield replace(workload, batch_size=micro, accumulation=own // micro)
@@ -236,7 +236,7 @@ class _Maker:
 
     def subject(self, config: ParallelConfig) -> Subject:
         """The decisions do not depend on how many data-parallel ranks there are, but on whether there are any."""
-        casts_or_shards = config.parameter_ranks * config.dp_replicate > 1
+        casts_or_shards = config.averaging_ranks > 1
         split = repr((config.tp, config.cp, config.ep, config.sequence_parallel))
         key = repr(config.with_(dp_shard=1, dp_replicate=1)) + str(casts_or_shards)
         if key not in self.subjects:

@@ -82,4 +82,4 @@ class Subject:
     @property
     def data_parallel(self) -> int:
         """Ranks that work on batches of their own."""
-        return self.config.dp_shard * self.config.dp_replicate
+        return self.config.data_ranks

@@ -140,9 +140,8 @@ class TrainConfig:
             ConfigError: the degrees do not fit the world size, or the batch does not divide.
         """
         degrees = self.sharding.degrees(world_size)
-        dp = degrees.dp_replicate * degrees.dp_shard
-        if self.batch_size % (dp * self.accumulation):
-            share = dp * self.accumulation
+        share = degrees.data_ranks * self.accumulation
+        if self.batch_size % share:
             fit = max(self.batch_size // share, 1) * share
             raise ConfigError(
                 f"batch_size is {self.batch_size} sequences, which cannot be dealt out evenly to dp_replicate "

@@ -117,7 +117,7 @@ def _reading(config: TrainConfig, job: Path) -> ModelReading:
 
 def _workload(config: TrainConfig, ranks: int) -> Workload:
     degrees = config.sharding.degrees(ranks)
-    each = config.batch_size // (degrees.dp_replicate * degrees.dp_shard * config.accumulation)
+    each = config.batch_size // (degrees.data_ranks * config.accumulation)
     name = _optimizer(config.optimizer, on_gpu=device_type(config.rank_settings) == "cuda")
     return Workload(config.data.sequence_length, each, config.accumulation, name)
 

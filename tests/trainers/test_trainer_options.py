@@ -117,6 +117,28 @@ def _refused(shard: Shard, ranks: int, folder: Path) -> dict[str, str]:
     return messages
 
 
+def _late(shard: Shard, ranks: int, folder: Path) -> list[str]:
+    """Trainers that do not have the sharded model from the beginning."""
+    args, first = arguments(folder, ranks), build()
+    made_before = Trainer(model=first, args=args, train_dataset=Rows(), eval_dataset=Rows(4))
+    shard(first)
+    makes_it = Trainer(model_init=lambda: shard(build()), args=args, train_dataset=Rows(), eval_dataset=Rows(4))
+    messages = []
+    for trainer in (made_before, makes_it):
+        for call in (trainer.train, trainer.evaluate, lambda trainer=trainer: trainer.predict(Rows(4))):
+            with pytest.raises(ShardwrightError) as caught:
+                call()
+            messages.append(str(caught.value))
+    return messages
+
+
+def test_a_trainer_that_gets_the_sharded_model_later_is_refused(ranks2: RankPool, tmp_path: Path) -> None:
+    found = ranks2.run(on_ranks, _late, TP, tmp_path)
+    assert found[0] == found[1]
+    assert len(found[0]) == 6
+    assert all("Call parallelize first" in message for message in found[0]), found[0]
+
+
 def test_refused(ranks2: RankPool, tmp_path: Path) -> None:
     found = ranks2.run(on_ranks, _refused, TP, tmp_path)
     assert found[0] == found[1]

@@ -28,7 +28,7 @@ from torch import nn
 from shardwright.distributed.apply.guards.fresh import Parallelized, parallelized_model
 from shardwright.distributed.runtime.checked import CheckedDTensor
 from shardwright.distributed.runtime.forward import original_class
-from shardwright.errors import PlanError
+from shardwright.errors import PlanError, UnsupportedError
 from shardwright.hf.accelerator import adopt, adopt_all, check_all_sharded
 
 logger = logging.getLogger(__name__)
@@ -88,6 +88,8 @@ def _warn_of_counts(accelerator: Any) -> None:
 
 def _connect_trainer(module: ModuleType) -> None:
     _wrap(module.Trainer, "__init__", _becoming_sharded)
+    for name in ("train", "evaluation_loop"):
+        _wrap(module.Trainer, name, _knowing_its_model)
 
 
 def _connect_adapters(module: ModuleType) -> None:
@@ -119,6 +121,17 @@ def _becoming_sharded(self: Any, method: Callable[..., Any], *args: Any, **kwarg
     method(self, *args, **kwargs)
     if isinstance(self, trainer.ShardedTrainer):
         self.finish_init()
+
+
+def _knowing_its_model(self: Any, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    trainer = import_module("shardwright.hf.trainer")
+    if parallelized_model(self.model) is not None and not isinstance(self, trainer.ShardedTrainer):
+        raise UnsupportedError(
+            f"This {type(self).__name__} was made before its model was sharded, or makes it itself (model_init), "
+            "so it would deal batches and save as for a model in one piece. Call parallelize first, and pass what it "
+            "returns: Trainer(model=parallelize(model, config), ...)."
+        )
+    return method(self, *args, **kwargs)
 
 
 # What is wrapped in which module, once somebody imports it.

@@ -15,6 +15,7 @@ class Layout:
         tp: tensor-parallel ranks.
         dp: data-parallel ranks, over which FSDP2 shards.
         cp: context-parallel ranks: each has a chunk of the sequence, and FSDP2 shards over them too.
+        ep: expert-parallel ranks, which are among those of ``dp`` and ``tp``.
         sequence_parallel: the residual stream is split along the sequence over the ``tp`` ranks.
         activation_checkpointing: every block is recomputed in backward.
     """
@@ -22,6 +23,7 @@ class Layout:
     tp: int = 1
     dp: int = 1
     cp: int = 1
+    ep: int = 1
     sequence_parallel: bool = False
     activation_checkpointing: bool = False
 
@@ -31,7 +33,7 @@ class Layout:
 
     @property
     def title(self) -> str:
-        degrees = {"TP": self.tp, "FSDP2": self.dp, "CP": self.cp}
+        degrees = {"TP": self.tp, "FSDP2": self.dp, "CP": self.cp, "EP": self.ep}
         parts = [f"{name} {degree}" for name, degree in degrees.items() if degree > 1]
         return " x ".join(parts) + " + SP" * self.sequence_parallel
 

@@ -25,7 +25,7 @@ def config_of(family: str, **sizes: Any) -> Any:
     """A config of ``family``: tiny, but for ``sizes``."""
     from transformers import AutoConfig
 
-    return AutoConfig.for_model(family, **{**TINY, **FAMILIES[family], **sizes})
+    return AutoConfig.for_model(family, **{**TINY, **FAMILIES.get(family, {}), **sizes})
 
 
 def write_checkpoint(folder: Path, family: str, dtype: str = "float32", **sizes: Any) -> Path:

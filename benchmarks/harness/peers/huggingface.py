@@ -1,4 +1,4 @@
-"""transformers: its own tensor parallelism and FSDP2, at loading."""
+"""transformers: its own tensor and expert parallelism and FSDP2, at loading."""
 
 from __future__ import annotations
 
@@ -20,5 +20,5 @@ def build(folder: str, layout: Layout) -> Sharded:
 
 
 def load(folder: str, layout: Layout, dtype: str) -> Any:
-    config = DistributedConfig(tp_size=layout.tp, fsdp_size=layout.dp)
+    config = DistributedConfig(tp_size=layout.tp, fsdp_size=layout.dp, ep_size=layout.ep)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, distributed_config=config)

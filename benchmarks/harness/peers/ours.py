@@ -17,6 +17,7 @@ def config_of(layout: Layout) -> ParallelConfig:
         tp=layout.tp,
         dp_shard=layout.dp,
         cp=layout.cp,
+        ep=layout.ep,
         context_method="gather",
         sequence_parallel=layout.sequence_parallel,
         activation_checkpointing=checkpointing,

@@ -2,7 +2,7 @@
 
 Private and protected parts of Trainer that are relied on are overridden here and nowhere else: how its accelerator is
 made, how the model, the optimizer and the random states are written and read, and how large a batch is. Written for
-transformers 5.17 to 5.23, tested with 5.23 and TRL 1.16.
+transformers 5.17 to 5.23, tested with both and TRL 1.16.
 """
 
 from __future__ import annotations

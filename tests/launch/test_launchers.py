@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -76,6 +77,32 @@ def check(folder: Path, printed: str) -> None:
 def test_torchrun_on_two_machines(folder: Path) -> None:
     command = [str(LAUNCH / "torchrun.sh"), "2", "1", "localhost:29417", "run.yaml"]
     check(folder, run_all(folder, (command, {}), (command, {})))
+
+
+def test_torchrun_starts_ranks_anew(folder: Path) -> None:
+    """A rank that was killed; all of them go on from the newest checkpoint."""
+    command = [str(LAUNCH / "torchrun.sh"), "1", "2", "localhost:29421", "run.yaml", "steps=40", "checkpoint.every=5"]
+    output = folder / "out.txt"
+    with (
+        output.open("w") as file,
+        subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=file, stderr=subprocess.STDOUT) as torchrun,
+    ):
+        wait(lambda: list(folder.glob("run/checkpoints/step-*")), output)
+        ranks = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+        assert len(ranks) == 2
+        os.kill(int(ranks[1]), signal.SIGKILL)
+        assert torchrun.wait(250) == 0, output.read_text()
+    assert output.read_text().count("Resumed after step") == 1
+    assert (folder / "run" / "model" / "config.json").is_file()
+
+
+def test_ray(folder: Path) -> None:
+    """Two workers, twice: the second run goes on from the checkpoint of the first."""
+    pytest.importorskip("ray.train", reason="Ray is not installed (pip install 'shardwright[ray]')")
+    command = [sys.executable, str(LAUNCH / "ray_train.py"), "run.yaml", "--workers=2", f"output.dir={folder}/run"]
+    check(folder, run_all(folder, ([*command, "checkpoint.every=2"], {})))
+    printed = run_all(folder, ([*command, "checkpoint.every=2", "steps=4"], {}))
+    assert printed.count("Resumed after step 2") == 1
 
 
 def test_accelerate(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,8 +74,12 @@ class Checkpoints:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, SIGTERM is noted; :meth:`after` acts on it at the end of the step. The last save is waited for."""
-        before = signal.signal(signal.SIGTERM, self._note) if self._store else None
+        """Inside, SIGTERM is noted; :meth:`after` acts on it at the end of the step. The last save is waited for.
+
+        Where another program runs this in a thread (a worker of Ray's does), signals are that program's.
+        """
+        hears = self._store is not None and threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGTERM, self._note) if hears else None
         try:
             yield
         except ShardwrightError:  # every rank has it, so the save under way can still be finished together
@@ -83,7 +88,7 @@ class Checkpoints:
         else:
             self._wait()
         finally:
-            if self._store is not None:
+            if hears:
                 signal.signal(signal.SIGTERM, before)
 
     def resume(self) -> int:

@@ -54,7 +54,10 @@ def some(cases: Iterable[str], sweep: Container[str]) -> list[Any]:
 
 @pytest.mark.parametrize("model_type", some(TYPES, HELD_ELSEWHERE))
 def test_kinds_of_mixers(ranks2: RankPool, model_type: str) -> None:
-    assert_exact(verify(model_type, CP2, accumulate=2, pool=ranks2), 0.0)
+    report = verify(model_type, CP2, accumulate=2, pool=ranks2)
+    assert report.exact, report
+    if model_type != "gemma3n_text":  # it amplifies the rounding of fewer keys to about 1e-5, and is judged in float64
+        assert report.precision == "float32", report
 
 
 @pytest.mark.parametrize("model_type", TYPES)

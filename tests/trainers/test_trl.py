@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from trainer_runs import SIZES, arguments, assert_same, build, on_ranks, result
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
@@ -102,6 +103,17 @@ def dpo(shard: Shard, ranks: int, folder: Path) -> dict[str, Any]:
     return result(trainer)
 
 
+def dpo_of_adapters(shard: Shard, ranks: int, folder: Path) -> dict[str, Any]:
+    args = arguments(folder, ranks, DPOConfig, bf16=False, gradient_checkpointing=False, max_length=32, max_steps=2)
+    torch.manual_seed(5)
+    adapted = get_peft_model(model(), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    trainer = DPOTrainer(
+        shard(adapted), shard(model()), args, train_dataset=preferences(), processing_class=tokenizer()
+    )
+    trainer.train()
+    return result(trainer)
+
+
 def reward(shard: Shard, ranks: int, folder: Path) -> dict[str, Any]:
     args = arguments(folder, ranks, RewardConfig, bf16=False, gradient_checkpointing=False, max_length=32)
     trainer = RewardTrainer(shard(judge()), args, train_dataset=preferences(), processing_class=tokenizer())
@@ -139,7 +151,8 @@ def rolled_out(shard: Shard, ranks: int, folder: Path) -> dict[str, Any]:
 
 
 CASES = {
-    "sft": sft, "packed": packed, "checkpointed": checkpointed, "dpo": dpo, "reward": reward,
+    "sft": sft, "packed": packed, "checkpointed": checkpointed, "dpo": dpo, "dpo of adapters": dpo_of_adapters,
+    "reward": reward,
 }  # fmt: skip
 
 

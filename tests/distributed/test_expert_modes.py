@@ -22,6 +22,7 @@ WITHIN, ACROSS = EXPERT_MODES["fsdp2_tp2_ep2"].config, EXPERT_MODES["fsdp2_tp2_e
         ("gpt_oss", WITHIN),  # interleaved and transposed weights, biases
         ("deepseek_v3", WITHIN),  # a router in groups with a bias for selection, a shared expert
         pytest.param("jetmoe", WITHIN, marks=pytest.mark.sweep),  # sorted rows, in attention too
+        ("deepseek_v3", ACROSS),
         ("qwen2_moe", ACROSS),  # gate and up in one, a gated shared expert
         ("llama4_text", ACROSS),  # every expert gets every token
         ("nemotron_h", ACROSS),  # no gate, other blocks between

@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 
 from shardwright.distributed.config import ParallelConfig
+from shardwright.distributed.planning.decide import decide
 from shardwright.distributed.planning.resolve import resolve, sharded_fraction
 from shardwright.distributed.planning.sources import choose_plan
 from shardwright.distributed.replay.reading import ModelReading
+from shardwright.errors import PlanError
 from shardwright.verify.public import case_of
 from shardwright.verify.ranks import RankPool
 from shardwright.verify.run import run_case
@@ -44,3 +46,15 @@ def test_exact(ranks2: RankPool, sequence_parallel: bool) -> None:
     report = ranks2.run(run_case, case)[0]
     assert report.exact, report
     assert report.sharded_fraction > 0.98
+
+
+def test_layers_with_experts_that_each_rank_would_leave_out_for_itself() -> None:
+    config = ParallelConfig(dp_shard=2, ep=2)
+    reading = ModelReading(case_of("nllb-moe", config).build())
+    with pytest.raises(PlanError, match=r"model\.encoder leaves out layers at random \(layerdrop is 0\.4\)"):
+        decide(reading, config, tp=1, ep=2, fsdp2=True)
+    reading.model.model.encoder.layerdrop = reading.model.model.decoder.layerdrop = 0.0
+    assert decide(reading, config, tp=1, ep=2, fsdp2=True).experts is not None
+    reading.model.model.encoder.layerdrop = 0.4
+    shared = decide(reading, ParallelConfig(tp=2, ep=2), tp=2, ep=2, fsdp2=False)  # one batch, one draw
+    assert shared.experts is not None

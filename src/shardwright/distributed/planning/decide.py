@@ -15,7 +15,7 @@ from shardwright.distributed.planning.context_method import ContextMethod
 from shardwright.distributed.planning.context_plan import ContextPlan
 from shardwright.distributed.planning.data import decide_data
 from shardwright.distributed.planning.decided import DecidedPlan, ExpertPlan, Tiles
-from shardwright.distributed.planning.experts import decide_experts
+from shardwright.distributed.planning.experts import check_all_run, decide_experts
 from shardwright.distributed.planning.layout import parameter_layouts
 from shardwright.distributed.planning.mlps import mlp_names
 from shardwright.distributed.planning.resolved import ResolvedPlan
@@ -56,6 +56,7 @@ def decide(
         ConfigError: settings that would do nothing.
     """
     experts = decide_experts(reading, ep)
+    check_all_run(reading, experts, sharers=tp * cp)
     context = plan_context(reading, ContextMethod(config.context_method, cp, tp)) if cp > 1 else None
     split = Split(None, None, context, experts)
     if tp > 1 or always_plan:

@@ -16,6 +16,7 @@ from shardwright.distributed.replay.reading import ModelReading
 from shardwright.distributed.runtime.adapted import BASE
 from shardwright.errors import PlanError, sizes_that_work
 
+LAYERDROP = "layerdrop"  # the share of its layers that a module leaves out at random, in fairseq and transformers
 COUNTS = ("num_experts", "moe_num_experts")  # the first on each such module of transformers, the second below DBRX's
 
 
@@ -47,6 +48,29 @@ def decide_experts(reading: ModelReading, ep: int) -> ExpertPlan | None:
     for name, experts in found.items():
         _check(reading, name, experts, ep)
     return ExpertPlan(ep, found)
+
+
+def check_all_run(reading: ModelReading, plan: ExpertPlan | None, sharers: int) -> None:
+    """Ranks that exchange tokens must run the same layers with experts.
+
+    Args:
+        sharers: ranks that share a batch: these draw alike which layers are left out.
+
+    Raises:
+        PlanError: ranks with batches of their own would draw for themselves.
+    """
+    if plan is None or sharers % plan.ep == 0:
+        return
+    for name, module in reading.modules.items():
+        share = module.__dict__.get(LAYERDROP)
+        inside = [experts for experts in plan.modules if experts.startswith(f"{name}." if name else "")]
+        if isinstance(share, float) and share > 0 and inside:
+            raise PlanError(
+                f"ep is {plan.ep} and {name or type(module).__name__} leaves out layers at random ({LAYERDROP} is "
+                f"{share:g}), among them such with experts ({inside[0]} is the first). Each rank would leave out "
+                f"others, and their exchanges of tokens would not meet. Set {LAYERDROP} to 0 (in the "
+                "config its name may begin with encoder_ or decoder_), or leave ep out."
+            )
 
 
 def _check_callers(lists: Iterable[ListedExperts], found: Mapping[str, Experts], ep: int) -> None:

@@ -182,6 +182,6 @@ def test_experts_in_lists_of_their_own() -> None:
     assert made[2].speed.collectives["ep"] > 0 == made[1].speed.collectives["ep"]
     assert "one after another" in made[2].why_formula
     best = search(
-        reading, WORK, load_machine("h100-80gb"), gpus=2, global_batch=4, objective="speed", base=EP.with_(ep=1)
+        reading, WORK, load_machine("h100-80gb"), gpus=2, global_batch=4, objective="speed", base=ParallelConfig()
     )
     assert {found.config.ep for found in best.fitting} == {1, 2}

@@ -80,3 +80,8 @@ def test_the_cheapest_layout_may_leave_gpus_unused(llama: str) -> None:
 def test_a_batch_that_no_layout_can_have(llama: str) -> None:
     words = ["suggest", llama, "--gpus", "64", "--gpu", "h100-80gb", "--seq-len", "64", "--global-batch", "3"]
     assert "cannot be dealt out evenly" in " ".join(CliRunner().invoke(main, words).output.split())
+
+
+def test_what_is_searched_is_not_given(llama: str) -> None:
+    told = CliRunner().invoke(main, ["suggest", llama, *MACHINE, "--global-batch", "16", "tp=2", "ep=2"]).output
+    assert told.startswith("Error: suggest searches tp, ep, which cannot be given beside.")

@@ -27,6 +27,7 @@ _MICRO_BATCHES = (1, 2, 4, 8)
 _CHECKPOINTING = ("full", "selective", "none")  # each keeps more than the one before
 _CONTEXTS = (1, 2, 4, 8)
 _LEAST_PART = 8192  # tokens of a sequence on a context-parallel rank
+SEARCHED = ("tp", "cp", "ep", "dp_shard", "dp_replicate", "sequence_parallel", "activation_checkpointing")
 _EXPOSED = 0.01  # of a step: waiting for FSDP2 that is worth keeping parameters gathered for
 
 
@@ -81,10 +82,15 @@ def search(
         base: settings that all layouts have.
 
     Raises:
-        ConfigError: no such objective, or no layout can have this batch.
+        ConfigError: no such objective, ``base`` has a setting that is searched, or no layout can have this batch.
     """
     if objective not in OBJECTIVES:
         raise ConfigError(f"objective is {objective!r}; it must be one of {', '.join(OBJECTIVES)}.")
+    if fixed := [name for name in SEARCHED if getattr(base, name) != getattr(ParallelConfig(), name)]:
+        raise ConfigError(
+            f"suggest searches {', '.join(fixed)}, which cannot be given beside. Leave out what is searched, or ask "
+            "about one layout: shardwright estimate."
+        )
     looking = _Looking(_Maker(reading, machine), workload, global_batch, Search(objective=objective))
     for count in _counts(gpus) if objective == "cost" else [gpus]:
         looking.at_all(base, count, _expert_ranks(reading))

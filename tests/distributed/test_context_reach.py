@@ -87,6 +87,16 @@ def test_a_kernel_that_counts_keys_is_given_all(monkeypatch: pytest.MonkeyPatch)
     assert all_keys() == {True}
 
 
+@pytest.mark.parametrize(("kernel", "expected"), [("eager", True), ("sdpa", False)])
+def test_a_kernel_that_could_not_be_tried_is_given_all(
+    monkeypatch: pytest.MonkeyPatch, kernel: str, expected: bool
+) -> None:
+    """The mask of the trial may tell nothing, and that of a call may: then torch's kernel alone is known."""
+    monkeypatch.setattr("shardwright.distributed.replay.context_answers.reach_of", lambda *_: None)
+    plan = plan_context(ModelReading(build("llama", attn_implementation=kernel)))
+    assert {use.all_keys for use in plan.attention.values()} == {expected}
+
+
 def test_windows_are_fetched_where_the_method_is_auto() -> None:
     plan = plan_context(ModelReading(build("mistral")), ContextMethod("auto"))
     assert {(use.method, use.window) for use in plan.attention.values()} == {("gather", 6)}

@@ -146,8 +146,8 @@ class PartAttention:
         """Whether the result is another one without the keys that the queries of this rank do not look at."""
         name, split = self.replay.kernels[self.name], split_of(self.rank, self.replay.length).at(2)
         reach, kernel = reach_of(mask, kwargs, split), attention_kernel(module, name)
-        if reach is None:
-            return False  # and where it is not known at run time either, all are gathered
+        if reach is None:  # a call may have another mask; what is known without one is torch's kernel
+            return name != CAUSAL_WITHOUT_MASK
         assert kernel is not None
         keys = reach[self.rank]
         key, value = (x[:, :, slice(*keys)] for x in (asked.key, asked.value))

@@ -169,6 +169,9 @@ def _refusals(to: Path) -> None:
     config = MESHES["tp2"]
     with pytest.raises(UnsupportedError, match="no transformers model"):
         save_pretrained(nn.Linear(2, 2), to)
+    own = parallelize(nn.Sequential(nn.Linear(4, 4)), MESHES["fsdp2"], mesh_for(MESHES["fsdp2"]))
+    with pytest.raises(UnsupportedError, match=r"^Sequential is no transformers model"):
+        save_pretrained(own, to)
     model = parallelize(AutoModelForCausalLM.from_config(deepcopy(CONFIGS["llama"])), config, mesh_for(config))
     with pytest.raises(CheckpointError, match="holds files that Shardwright did not write"):
         save_pretrained(model, to.parent)

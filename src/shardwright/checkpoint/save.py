@@ -26,6 +26,7 @@ from shardwright.checkpoint.folder import INDEX
 from shardwright.checkpoint.manifest import Sums, sums_of, write_manifest
 from shardwright.checkpoint.together import all_here, barrier, from_all, rank_and_world, same_error_everywhere
 from shardwright.distributed.models.build import build_on_meta
+from shardwright.distributed.runtime.forward import original_class
 from shardwright.distributed.runtime.layout import whole as made_whole
 from shardwright.errors import CheckpointError, UnsupportedError
 from shardwright.untrusted import usable_path
@@ -102,15 +103,16 @@ def save_pretrained(
 
 def skeleton_of(model: nn.Module) -> PreTrainedModel:
     """A whole copy of ``model`` on meta, of the class it had before FSDP2 gave it another."""
+    name = original_class(model).__name__
     if has_adapters(model):
         raise UnsupportedError(
-            f"This {type(model).__name__} has PEFT adapters, which have a format of their own. On every rank, call "
+            f"This {name} has PEFT adapters, which have a format of their own. On every rank, call "
             "model.save_pretrained(folder): it writes the folder that plain PEFT writes. Or merge them into the "
             "weights first, on every rank: model = model.merge_and_unload()."
         )
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedError(
-            f"{type(model).__name__} is no transformers model, so it has no Hugging Face layout. Save its state with "
+            f"{name} is no transformers model, so it has no Hugging Face layout. Save its state with "
             "torch.distributed.checkpoint."
         )
     state = model.state_dict()  # asked first: it makes gathered parameters, which may be rounded, shards again
